@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Install (first time only), then lint, type-check and test everything, the real stack included.
+#   bash launch/test.sh [pytest arguments]
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$root/launch/setup.sh"
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+    mypy
+fi
+exec python -m pytest "$@"

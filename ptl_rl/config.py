@@ -1,0 +1,303 @@
+"""What a run is: one typed, validated configuration, read from a YAML recipe.
+
+Imports neither torch nor ray, so that ``ptl plan`` and ``ptl --help`` start at once and a bad recipe is refused before
+anything heavy begins. verl's own keys appear nowhere here except verbatim under ``verl:``;
+``ptl_rl/recovery/verl_config.py`` renders the rest.
+"""
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; the message names the file, the setting and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    path: str = Field("testbed", description="Hugging Face folder, hub id, or 'testbed' for the shipped model.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class FieldMap(_Section):
+    """Names of the columns that hold each part of a record."""
+
+    question: str = "question"
+    solution: str = "solution"
+    answer: str = "answer"
+
+
+class SourceConfig(_Section):
+    path: str = Field(description="'testbed:SPLIT', a .jsonl or .parquet file, or 'hub:NAME' of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    rows: int | None = Field(None, ge=1, description="Use the first so many rows (after a seeded shuffle).")
+    fields: FieldMap = FieldMap()
+
+
+class DataConfig(_Section):
+    train: SourceConfig = SourceConfig(path="testbed:rl", rows=4096)
+    validation: SourceConfig = SourceConfig(path="testbed:validation", rows=128)
+    test: SourceConfig = SourceConfig(path="testbed:test", rows=500)
+    prompt_suffix: str = Field("", description="Appended to every question, e.g. the instruction to box the answer.")
+    max_prompt_tokens: int = Field(128, ge=1)
+    max_response_tokens: int = Field(96, ge=1)
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
+
+
+class CalibrationConfig(_Section):
+    sequences: int = Field(256, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
+    max_tokens: int = Field(512, ge=8, description="Longer sequences are cut.")
+    batch_size: int = Field(16, ge=1, description="Sequences per forward pass on each rank.")
+
+
+class CriterionConfig(_Section):
+    channels: Literal["activation", "rms_contribution"] = "rms_contribution"
+    layers: Literal["block_influence"] = "block_influence"
+
+
+class ScheduleConfig(_Section):
+    """What is removed, cycle by cycle. Every layer loses the same number of channels."""
+
+    channels_per_cycle: int | list[int] = Field(0, description="Channels each layer loses in a cycle, or one by one.")
+    channels_total: int | None = Field(None, ge=0, description="Channels each layer loses in all.")
+    layers_per_cycle: int = Field(1, ge=1)
+    layers_total: int = Field(0, ge=0)
+    order: Literal["channels_then_layers", "layers_then_channels", "alternating"] = "channels_then_layers"
+    alignment: int = Field(64, ge=1, description="Kept widths are multiples of this times tensor_parallel_size.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        steps = self.channels_per_cycle
+        if isinstance(steps, list):
+            if any(step < 1 for step in steps):
+                raise ValueError(f"channels_per_cycle {steps}: each step must be at least 1")
+            if self.channels_total not in (None, sum(steps)):
+                raise ValueError(
+                    f"channels_total {self.channels_total} differs from the sum {sum(steps)} of channels_per_cycle"
+                )
+        elif steps < 0:
+            raise ValueError(f"channels_per_cycle {steps} is negative")
+        elif steps == 0 and self.channels_total:
+            raise ValueError(f"channels_total is {self.channels_total} but channels_per_cycle is 0")
+        elif steps and self.channels_total is None:
+            raise ValueError(f"channels_per_cycle is {steps} but channels_total is not set")
+        if not self.channels_sum and not self.layers_total:
+            raise ValueError("nothing to remove: set channels_per_cycle and channels_total, or layers_total")
+        return self
+
+    @property
+    def channels_sum(self) -> int:
+        """Channels that each layer loses in all."""
+        return sum(self.channels_per_cycle) if isinstance(self.channels_per_cycle, list) else self.channels_total or 0
+
+
+class RecoveryConfig(_Section):
+    """GRPO recovery through verl."""
+
+    method: Literal["grpo"] = "grpo"
+    steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or one number per cycle.")
+    prompts_per_step: int = Field(128, ge=1)
+    rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
+    temperature: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.3, gt=0)
+    mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
+    micro_batch_sequences: int = Field(8, ge=1, description="Sequences per backward pass on each worker.")
+    gradient_checkpointing: bool = True
+    offload: bool = Field(False, description="Keep parameters and optimizer in host memory during rollouts.")
+    save_every_steps: int = Field(0, ge=0, description="verl checkpoint within a recovery; 0: at its end only.")
+    validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RecoveryConfig":
+        steps = self.steps if isinstance(self.steps, list) else [self.steps]
+        if not steps or any(step < 1 for step in steps):
+            raise ValueError(f"steps {self.steps}: each cycle needs at least 1")
+        mini = self.mini_batch_prompts
+        if mini and self.prompts_per_step % mini:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of mini_batch_prompts {mini}")
+        return self
+
+    def steps_of(self, cut: int) -> int:
+        """Steps of the ``cut``-th planned cut (from 0); the last number of a list serves all later ones."""
+        return self.steps if isinstance(self.steps, int) else self.steps[min(cut, len(self.steps) - 1)]
+
+
+class RewardConfig(_Section):
+    path: str | None = Field(None, description="Your Python file; default: 0.9 accuracy + 0.1 format.")
+    name: str = Field("compute_score", description="The function in that file, in verl's signature.")
+    accuracy_weight: float = Field(0.9, ge=0, le=1)
+    format_weight: float = Field(0.1, ge=0, le=1)
+    format_style: Literal["boxed", "think_boxed"] = "boxed"
+
+
+class EvaluationConfig(_Section):
+    max_response_tokens: int | None = Field(None, ge=1, description="Default: data.max_response_tokens.")
+    batch_size: int = Field(128, ge=1, description="Concurrent sequences in vLLM.")
+
+
+class GateConfig(_Section):
+    """What happens when a cycle's accuracy falls below ``min_accuracy_ratio`` of the starting model's."""
+
+    min_accuracy_ratio: float = Field(0.95, ge=0, le=1)
+    max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before anything else.")
+    max_retries: int = Field(0, ge=0, description="Cycles taken back and tried again with half the cut, per run.")
+    on_failure: Literal["continue", "stop"] = Field("continue", description="When both of these are used up.")
+
+
+class ResourcesConfig(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nodes: int = Field(1, ge=1)
+    workers_per_node: int = Field(1, ge=1, description="GPUs per node; on CPU, worker processes.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine.")
+    gpu_memory_utilization: float = Field(0.6, gt=0, lt=1, description="vLLM's share of a GPU during rollouts.")
+    ray_cpus: int = Field(64, ge=16, description="Logical CPUs of a Ray started by the run itself.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResourcesConfig":
+        if self.workers % self.tensor_parallel_size:
+            raise ValueError(
+                f"{self.nodes} nodes x {self.workers_per_node} workers_per_node is not a multiple of "
+                f"tensor_parallel_size {self.tensor_parallel_size}"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        return self.nodes * self.workers_per_node
+
+
+class WatchdogConfig(_Section):
+    startup_seconds: int = Field(900, ge=10, description="A stage without first progress for so long is ended.")
+    stall_seconds: int = Field(1800, ge=5, description="A stage without further progress for so long is ended.")
+    attempts: int = Field(2, ge=1, description="Starts of a stage that stalls; one that fails is not started again.")
+
+
+class RunConfig(_Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    criterion: CriterionConfig = CriterionConfig()
+    schedule: ScheduleConfig
+    recovery: RecoveryConfig = RecoveryConfig()
+    reward: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        rollouts = self.recovery.prompts_per_step * self.recovery.rollouts_per_prompt
+        if rollouts % self.resources.workers:
+            raise ValueError(
+                f"recovery.prompts_per_step x rollouts_per_prompt = {rollouts} sequences cannot be shared equally by "
+                f"{self.resources.workers} workers"
+            )
+        return self
+
+
+def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [m for part in typing.get_args(annotation) for m in _annotation_models(part)]
+    return []
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] = RunConfig
+    for key in path:
+        models = _annotation_models(section.model_fields[key].annotation) if key in section.model_fields else []
+        if not models:
+            return None
+        section = models[0]
+    return section
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            section = _section_at(item["loc"][:-1])
+            names = list(section.model_fields) if section else []
+            close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
+            message = (
+                f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; there are {', '.join(names)}"
+            )
+        lines.append(f"{key}: {message}")
+    return f"{where}: " + "; ".join(lines)
+
+
+def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Validate ``values``; raises :class:`ConfigError` whose one message names every wrong key in ``where``."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: write it as key.sub_key=value")
+    *sections, last = key.split(".")
+    if sections and sections[0] == "verl":
+        sections, last = ["verl"], key.removeprefix("verl.")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {section} is a single value, not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def load_config(recipe: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML recipe and apply ``key.sub=value`` overrides.
+
+    Raises:
+        ConfigError: unreadable file, YAML error (with line), unknown key (with what was meant), value out of bounds.
+    """
+    try:
+        values = yaml.safe_load(recipe.read_text())
+    except OSError as error:
+        raise ConfigError(f"{recipe}: cannot read the recipe: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{recipe}: a recipe is a YAML mapping of sections, this is {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, str(recipe))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+
+
+def read_saved_config(path: Path) -> RunConfig:
+    """Read what :func:`save_config` wrote; raises :class:`ConfigError` naming the file."""
+    try:
+        return parse_config(json.loads(path.read_text()), str(path))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a run's configuration ({error}); is this a run folder?") from None

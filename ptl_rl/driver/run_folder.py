@@ -1,0 +1,113 @@
+"""Where everything of a run lies, and how an artefact becomes part of it: verify, sync, rename, journal."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ptl_rl.config import ConfigError
+from ptl_rl.driver.journal import Entry, sync_folder, sync_tree
+from ptl_rl.driver.state import ORIGINAL, Stage
+
+ARTEFACTS = {
+    "score": ("scores", ["scores.safetensors"]),
+    "slice": ("sliced", ["config.json", "plan.json"]),
+    "recover": ("recovered", ["config.json"]),
+    "evaluate": ("evaluation", ["eval.json", "samples.parquet"]),
+}
+"""Stage to the name of the folder it leaves and the files that must be in it."""
+
+
+class MissingArtefact(RuntimeError):
+    """Something that the journal names is not there; no other checkpoint is ever put in its place."""
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.config = self.path / "config.json"
+        self.journal = self.path / "journal.jsonl"
+        self.logs = self.path / "logs"
+
+    def cycle(self, number: int) -> Path:
+        return self.path / "cycles" / f"{number:03d}"
+
+    def artefact(self, stage: Stage) -> Path:
+        """Final folder of a stage's artefact."""
+        name = ARTEFACTS[stage.name][0] + (f"-{stage.round}" if stage.round else "")
+        return self.cycle(stage.cycle) / name
+
+    def temporary(self, stage: Stage) -> Path:
+        return self.artefact(stage).with_name(f".{self.artefact(stage).name}.tmp")
+
+    def work(self, stage: Stage) -> Path:
+        """Folder that survives a killed stage."""
+        return self.artefact(stage).with_name(f".{self.artefact(stage).name}.work")
+
+    def checkpoint(self, name: str, original: Path) -> Path:
+        """The folder of a checkpoint that the state names.
+
+        Raises:
+            MissingArtefact: naming the path and what to do.
+        """
+        path = original if name == ORIGINAL else self.path / name
+        if not (path / "config.json").exists():
+            raise MissingArtefact(
+                f"{path}: the journal names this checkpoint, but it is not there; put it back, or start a new run"
+            )
+        return path
+
+    def commit(self, stage: Stage) -> str:
+        """Check a stage's temporary folder, sync it and give it its final name; returns the name for the journal."""
+        temporary, final = self.temporary(stage), self.artefact(stage)
+        for name in ARTEFACTS[stage.name][1]:
+            if not (temporary / name).exists():
+                raise MissingArtefact(f"{temporary / name}: stage {stage.label} ended without writing it")
+        if stage.name in ("slice", "recover") and not list(temporary.glob("*.safetensors")):
+            raise MissingArtefact(f"{temporary}: stage {stage.label} ended without writing weights (*.safetensors)")
+        sync_tree(temporary)
+        if final.exists():  # renamed by a driver that died before its journal line
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(final.parent)
+        return str(final.relative_to(self.path))
+
+    def link_best(self, checkpoint: str) -> None:
+        """Point ``best`` at the last accepted checkpoint, atomically."""
+        temporary = self.path / ".best.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        temporary.symlink_to(checkpoint)
+        temporary.replace(self.path / "best")
+
+    def write_manifest(self, cycle: int, entries: list[Entry], facts: dict) -> None:
+        """``manifest.json`` of one cycle: its journal entries and what they were made with."""
+        stages = [e.model_dump(mode="json") for e in entries if e.cycle == cycle]
+        text = json.dumps({"cycle": cycle, **facts, "stages": stages}, indent=1) + "\n"
+        temporary = self.cycle(cycle) / ".manifest.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.cycle(cycle) / "manifest.json")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel frees the lock when the process dies.
+
+        Raises:
+            ConfigError: another driver is at work on the same folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another ptl process is working on this run") from None
+            yield
+        finally:
+            os.close(handle)

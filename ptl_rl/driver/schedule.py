@@ -1,0 +1,81 @@
+"""From a schedule to the list of cuts that the cycles make, as pure arithmetic, checked before anything is cut."""
+
+from dataclasses import dataclass
+
+from ptl_rl.config import ConfigError, ScheduleConfig
+from ptl_rl.families.base import ModelShape
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one cycle removes: channels from every block, and whole blocks. ``planned`` is its place in the plan."""
+
+    channels: int
+    layers: int
+    planned: int
+
+
+def _channel_steps(schedule: ScheduleConfig) -> list[int]:
+    if isinstance(schedule.channels_per_cycle, list):
+        return list(schedule.channels_per_cycle)
+    total, step = schedule.channels_sum, schedule.channels_per_cycle
+    return [min(step, total - done) for done in range(0, total, step)] if step else []
+
+
+def _layer_steps(schedule: ScheduleConfig) -> list[int]:
+    total, step = schedule.layers_total, schedule.layers_per_cycle
+    return [min(step, total - done) for done in range(0, total, step)]
+
+
+def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
+    """The cuts in the order that ``schedule.order`` asks for."""
+    channels = [(step, 0) for step in _channel_steps(schedule)]
+    layers = [(0, step) for step in _layer_steps(schedule)]
+    if schedule.order == "channels_then_layers":
+        pairs = channels + layers
+    elif schedule.order == "layers_then_channels":
+        pairs = layers + channels
+    else:
+        pairs = [pair for both in zip(channels, layers, strict=False) for pair in both]
+        shared = min(len(channels), len(layers))
+        pairs += channels[shared:] + layers[shared:]
+    return [Cut(channels=c, layers=n, planned=i) for i, (c, n) in enumerate(pairs)]
+
+
+def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) -> None:
+    """Refuse a schedule that removes more than there is, or leaves widths that engines do not take.
+
+    Args:
+        alignment: what every kept width must be a multiple of, tensor parallelism included.
+
+    Raises:
+        ConfigError: quoting both numbers.
+    """
+    if schedule.channels_sum >= shape.intermediate_size:
+        raise ConfigError(
+            f"schedule: removes {schedule.channels_sum} channels per layer, but intermediate_size is "
+            f"{shape.intermediate_size}; at least {alignment} must stay"
+        )
+    if schedule.layers_total >= shape.num_hidden_layers:
+        raise ConfigError(
+            f"schedule: layers_total is {schedule.layers_total}, but num_hidden_layers is {shape.num_hidden_layers}; "
+            "at least 1 must stay"
+        )
+    width = shape.intermediate_size
+    for cut in planned_cuts(schedule):
+        width -= cut.channels
+        if cut.channels and width % alignment:
+            lower = width - width % alignment
+            raise ConfigError(
+                f"schedule: cycle {cut.planned + 1} leaves {width} channels per layer, which is not a multiple of "
+                f"{alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
+            )
+
+
+def halved(cut: Cut, alignment: int) -> list[Cut] | None:
+    """Two cuts in place of one, each a multiple of ``alignment``; None if the cut cannot be divided."""
+    first = cut.channels // 2 // alignment * alignment
+    layers = cut.layers // 2
+    if (cut.channels and not first) or (cut.layers and not layers):
+        return None
+    return [Cut(first, layers, cut.planned), Cut(cut.channels - first, cut.layers - layers, cut.planned)]

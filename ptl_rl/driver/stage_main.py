@@ -1,0 +1,59 @@
+"""Entry point of a stage's own process: ``python -m ptl_rl.driver.stage_main SPEC.json``."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ptl_rl.config import read_saved_config
+from ptl_rl.stage import StageContext, StageSpec
+
+
+def die_with_parent() -> None:
+    """Linux: have the kernel end this process when the driver dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def _function(name: str) -> Callable[[StageContext], dict]:
+    if name == "score":
+        from ptl_rl.pruning.stages import score as function
+    elif name == "slice":
+        from ptl_rl.pruning.stages import slice as function
+    elif name == "recover":
+        from ptl_rl.recovery.grpo import recover as function
+    else:
+        from ptl_rl.evaluation.runner import evaluate as function
+    return function
+
+
+def main() -> None:
+    spec_path = Path(sys.argv[1])
+    spec = StageSpec.model_validate_json(spec_path.read_text())
+    if spec.device == "cpu":
+        from ptl_rl.platform.checks import assert_cpu_platform_active
+
+        assert_cpu_platform_active()
+    context = StageContext(read_saved_config(spec_path.parent.parent / "config.json"), spec)
+    started = time.time()
+    metrics = _function(spec.name)(context)
+    metrics["stage_seconds"] = time.time() - started
+    temporary = spec.result.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics))
+    temporary.rename(spec.result)
+    import ray
+
+    ray.shutdown()
+    # Library threads (vLLM, TransferQueue) must not keep a finished stage alive.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    main()

@@ -1,0 +1,105 @@
+"""The run's state, folded from its journal, and the one function that says what comes next.
+
+Pure: the same journal and configuration always give the same next stage, which is all that resuming needs.
+"""
+
+from dataclasses import dataclass, field
+
+from ptl_rl.config import RunConfig
+from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.schedule import Cut, halved, planned_cuts
+
+CYCLE_STAGES = ("score", "slice", "recover", "evaluate", "gate")
+ORIGINAL = "original"
+"""Stands for the unpruned model wherever a checkpoint of the run is meant."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work. Cycle 0 only evaluates the original model; ``round`` counts recoveries of one cycle."""
+
+    cycle: int
+    name: str
+    round: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.cycle:03d}-{self.name}" + (f"-{self.round}" if self.round else "")
+
+
+@dataclass
+class State:
+    """What the journal amounts to."""
+
+    cuts: list[Cut]
+    """Cuts still to be made, the current cycle's first."""
+    alignment: int
+    cycle: int = 0
+    """The cycle in progress, or the last one."""
+    round: int = 0
+    done: set[tuple[str, int]] = field(default_factory=set)
+    """(stage, round) pairs of the cycle in progress."""
+    source: str = ORIGINAL
+    """Checkpoint that the cycle in progress starts from, relative to the run folder."""
+    recovered: str | None = None
+    baseline: float | None = None
+    accuracy: float | None = None
+    retries: int = 0
+    removed_channels: int = 0
+    removed_layers: int = 0
+    accepted: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+
+def _apply_gate(state: State, decision: str) -> None:
+    if decision == "extend":
+        state.round += 1
+        return
+    cut = state.cuts.pop(0)
+    if decision in ("accept", "accept_below"):
+        state.source = state.recovered or state.source
+        state.removed_channels += cut.channels
+        state.removed_layers += cut.layers
+        state.accepted.append(state.cycle)
+    elif decision == "retry":
+        state.retries += 1
+        state.cuts = (halved(cut, state.alignment) or []) + state.cuts
+    else:
+        state.stopped = True
+    state.cycle += 1
+    state.round, state.done, state.recovered = 0, set(), None
+
+
+def fold(config: RunConfig, entries: list[Entry]) -> State:
+    """The state after ``entries``."""
+    alignment = config.schedule.alignment * config.resources.tensor_parallel_size
+    state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
+    for entry in entries:
+        state.done.add((entry.stage, entry.round))
+        if entry.stage == "recover":
+            state.recovered = entry.artefact
+        elif entry.stage == "evaluate":
+            state.accuracy = float(entry.metrics["accuracy"])
+            if entry.cycle == 0:
+                state.baseline, state.cycle, state.done = state.accuracy, 1, set()
+        elif entry.stage == "gate":
+            _apply_gate(state, entry.metrics["decision"])
+    return state
+
+
+def next_stage(state: State) -> Stage | None:
+    """What to do next; None when the run is complete."""
+    if state.baseline is None:
+        return Stage(0, "evaluate")
+    if state.stopped or not state.cuts:
+        return None
+    for name in CYCLE_STAGES:
+        round_ = state.round if name in ("recover", "evaluate", "gate") else 0
+        if (name, round_) not in state.done:
+            return Stage(state.cycle, name, round_)
+    raise AssertionError(f"cycle {state.cycle} has no open stage")  # the gate entry always closes a round
+
+
+def data_subsets(config: RunConfig) -> int:
+    """Into how many disjoint subsets the training data is split: one for every cycle that the run may need."""
+    return len(planned_cuts(config.schedule)) + config.gate.max_retries

@@ -1,0 +1,63 @@
+"""Watch one stage: pass its progress on, and end it when it falls silent.
+
+A failed call inside a vLLM worker can leave verl waiting for ever, so silence is the only sign there is.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.config import WatchdogConfig
+
+
+class StageStalled(RuntimeError):
+    """No progress within the limit."""
+
+
+class ProgressReader:
+    """Reads new whole lines of a stage's progress file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._position = path, 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        with self.path.open() as file:
+            file.seek(self._position)
+            while (line := file.readline()).endswith("\n"):
+                self._position = file.tell()
+                lines.append(json.loads(line))
+        return lines
+
+
+def watch(
+    process: subprocess.Popen,
+    progress: Path,
+    limits: WatchdogConfig,
+    on_progress: Callable[[int, int, dict[str, Any]], None],
+    poll_seconds: float = 0.2,
+) -> int:
+    """Wait for ``process``; returns its exit status.
+
+    Raises:
+        StageStalled: it made no first progress within ``startup_seconds``, or no further within ``stall_seconds``.
+    """
+    reader, last, started = ProgressReader(progress), time.monotonic(), False
+    while True:
+        status = process.poll()
+        for line in reader.new_lines():
+            on_progress(line["done"], line["total"], line["metrics"])
+            last, started = time.monotonic(), True
+        if status is not None:
+            return status
+        limit = limits.stall_seconds if started else limits.startup_seconds
+        if time.monotonic() - last > limit:
+            setting = "watchdog.stall_seconds" if started else "watchdog.startup_seconds"
+            raise StageStalled(f"no progress for {limit} s ({setting})")
+        on_progress(-1, -1, {})
+        time.sleep(poll_seconds)

@@ -1,0 +1,159 @@
+"""The stage ``evaluate``: greedy answers to the test problems through vLLM, judged by the accuracy reward."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ptl_rl.config import RunConfig
+from ptl_rl.data.corpora import load_corpus
+from ptl_rl.families import read_shape
+from ptl_rl.stage import StageContext
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a vLLM engine is started with."""
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    seed: int
+    cpu: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer. ``truncated``: it ran into the token limit."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Engine:
+    """A vLLM engine in one Ray actor; with tensor parallelism it holds as many GPUs."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            tensor_parallel_size=options.tensor_parallel_size,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=options.cpu,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+        )
+        self.generate([[1, 2, 3]], 4)  # the first batch pays for lazy set-up
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> tuple[list[Answer], float]:
+        """Greedy answers to token-id prompts, and the seconds that generation took."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0, max_tokens=max_tokens)
+        started = time.perf_counter()
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        firsts = [output.outputs[0] for output in outputs]
+        return [Answer(o.text, len(o.token_ids), o.finish_reason == "length") for o in firsts], seconds
+
+
+def _options(config: RunConfig, context: StageContext, max_tokens: int) -> EngineOptions:
+    return EngineOptions(
+        model=str(context.spec.source),
+        dtype=config.model.dtype,
+        max_model_len=config.data.max_prompt_tokens + max_tokens,
+        max_num_seqs=config.evaluation.batch_size,
+        tensor_parallel_size=config.resources.tensor_parallel_size,
+        gpu_memory_utilization=0.9 if context.spec.device == "cuda" else 0.6,
+        seed=config.seed,
+        cpu=context.spec.device == "cpu",
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _prompt_ids(config: RunConfig, source: Path, questions: list[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    prompts = []
+    for question in questions:
+        message = [{"role": "user", "content": question + config.data.prompt_suffix}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        prompts.append(ids[-config.data.max_prompt_tokens :])
+    return prompts
+
+
+def _generate(context: StageContext, prompts: list[list[int]], max_tokens: int) -> tuple[list[Answer], float]:
+    """Spread the prompts over all engines; returns the answers in order and the slowest engine's seconds."""
+    import ray
+
+    config = context.config
+    tensor_parallel = config.resources.tensor_parallel_size
+    replicas = max(1, min(config.resources.workers // tensor_parallel, len(prompts)))
+    # In the actor's own process: nothing is left behind when Ray ends the actor.
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    actor = ray.remote(num_cpus=1, num_gpus=tensor_parallel, runtime_env={"env_vars": env})(Engine)
+    engines = [actor.remote(_options(config, context, max_tokens)) for _ in range(replicas)]
+    chunk = max(1, min(4 * config.evaluation.batch_size, -(-len(prompts) // replicas)))
+    starts = list(range(0, len(prompts), chunk))
+    pending = {
+        engines[i % replicas].generate.remote(prompts[start : start + chunk], max_tokens): i
+        for i, start in enumerate(starts)
+    }
+    answers: dict[int, list[Answer]] = {}
+    seconds = [0.0] * replicas
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1)
+        index = pending.pop(ready[0])
+        answers[index], taken = ray.get(ready[0])
+        seconds[index % replicas] += taken
+        context.report(len(answers), len(starts))
+    return [answer for index in range(len(starts)) for answer in answers[index]], max(seconds)
+
+
+def evaluate(context: StageContext) -> dict:
+    """Write ``eval.json`` and ``samples.parquet``; returns accuracy, cost and speed.
+
+    ``tokens_per_second`` counts generated tokens of all engines over the time of generation alone.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    from reward.accuracy import accuracy_reward
+
+    config, spec = context.config, context.spec
+    context.connect_ray()
+    records = load_corpus(config.data.test, config.seed, config.data.max_bad_fraction).records
+    max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
+    prompts = _prompt_ids(config, spec.source, [record.question for record in records])
+    answers, seconds = _generate(context, prompts, max_tokens)
+    correct = [accuracy_reward(a.text, r.answer) for a, r in zip(answers, records, strict=True)]
+    rows = [
+        {"id": r.id, "question": r.question, "expected": r.answer, "correct": c, **asdict(a)}
+        for r, a, c in zip(records, answers, correct, strict=True)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), spec.out / "samples.parquet")
+    shape = read_shape(spec.source)
+    tokens = sum(a.tokens for a in answers)
+    metrics = {
+        "accuracy": sum(correct) / len(correct),
+        "problems": len(records),
+        "truncated": sum(a.truncated for a in answers),
+        "tokens_per_answer": tokens / len(answers),
+        "tokens_per_second": tokens / seconds,
+        "parameters": shape.parameters,
+        "flops_per_token": shape.flops_per_token(),
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+    }
+    (spec.out / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics

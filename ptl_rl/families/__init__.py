@@ -1,0 +1,30 @@
+"""Supported model families; see :mod:`ptl_rl.families.base` for what one consists of."""
+
+from pathlib import Path
+
+from ptl_rl.families.base import (
+    Family,
+    ModelShape,
+    UnsupportedModelError,
+    read_config_json,
+    shape_from_config,
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama"),
+        Family("qwen2", qkv_bias=True),
+        Family("qwen3", qk_norm=True),
+        Family("gemma2", norms_per_layer=4),
+        Family("gemma3_text", norms_per_layer=4, qk_norm=True),
+    )
+}
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of a local checkpoint; raises :class:`UnsupportedModelError`."""
+    return shape_from_config(read_config_json(folder), FAMILIES, str(folder))
+
+
+__all__ = ["FAMILIES", "Family", "ModelShape", "UnsupportedModelError", "read_config_json", "read_shape"]

@@ -1,0 +1,148 @@
+"""What the pruning engine must know of a model family, and the arithmetic of a model's size, without torch.
+
+A family is data: names of modules and a few facts about biases and norms. ``ptl plan`` needs only the ``config.json``.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+class UnsupportedModelError(ValueError):
+    """A model this project cannot prune; the message says why and lists what it can."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names and facts of one Hugging Face architecture with a gated feed-forward network.
+
+    ``layers`` and the projections are module paths; ``per_layer_fields`` are config lists with one entry per block,
+    which must follow the blocks that are kept.
+    """
+
+    model_type: str
+    norms_per_layer: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    """Biases on q, k and v whatever the config says (Qwen2); otherwise ``attention_bias`` decides, for o too."""
+    layers: str = "model.layers"
+    mlp: str = "mlp"
+    gate_proj: str = "gate_proj"
+    up_proj: str = "up_proj"
+    down_proj: str = "down_proj"
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"{self.layers}.{layer}."
+
+    def projection(self, layer: int, name: str) -> str:
+        """Full name of a projection module of one block, e.g. ``model.layers.3.mlp.up_proj``."""
+        return f"{self.layer_prefix(layer)}{self.mlp}.{getattr(self, name)}"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one model; enough to count its parameters and FLOPs exactly."""
+
+    family: Family
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+    def sliced(self, channels: int = 0, layers: int = 0) -> "ModelShape":
+        """The shape after each block lost ``channels`` channels and ``layers`` blocks went."""
+        return replace(
+            self,
+            intermediate_size=self.intermediate_size - channels,
+            num_hidden_layers=self.num_hidden_layers - layers,
+        )
+
+    @property
+    def attention_matrix_parameters(self) -> int:
+        """Weights of q, k, v and o of one block."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return self.hidden_size * (2 * query + 2 * key)
+
+    @property
+    def mlp_matrix_parameters(self) -> int:
+        """Weights of gate, up and down projections of one block."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied embeddings counted once."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = self.attention_matrix_parameters + self.mlp_matrix_parameters
+        layer += self.family.norms_per_layer * self.hidden_size
+        if self.family.qk_norm:
+            layer += 2 * self.head_dim
+        if self.family.qkv_bias:
+            layer += query + 2 * key
+        elif self.attention_bias:
+            layer += query + 2 * key + self.hidden_size
+        if self.mlp_bias:
+            layer += 2 * self.intermediate_size + self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+    def flops_per_token(self, context_tokens: int = 0, output_head: bool = True) -> int:
+        """FLOPs of one token's forward pass: two per weight of every matrix product.
+
+        Args:
+            context_tokens: tokens attended to; their dot products cost ``4 * heads * head_dim`` each per block.
+            output_head: count the product with the output embedding.
+        """
+        layer = 2 * (self.attention_matrix_parameters + self.mlp_matrix_parameters)
+        layer += 4 * self.num_attention_heads * self.head_dim * context_tokens
+        head = 2 * self.vocab_size * self.hidden_size if output_head else 0
+        return self.num_hidden_layers * layer + head
+
+
+def shape_from_config(values: dict[str, Any], families: dict[str, Family], where: str) -> ModelShape:
+    """The shape that a ``config.json`` describes.
+
+    Raises:
+        UnsupportedModelError: the family is not among ``families``, or a size is missing.
+    """
+    model_type = values.get("model_type")
+    family = families.get(str(model_type))
+    if family is None:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is not supported; supported are {', '.join(sorted(families))}"
+        )
+    try:
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        return ModelShape(
+            family=family,
+            hidden_size=hidden,
+            intermediate_size=int(values["intermediate_size"]),
+            num_hidden_layers=int(values["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
+            vocab_size=int(values["vocab_size"]),
+            tied=bool(values.get("tie_word_embeddings", False)),
+            attention_bias=bool(values.get("attention_bias", False)),
+            mlp_bias=bool(values.get("mlp_bias", False)),
+        )
+    except KeyError as error:
+        raise UnsupportedModelError(f"{where}: the model's configuration lacks {error}") from None
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a local checkpoint; raises :class:`UnsupportedModelError` naming the path."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UnsupportedModelError(f"{path} does not exist: {folder} is not a Hugging Face checkpoint") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise UnsupportedModelError(f"{path}: cannot be read: {error}") from None

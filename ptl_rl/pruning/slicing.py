@@ -1,0 +1,156 @@
+"""Apply a plan to a checkpoint on disk, file by file: no model is built and no rank holds more than one output file.
+
+The result is an ordinary Hugging Face folder with a smaller ``intermediate_size`` and ``num_hidden_layers``.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from ptl_rl.families import Family, read_shape
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import checkpoint_files
+
+MAX_FILE_BYTES = 5 << 30
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+    "*.model",
+)
+"""Files beside the weights that belong to the model and are copied as they are."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the output: where it comes from and how it is cut."""
+
+    name: str
+    source_name: str
+    dim: int | None = None
+    """Dimension along which channels are selected; None: the tensor is copied."""
+    layer: int = -1
+
+
+def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | None:
+    match = re.fullmatch(re.escape(family.layers) + r"\.(\d+)\.(.+)", name)
+    if match is None:
+        return _Piece(name, name)
+    layer, rest = int(match.group(1)), match.group(2)
+    if layer not in new_index:
+        return None
+    module, _, kind = rest.rpartition(".")
+    dim = None
+    if module in (f"{family.mlp}.{family.gate_proj}", f"{family.mlp}.{family.up_proj}"):
+        dim = 0
+    elif module == f"{family.mlp}.{family.down_proj}" and kind == "weight":
+        dim = 1
+    return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer)
+
+
+def _files(pieces: list[tuple[_Piece, int]], ranks: int) -> list[list[_Piece]]:
+    """Group tensors, in order, into files of about equal size: at least one per rank, none above the limit."""
+    total = sum(size for _, size in pieces)
+    limit = max(1, min(MAX_FILE_BYTES, -(-total // ranks)))
+    groups: list[list[_Piece]] = [[]]
+    filled = 0
+    for piece, size in pieces:
+        if groups[-1] and filled + size > limit and (len(groups) < ranks or filled + size > MAX_FILE_BYTES):
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += size
+    return groups
+
+
+def _file_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _sizes(source_files: dict[str, Path], stack: ExitStack) -> tuple[dict[str, int], dict[Path, safe_open]]:
+    handles = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(source_files.values()))}
+    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+    sizes = {}
+    for name, path in source_files.items():
+        view = handles[path].get_slice(name)
+        sizes[name] = torch.Size(view.get_shape()).numel() * widths.get(view.get_dtype(), 1)
+    return sizes, handles
+
+
+def slice_weights(
+    source: Path,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
+    """Write this rank's files of the sliced checkpoint; returns tensor name to file name for all ranks' files.
+
+    Args:
+        progress: called with tensors written and tensors to write by this rank.
+    """
+    family = read_shape(source).family
+    new_index = {old: new for new, old in enumerate(plan.keep_layers)}
+    with ExitStack() as stack:
+        source_files = checkpoint_files(source)
+        sizes, handles = _sizes(source_files, stack)
+        ratio = plan.intermediate_size / plan.source_intermediate_size
+        pieces = []
+        for name in sorted(source_files):
+            piece = _piece(name, family, new_index)
+            if piece is not None:
+                pieces.append((piece, int(sizes[name] * (1 if piece.dim is None else ratio))))
+        groups = _files(pieces, ranks)
+        own = groups[rank::ranks]
+        done, total = 0, sum(map(len, own))
+        for index in range(rank, len(groups), ranks):
+            tensors = {}
+            for piece in groups[index]:
+                tensor = handles[source_files[piece.source_name]].get_tensor(piece.source_name)
+                if piece.dim is not None:
+                    tensor = tensor.index_select(piece.dim, torch.tensor(plan.keep_channels[piece.layer]))
+                tensors[piece.name] = tensor.contiguous()
+                done += 1
+                progress(done, total)
+            save_file(tensors, out / _file_name(index, len(groups)), metadata={"format": "pt"})
+    return {piece.name: _file_name(index, len(groups)) for index, group in enumerate(groups) for piece in group}
+
+
+def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dict[str, str]) -> None:
+    """Write ``config.json``, the weight index where there are several files, and copy the tokenizer (rank 0's part)."""
+    family = read_shape(source).family
+    config = AutoConfig.from_pretrained(source)
+    for field in family.per_layer_fields:
+        values = getattr(config, field, None)
+        if isinstance(values, list):
+            setattr(config, field, [values[layer] for layer in plan.keep_layers])
+    config.intermediate_size = plan.intermediate_size
+    config.num_hidden_layers = plan.num_hidden_layers
+    config.save_pretrained(out)
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            shutil.copy2(path, out / path.name)
+    if set(weight_map.values()) != {"model.safetensors"}:
+        size = sum((out / name).stat().st_size for name in set(weight_map.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def slice_checkpoint(source: Path, plan: PruningPlan, out: Path) -> None:
+    """Slice a whole checkpoint in one process."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_companions(source, plan, out, slice_weights(source, plan, out))

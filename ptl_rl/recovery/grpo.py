@@ -1,0 +1,138 @@
+"""The stage ``recover`` with GRPO: verl's own trainer on this cycle's data, ending in an ordinary checkpoint."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.data.corpora import Record, load_corpus
+from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.recovery.verl_config import compose, render
+from ptl_rl.stage import StageContext
+
+METRICS = {
+    "reward": "critic/score/mean",
+    "response_tokens": "response_length/mean",
+    "truncated": "response_length/clip_ratio",
+    "entropy": "actor/entropy",
+    "kl": "actor/kl_loss",
+    "grad_norm": "actor/grad_norm",
+    "step_seconds": "timing_s/step",
+    "tokens_per_second": "perf/throughput",
+}
+"""Our names of what verl logs at every step."""
+
+
+def write_prompts(records: list[Record], suffix: str, path: Path) -> None:
+    """A parquet file in verl's prompt schema."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "data_source": record.source,
+            "prompt": [{"role": "user", "content": record.question + suffix}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": record.answer},
+            "extra_info": {"index": index, "id": record.id},
+        }
+        for index, record in enumerate(records)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _select(data: dict[str, Any]) -> dict[str, float]:
+    chosen = {name: float(data[key]) for name, key in METRICS.items() if key in data}
+    for key, value in data.items():
+        if key.startswith("val-") and "/acc" in key and "mean@" in key:
+            chosen["validation_accuracy"] = float(value)
+    return chosen
+
+
+class MetricsFollower(threading.Thread):
+    """Turns lines of verl's metrics file into the stage's progress while the trainer blocks this process."""
+
+    def __init__(self, context: StageContext, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.context, self.path = context, path
+        self.steps: dict[int, dict[str, float]] = {}
+        self._stop_asked = threading.Event()
+        self._read = 0
+
+    def _poll(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            file.seek(self._read)
+            while (line := file.readline()).endswith("\n"):
+                self._read = file.tell()
+                row = json.loads(line)
+                metrics = _select(row["data"])
+                self.steps.setdefault(int(row["step"]), {}).update(metrics)
+                self.context.report(int(row["step"]), self.context.spec.steps, **metrics)
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(0.5):
+            self._poll()
+
+    def finish(self) -> None:
+        self._stop_asked.set()
+        self.join()
+        self._poll()
+
+
+def _prepare(context: StageContext) -> tuple[list[Record], Path]:
+    config, spec = context.config, context.spec
+    corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
+    records = partition(corpus.records, spec.subsets)[spec.subset]
+    validation = load_corpus(config.data.validation, config.seed, config.data.max_bad_fraction).records
+    if not config.recovery.save_every_steps:
+        shutil.rmtree(spec.work, ignore_errors=True)
+    spec.work.mkdir(parents=True, exist_ok=True)
+    write_prompts(records, config.data.prompt_suffix, spec.work / "train.parquet")
+    write_prompts(validation, config.data.prompt_suffix, spec.work / "validation.parquet")
+    return records, spec.work / "metrics.jsonl"
+
+
+def _final_checkpoint(context: StageContext) -> Path:
+    folder = context.spec.work / "checkpoints" / f"global_step_{context.spec.steps}" / "actor" / "huggingface"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: verl ended without writing the recovered checkpoint")
+    return folder
+
+
+def recover(context: StageContext) -> dict:
+    """Train ``spec.steps`` GRPO steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
+
+    The metrics hold one list entry per step (``curve``) and verl's validation accuracy before the first step.
+    """
+    spec = context.spec
+    records, metrics_path = _prepare(context)
+    os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
+    context.connect_ray()
+    verl_config = compose(render(context.config, spec))
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    follower = MetricsFollower(context, metrics_path)
+    follower.start()
+    try:
+        run_ppo(verl_config, task_runner_class=TaskRunnerV1)
+    finally:
+        follower.finish()
+    shutil.copytree(_final_checkpoint(context), spec.out, dirs_exist_ok=True)
+    shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
+    curve = [{"step": step, **values} for step, values in sorted(follower.steps.items())]
+    before = next(
+        (row["validation_accuracy"] for row in curve if row["step"] == 0 and "validation_accuracy" in row),
+        None,
+    )
+    last = curve[-1] if curve else {}
+    return {
+        "steps": spec.steps,
+        "subset_hash": subset_hash(records),
+        "validation_accuracy_before": before,
+        "reward_last": last.get("reward"),
+        "curve": curve,
+    }

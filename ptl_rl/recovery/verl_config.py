@@ -1,0 +1,166 @@
+"""Render a run's configuration into verl's. The only module that knows verl's keys."""
+
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.stage import StageSpec
+
+SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
+
+
+def _data(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    data, recovery = config.data, config.recovery
+    return {
+        "data.train_files": str(spec.work / "train.parquet"),
+        "data.val_files": str(spec.work / "validation.parquet"),
+        "data.train_batch_size": recovery.prompts_per_step,
+        "data.max_prompt_length": data.max_prompt_tokens,
+        "data.max_response_length": data.max_response_tokens,
+        "data.filter_overlong_prompts": True,
+        "data.shuffle": True,
+        "data.seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
+        "data.trust_remote_code": config.model.trust_remote_code,
+    }
+
+
+def _actor(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    recovery, seed = config.recovery, config.seed * 1009 + spec.cycle * 31 + spec.round
+    save = SAVE_ALL if recovery.save_every_steps else ["hf_model"]
+    actor = {
+        "strategy": "fsdp2",
+        "optim.lr": recovery.learning_rate,
+        "optim.lr_warmup_steps": recovery.warmup_steps,
+        "optim.weight_decay": recovery.weight_decay,
+        "ppo_mini_batch_size": recovery.mini_batch_prompts or recovery.prompts_per_step,
+        "ppo_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
+        "clip_ratio": recovery.clip_low,
+        "clip_ratio_low": recovery.clip_low,
+        "clip_ratio_high": recovery.clip_high,
+        "use_kl_loss": recovery.kl_loss > 0,
+        "kl_loss_coef": recovery.kl_loss,
+        "kl_loss_type": "low_var_kl",
+        "data_loader_seed": seed,
+        "checkpoint.save_contents": save,
+        "checkpoint.load_contents": SAVE_ALL[1:] if recovery.save_every_steps else [],
+        "fsdp_config.seed": seed,
+        "fsdp_config.param_offload": recovery.offload,
+        "fsdp_config.optimizer_offload": recovery.offload,
+        "fsdp_config.dtype": config.model.dtype,
+    }
+    return {f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()} | {
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
+        "actor_rollout_ref.ref.fsdp_config.param_offload": recovery.offload,
+        "actor_rollout_ref.ref.fsdp_config.dtype": config.model.dtype,
+        "actor_rollout_ref.model.path": str(spec.source),
+        "actor_rollout_ref.model.trust_remote_code": config.model.trust_remote_code,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
+        "actor_rollout_ref.model.override_config.attn_implementation": config.model.attention,
+        "actor_rollout_ref.model.use_remove_padding": config.model.attention == "flash_attention_2",
+    }
+
+
+def _rollout(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    rollout = {
+        "name": "vllm",
+        "n": config.recovery.rollouts_per_prompt,
+        "temperature": config.recovery.temperature,
+        "dtype": config.model.dtype,
+        "tensor_model_parallel_size": config.resources.tensor_parallel_size,
+        "gpu_memory_utilization": config.resources.gpu_memory_utilization,
+        "max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens,
+        "log_prob_micro_batch_size_per_gpu": config.recovery.micro_batch_sequences,
+        "calculate_log_probs": True,
+        "seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
+        "val_kwargs.do_sample": False,
+        "val_kwargs.temperature": 0,
+    }
+    return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
+
+
+def _reward(config: RunConfig) -> dict[str, Any]:
+    import reward.user
+
+    user = config.reward.path
+    settings: dict[str, Any] = {
+        "user_path": str(Path(user).resolve()) if user else None,
+        "user_name": config.reward.name,
+    }
+    if user is None:
+        settings |= {
+            "accuracy_weight": config.reward.accuracy_weight,
+            "format_weight": config.reward.format_weight,
+            "format_style": config.reward.format_style,
+        }
+    rendered = {f"reward.custom_reward_function.reward_kwargs.{key}": value for key, value in settings.items()}
+    return rendered | {
+        "reward.custom_reward_function.path": reward.user.__file__,
+        "reward.custom_reward_function.name": "compute_score",
+    }
+
+
+def _trainer(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    recovery, resources = config.recovery, config.resources
+    return {
+        "trainer.device": spec.device,
+        "trainer.nnodes": resources.nodes,
+        "trainer.n_gpus_per_node": resources.workers_per_node,
+        "trainer.logger": ["console", "file"],
+        "trainer.project_name": "ptl-rl",
+        "trainer.experiment_name": config.name,
+        "trainer.total_training_steps": spec.steps,
+        "trainer.total_epochs": spec.steps,
+        "trainer.val_before_train": recovery.validate_before,
+        "trainer.test_freq": -1,
+        "trainer.save_freq": recovery.save_every_steps or spec.steps,
+        "trainer.default_local_dir": str(spec.work / "checkpoints"),
+        "trainer.resume_mode": "auto" if recovery.save_every_steps else "disable",
+        "trainer.max_actor_ckpt_to_keep": 2,
+        "algorithm.adv_estimator": "grpo",
+    }
+
+
+def render(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else."""
+    settings = {
+        **_data(config, spec),
+        **_actor(config, spec),
+        **_rollout(config, spec),
+        **_reward(config),
+        **_trainer(config, spec),
+    }
+    if spec.device == "cpu":
+        from ptl_rl.platform.checks import verl_cpu_overrides
+
+        settings |= {
+            **verl_cpu_overrides(config.resources.workers),
+            "trainer.nnodes": config.resources.nodes,
+            "trainer.n_gpus_per_node": config.resources.workers_per_node,
+        }
+    return {**settings, **config.verl}
+
+
+def compose(settings: dict[str, Any]):
+    """verl's full configuration with ``settings`` applied, accepted by verl's own validation.
+
+    Raises:
+        ConfigError: verl refuses it; quotes verl's message.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from omegaconf import OmegaConf, open_dict
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra_compose("ppo_trainer")
+    with open_dict(config):
+        for key, value in settings.items():
+            OmegaConf.update(config, key, value, merge=True, force_add=True)
+    try:
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"verl refuses the configuration: {error}") from None
+    return config

@@ -1,0 +1,140 @@
+"""The run's one live display: what is going on now, how far it is, and what came out so far.
+
+On a terminal it redraws itself; elsewhere (a log file, ``ray job logs``) it prints a line per event.
+"""
+
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.state import CYCLE_STAGES, Stage, State
+from ptl_rl.reporting.summary import table
+
+VERBS = {
+    "score": "scoring",
+    "slice": "slicing",
+    "recover": "recovering (GRPO)",
+    "evaluate": "evaluating",
+    "gate": "gate",
+}
+SHOWN = ("reward", "validation_accuracy", "response_tokens", "kl", "step_seconds")
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Display:
+    """Fed by the driver; knows nothing of processes."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.entries: list[Entry] = []
+        self.state: State | None = None
+        self.stage: Stage | None = None
+        self.stage_start = time.monotonic()
+        self.live: Live | None = None
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[steps]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+        )
+        self.task = self.bar.add_task("starting", total=None, steps="", metrics="")
+
+    def start(self, entries: list[Entry], state: State) -> None:
+        self.entries, self.state = list(entries), state
+        self.bar.update(self.task, description="starting Ray")
+        if self.console.is_terminal:
+            self.live = Live(self._render(), console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        elif entries:
+            self.console.print(f"{self.title}: continuing after {len(entries)} finished stages")
+
+    def stop(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def stage_started(self, stage: Stage, state: State) -> None:
+        self.stage, self.state, self.stage_start = stage, state, time.monotonic()
+        self.bar.reset(self.task, total=None, steps="", metrics="", description=self._where(stage))
+        self._refresh()
+
+    def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
+        """``done < 0`` only redraws."""
+        if done < 0:
+            self._refresh()
+            return
+        shown = ", ".join(f"{k.replace('_', ' ')} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
+        self.bar.update(self.task, completed=done, total=total, steps=f"{done}/{total}", metrics=shown)
+        if not self.live and self.stage and self.stage.name == "recover":
+            eta = self.eta_seconds()
+            left = f", about {_time(eta)} left" if eta else ""
+            self.console.print(f"{self._where(self.stage)}: step {done}/{total}, {shown}{left}", highlight=False)
+        self._refresh()
+
+    def stage_finished(self, entry: Entry, state: State) -> None:
+        self.entries.append(entry)
+        self.state = state
+        if not self.live:
+            self.console.print(f"{self.title}: {self._outcome(entry)}", highlight=False)
+        self._refresh()
+
+    def _where(self, stage: Stage) -> str:
+        if stage.cycle == 0:
+            return "original model: evaluating"
+        total = stage.cycle - 1 + len(self.state.cuts) if self.state else stage.cycle
+        extra = f", round {stage.round + 1}" if stage.round else ""
+        return f"cycle {stage.cycle}/{total}: {VERBS[stage.name]}{extra}"
+
+    def _outcome(self, entry: Entry) -> str:
+        m, where = entry.metrics, f"cycle {entry.cycle} {entry.stage}"
+        if entry.stage == "evaluate":
+            return f"{where}: accuracy {m['accuracy']:.1%}, {m['parameters']:,} parameters ({_time(entry.seconds)})"
+        if entry.stage == "gate":
+            return f"{where}: {m['decision']} ({m['ratio']:.3f} of the original accuracy)"
+        if entry.stage == "slice":
+            return (
+                f"{where}: {m['num_hidden_layers']} layers x {m['intermediate_size']} channels ({_time(entry.seconds)})"
+            )
+        return f"{where}: done ({_time(entry.seconds)})"
+
+    def eta_seconds(self) -> float | None:
+        """Remaining time if every stage to come takes as long as the last of its kind; None until all are known."""
+        if self.state is None or self.stage is None:
+            return None
+        last = {e.stage: e.seconds for e in self.entries if e.cycle}
+        last.setdefault("gate", 0.0)
+        baseline = next((e.seconds for e in self.entries if e.cycle == 0), None)
+        if baseline is not None:
+            last.setdefault("evaluate", baseline)
+        if any(name not in last for name in CYCLE_STAGES):
+            return None
+        index = CYCLE_STAGES.index(self.stage.name)
+        left = last[self.stage.name] - (time.monotonic() - self.stage_start)
+        left = max(left, 1.0) + sum(last[name] for name in CYCLE_STAGES[index + 1 :])
+        return left + (len(self.state.cuts) - 1) * sum(last[name] for name in CYCLE_STAGES)
+
+    def _render(self) -> Group:
+        eta = self.eta_seconds()
+        head = f"[bold]{self.title}[/bold]  " + (f"about {_time(eta)} left" if eta else "")
+        parts: list[Any] = [head]
+        if any(e.stage == "evaluate" for e in self.entries):
+            parts.append(table(self.entries))
+        return Group(*parts, self.bar)
+
+    def _refresh(self) -> None:
+        if self.live:
+            self.live.update(self._render())

@@ -1,0 +1,144 @@
+"""What a run amounts to, read from its journal alone: one row per cycle, as terminal table, markdown and PNG."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ptl_rl.driver.journal import Entry
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cycle; cycle 0 is the original model. Shares are of the original model's numbers."""
+
+    cycle: int
+    layers: int
+    channels: int
+    parameters: int
+    flops_per_token: int
+    accuracy: float
+    sliced_accuracy: float | None
+    """On the validation split, after the cut and before recovery."""
+    tokens_per_answer: float
+    tokens_per_second: float
+    steps: int
+    seconds: float
+    decision: str
+
+
+def rows(entries: list[Entry]) -> list[Row]:
+    """A row per evaluated cycle; of several recovery rounds the last counts, their steps and seconds add up."""
+    result = []
+    for cycle in sorted({e.cycle for e in entries}):
+        own = [e for e in entries if e.cycle == cycle]
+        evaluations = [e for e in own if e.stage == "evaluate"]
+        if not evaluations:
+            continue
+        m: dict[str, Any] = evaluations[-1].metrics
+        recoveries = [e for e in own if e.stage == "recover"]
+        gates = [e for e in own if e.stage == "gate"]
+        result.append(
+            Row(
+                cycle=cycle,
+                layers=m["num_hidden_layers"],
+                channels=m["intermediate_size"],
+                parameters=m["parameters"],
+                flops_per_token=m["flops_per_token"],
+                accuracy=m["accuracy"],
+                sliced_accuracy=recoveries[0].metrics.get("validation_accuracy_before") if recoveries else None,
+                tokens_per_answer=m["tokens_per_answer"],
+                tokens_per_second=m["tokens_per_second"],
+                steps=sum(e.metrics["steps"] for e in recoveries),
+                seconds=sum(e.seconds for e in own),
+                decision=gates[-1].metrics["decision"] if gates else "",
+            )
+        )
+    return result
+
+
+HEADINGS = (
+    "cycle",
+    "layers",
+    "channels",
+    "parameters",
+    "FLOPs/token",
+    "accuracy",
+    "after cut",
+    "tokens/answer",
+    "tokens/s",
+    "GRPO steps",
+    "time",
+    "gate",
+)
+
+
+def cells(row: Row, first: Row) -> list[str]:
+    """A row as text, in the order of :data:`HEADINGS`."""
+    return [
+        str(row.cycle) if row.cycle else "original",
+        str(row.layers),
+        str(row.channels),
+        f"{row.parameters:,} ({row.parameters / first.parameters:.0%})",
+        f"{row.flops_per_token / first.flops_per_token:.0%}",
+        f"{row.accuracy:.1%}",
+        "" if row.sliced_accuracy is None else f"{row.sliced_accuracy:.1%}",
+        f"{row.tokens_per_answer:.1f}",
+        f"{row.tokens_per_second:,.0f}",
+        str(row.steps or ""),
+        f"{row.seconds:.0f} s",
+        row.decision.replace("_", " "),
+    ]
+
+
+def table(entries: list[Entry]) -> Table:
+    """The rows as a rich table."""
+    all_rows = rows(entries)
+    result = Table(title="cycles", title_justify="left")
+    for heading in HEADINGS:
+        result.add_column(heading, justify="left" if heading in ("cycle", "gate") else "right")
+    for row in all_rows:
+        result.add_row(*cells(row, all_rows[0]))
+    return result
+
+
+def markdown(entries: list[Entry]) -> str:
+    """The rows as a markdown table."""
+    all_rows = rows(entries)
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(cells(row, all_rows[0])) + " |" for row in all_rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(entries: list[Entry], path: Path, title: str) -> None:
+    """PNG: accuracy (and accuracy right after the cut) against cycle, parameters beside it."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    all_rows = rows(entries)
+    cycles = [row.cycle for row in all_rows]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    accuracy_axis = figure.add_subplot()
+    size_axis = accuracy_axis.twinx()
+    shares = [row.parameters / all_rows[0].parameters for row in all_rows]
+    size_axis.bar(cycles, shares, width=0.55, color="#d9dee7", zorder=0)
+    size_axis.set_ylim(0, 1.15)
+    size_axis.set_ylabel("parameters, share of the original")
+    for row, share in zip(all_rows, shares, strict=True):
+        size_axis.text(row.cycle, 0.02, f"{row.parameters / 1e6:.3g} M\n{share:.0%}", ha="center", fontsize=8)
+    accuracy_axis.set_zorder(size_axis.get_zorder() + 1)
+    accuracy_axis.patch.set_visible(False)
+    cut = [(row.cycle, row.sliced_accuracy) for row in all_rows if row.sliced_accuracy is not None]
+    if cut:
+        accuracy_axis.plot(*zip(*cut, strict=True), "v", color="#c44e52", label="right after the cut (validation)")
+    accuracy_axis.plot(cycles, [row.accuracy for row in all_rows], "o-", color="#1f4e8c", label="after recovery (test)")
+    accuracy_axis.set_ylim(0, 1.15)
+    accuracy_axis.set_xticks(cycles, ["original", *map(str, cycles[1:])])
+    accuracy_axis.set_xlabel("cycle")
+    accuracy_axis.set_ylabel("greedy accuracy")
+    accuracy_axis.set_title(title)
+    accuracy_axis.legend(loc="upper right", fontsize=8, framealpha=1)
+    figure.savefig(path, dpi=140)

@@ -1,0 +1,92 @@
+"""What a stage process is told, and how it reports: the contract between the driver and the work.
+
+A stage runs in a process of its own, so that verl's and vLLM's global state ends with it. It reads a
+:class:`StageSpec`, fills the folder ``out``, appends progress lines, and writes its metrics to ``result``; the driver
+alone renames, journals and deletes.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ptl_rl.config import RunConfig
+
+
+class StageSpec(BaseModel):
+    """Everything that one stage needs beside the run's configuration. Paths are absolute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["score", "slice", "recover", "evaluate"]
+    cycle: int
+    round: int
+    device: Literal["cpu", "cuda"]
+    ray_address: str
+    stage_id: str
+    """Unique per start; every process of the stage carries it in the environment as PTL_STAGE_ID."""
+    source: Path
+    """Checkpoint folder to read."""
+    out: Path
+    """Empty folder to fill; renamed to its final name once the stage is verified."""
+    work: Path
+    """Folder that outlives a killed stage, for checkpoints within a recovery."""
+    progress: Path
+    result: Path
+    subset: int
+    subsets: int
+    remove_channels: int
+    remove_layers: int
+    steps: int
+    alignment: int
+    scores: Path | None = None
+    plan: Path | None = None
+
+
+@dataclass
+class StageContext:
+    """A stage's view of the run."""
+
+    config: RunConfig
+    spec: StageSpec
+
+    def report(self, done: int, total: int, **metrics: Any) -> None:
+        """Tell the driver that ``done`` of ``total`` steps are finished; silence means the stage hangs."""
+        line = json.dumps({"time": time.time(), "done": done, "total": total, "metrics": metrics})
+        with self.spec.progress.open("a") as file:
+            file.write(line + "\n")
+
+    @property
+    def seed(self) -> int:
+        """Differs from cycle to cycle and round to round, and follows from the run's seed."""
+        return self.config.seed * 1_000_003 + self.spec.cycle * 1009 + self.spec.round
+
+    def connect_ray(self) -> None:
+        """Join the run's Ray session as a job of its own; its actors end with this process."""
+        import ray
+
+        ray.init(
+            address=self.spec.ray_address,
+            namespace=self.spec.stage_id,
+            runtime_env={"env_vars": self.worker_env()},
+            logging_level="WARNING",
+        )
+
+    def worker_env(self) -> dict[str, str]:
+        """Environment of this stage's Ray workers."""
+        from ptl_rl.platform.checks import ray_runtime_env
+
+        if self.spec.device == "cpu":
+            env = ray_runtime_env(self.config.resources.workers)["env_vars"]
+        else:
+            from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+            env = {**get_ppo_ray_runtime_env()["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"}
+        for name in ("PTL_RUN_ID", "PTL_REWARD_ERRORS", "VERL_FILE_LOGGER_PATH"):
+            if name in os.environ:
+                env[name] = os.environ[name]
+        return {**env, "PTL_STAGE_ID": self.spec.stage_id}

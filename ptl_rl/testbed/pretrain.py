@@ -1,0 +1,141 @@
+"""Pre-train the demo model from nothing on two CPU cores: ``python -m ptl_rl.testbed.pretrain OUT``.
+
+The shipped checkpoint came from this script; it is kept runnable so that anyone can make it again, larger, or for
+another family.
+"""
+
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.functional import cross_entropy
+
+from ptl_rl.testbed.tiny_models import tiny_model
+from ptl_rl.testbed.tokenizer import build_tokenizer
+from ptl_rl.testbed.word_problems import Problem, problems
+
+IGNORE = -100
+
+
+def encode(tokenizer, problem: Problem) -> tuple[list[int], int]:
+    """Token ids of prompt, solution and end token, and the prompt's length in tokens."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem.question}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    return prompt + tokenizer.encode(problem.solution) + [tokenizer.eos_token_id], len(prompt)
+
+
+def batches(tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (input_ids_BT, labels_BT); question tokens count too, padding does not."""
+    stream, rng = problems("pretrain", seed), random.Random(seed)
+    while True:
+        # Sixteen batches are sorted by length together, so that little is padded.
+        window = [encode(tokenizer, p)[0] for p in itertools.islice(stream, batch_size * 16)]
+        window.sort(key=len)
+        groups = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(map(len, group))
+            ids_BT = torch.full((len(group), width), tokenizer.pad_token_id)
+            labels_BT = torch.full((len(group), width), IGNORE)
+            for row, ids in enumerate(group):
+                ids_BT[row, : len(ids)] = torch.tensor(ids)
+                labels_BT[row, : len(ids)] = torch.tensor(ids)
+            yield ids_BT, labels_BT
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:
+    """Linear warm-up, then cosine to a hundredth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0) -> float:
+    """Share of ``count`` problems whose greedy answer ends in the right box."""
+    sample = list(itertools.islice(problems(split, seed), count))
+    right = 0
+    for start in range(0, count, 250):
+        part = sample[start : start + 250]
+        prompts = [encode(tokenizer, p) for p in part]
+        longest = max(length for _, length in prompts)
+        ids_BT = torch.full((len(part), longest), tokenizer.pad_token_id)
+        for row, (ids, length) in enumerate(prompts):
+            ids_BT[row, longest - length :] = torch.tensor(ids[:length])
+        out_BT = model.generate(
+            ids_BT,
+            attention_mask=(ids_BT != tokenizer.pad_token_id).long(),
+            max_new_tokens=96,
+            do_sample=False,
+        )
+        texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
+        right += sum(t.endswith(f"\\boxed{{{p.answer}}}") for t, p in zip(texts, part, strict=True))
+    return right / count
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
+    family: Annotated[str, typer.Option(help="qwen2, llama, qwen3, gemma2 or gemma3.")] = "qwen2",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Problems per step.")] = 64,
+    peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of AdamW.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
+    tokenizer = build_tokenizer()
+    model = tiny_model(family, seed=seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=peak_lr,
+        betas=(0.9, 0.98),
+    )
+    stream, started, loss = batches(tokenizer, batch_size, seed), time.time(), torch.zeros(())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("pre-training", total=steps)
+        for step in range(steps):
+            ids_BT, labels_BT = next(stream)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak_lr)
+            logits_BTV = model(input_ids=ids_BT).logits
+            loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update(task, advance=1, description=f"loss {loss.item():.3f}")
+            if step % 500 == 499:
+                bar.print(f"step {step + 1} loss {loss.item():.4f} {time.time() - started:.0f} s")
+    seconds = time.time() - started
+    model = model.to(getattr(torch, dtype)).float().eval()
+    accuracy = greedy_accuracy(model, tokenizer, "validation", 500)
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    record = {"family": family, "steps": steps, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
+    record |= {
+        "seconds": round(seconds),
+        "final_loss": loss.item(),
+        "greedy_accuracy_validation_500": accuracy,
+    }
+    (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,117 @@
+r"""The child process that runs math-verify for `reward.judge_pool`: JSON lines in, JSON lines out.
+
+It is a script and not a `multiprocessing` target, so that it imports neither the parent's main module nor
+this package. It bounds itself, because its parent may be gone by the time an answer turns out to be
+`9^{9^{9^9}}`:
+
+- CPU time and not wall time, so that a busy machine does not change a score. A Python-level timer interrupts
+  ordinary code and the process lives on; for a loop inside C that never looks for signals, a second timer,
+  whose signal has no handler, lets the kernel end the process. (Not RLIMIT_CPU: set from getrusage before each
+  answer, it was seen to strike early in a process that had already used its CPU time many times over.)
+- Address space: a huge power raises MemoryError here instead of waking the machine's OOM killer.
+- A parent that disappears: end of file on stdin, or a changed parent id for children of a forking parent,
+  whose siblings keep the pipe open. (PR_SET_PDEATHSIG would fire when the *thread* that started us ends.)
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+_KILL_AFTER_SECONDS = 1.0
+_TIMER_REPEAT_SECONDS = 0.5
+_PARENT_POLL_SECONDS = 1.0
+
+
+class _TimeUp(BaseException):
+    """Not an Exception: math-verify and sympy swallow those."""
+
+
+class _Timer:
+    """Raise _TimeUp in the main thread once `limit_seconds` of CPU time are spent inside `running`."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.limit_seconds = limit_seconds
+        self.armed = False
+        signal.signal(signal.SIGPROF, self._ring)
+
+    def _ring(self, *_: Any) -> None:
+        if self.armed:
+            raise _TimeUp
+
+    @contextlib.contextmanager
+    def running(self) -> Any:
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.limit_seconds + _KILL_AFTER_SECONDS)
+        self.armed = True
+        # Repeated, in case that a bare `except:` of a library swallows the first one.
+        signal.setitimer(signal.ITIMER_PROF, self.limit_seconds, _TIMER_REPEAT_SECONDS)
+        try:
+            yield
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _watch_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_POLL_SECONDS)
+    os._exit(1)
+
+
+def _wrap(latex: str) -> str:
+    r"""Put an answer where math-verify finds it: it reads a percent sign only behind the closing `$`."""
+    for sign in (r"\%", "%"):
+        if latex.endswith(sign):
+            return f"${latex.removesuffix(sign).rstrip()}$%"
+    return f"\\boxed{{{latex}}}"
+
+
+def _is_equal(gold: str, answer: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # LaTeX only: math-verify's plain-expression extraction would pick a number out of prose in the box.
+    config = (LatexExtractionConfig(boxed_match_priority=0),)
+    parsed_gold = parse(_wrap(gold), config, parsing_timeout=None)
+    parsed_answer = parse(_wrap(answer), config, parsing_timeout=None)
+    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
+
+
+def _answer(timer: _Timer, gold: str, answer: str) -> str:
+    try:
+        with timer.running():
+            return "equal" if _is_equal(gold, answer) else "different"
+    except _TimeUp:
+        return "timeout"
+    except Exception:
+        # verify() catches its own errors; what still arrives (MemoryError, RecursionError) decides nothing.
+        return "different"
+
+
+def main(parent_pid: int, limit_seconds: float, memory_bytes: int) -> None:
+    """Serve `[gold, answer]` lines from stdin until it closes; replies are JSON strings on stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent closes us
+    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+    # Keep stdout to ourselves: a library that prints must not end up inside a reply.
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    logging.disable(logging.CRITICAL)
+    timer = _Timer(limit_seconds)
+    _is_equal("1", "1+0")  # imports and compiles everything before the first clock starts
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    print(json.dumps("ready"), file=replies, flush=True)
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        print(json.dumps(_answer(timer, gold, answer)), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))

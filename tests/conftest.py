@@ -1,0 +1,36 @@
+"""Shared fixtures: small checkpoints of every family, and recipes."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from ptl_rl.testbed.tokenizer import build_tokenizer
+
+    return build_tokenizer(sample_problems=300, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory, tokenizer):
+    """Factory: a saved tiny checkpoint of a family, with tokenizer; overrides go to its config."""
+    from ptl_rl.testbed.tiny_models import tiny_model
+
+    def make(family: str, seed: int = 0, max_shard_size: str = "5GB", **overrides) -> Path:
+        sizes = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+        sizes |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        folder = tmp_path_factory.mktemp(family)
+        model = tiny_model(family, seed=seed, **{**sizes, **overrides})
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

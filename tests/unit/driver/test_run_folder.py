@@ -1,0 +1,77 @@
+"""Nothing half-written gets a final name, nothing missing is replaced, and two drivers never share a run."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from ptl_rl.config import ConfigError
+from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+from ptl_rl.driver.state import ORIGINAL, Stage
+
+
+def fill(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text("{}")
+
+
+def test_commit_moves_a_complete_artefact(tmp_path):
+    run, stage = RunFolder(tmp_path), Stage(1, "slice")
+    fill(run.temporary(stage), "config.json", "plan.json", "model.safetensors")
+    assert run.commit(stage) == "cycles/001/sliced"
+    assert (tmp_path / "cycles/001/sliced/plan.json").exists() and not run.temporary(stage).exists()
+
+
+def test_commit_refuses_an_incomplete_artefact(tmp_path):
+    run, stage = RunFolder(tmp_path), Stage(1, "slice")
+    fill(run.temporary(stage), "config.json")
+    with pytest.raises(MissingArtefact, match=r"plan\.json"):
+        run.commit(stage)
+    fill(run.temporary(stage), "plan.json")
+    with pytest.raises(MissingArtefact, match="weights"):
+        run.commit(stage)
+    assert not run.artefact(stage).exists()
+
+
+def test_commit_replaces_what_a_killed_driver_renamed_but_did_not_journal(tmp_path):
+    run, stage = RunFolder(tmp_path), Stage(2, "recover", 1)
+    fill(run.artefact(stage), "config.json", "stale")
+    fill(run.temporary(stage), "config.json", "model.safetensors")
+    assert run.commit(stage) == "cycles/002/recovered-1"
+    assert not (run.artefact(stage) / "stale").exists()
+
+
+def test_missing_checkpoint_is_never_substituted(tmp_path):
+    run = RunFolder(tmp_path)
+    fill(tmp_path / "original", "config.json")
+    assert run.checkpoint(ORIGINAL, tmp_path / "original") == tmp_path / "original"
+    with pytest.raises(MissingArtefact, match="cycles/001/recovered.*put it back"):
+        run.checkpoint("cycles/001/recovered", tmp_path / "original")
+
+
+def test_best_is_replaced(tmp_path):
+    run = RunFolder(tmp_path)
+    run.link_best("cycles/001/recovered")
+    run.link_best("cycles/002/recovered")
+    assert (tmp_path / "best").readlink() == Path("cycles/002/recovered")
+
+
+def _hold(path: Path, ready, release) -> None:
+    with RunFolder(path).locked():
+        ready.set()
+        release.wait(20)
+
+
+def test_second_driver_is_refused(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, release))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(ConfigError, match="another ptl process"), RunFolder(tmp_path).locked():
+        pass
+    release.set()
+    process.join()
+    with RunFolder(tmp_path).locked():
+        pass

@@ -1,0 +1,107 @@
+"""The loop as arithmetic: what comes next follows from the journal alone, at every instant."""
+
+from ptl_rl.config import parse_config
+from ptl_rl.driver.gate import decide
+from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.state import ORIGINAL, Stage, data_subsets, fold, next_stage
+
+
+def config(**gate):
+    schedule = {"channels_per_cycle": 128, "channels_total": 256, "alignment": 32}
+    return parse_config({"schedule": schedule, "gate": gate})
+
+
+def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list[Entry]:
+    """Follow ``next_stage`` to the end; ``accuracies`` are those of successive evaluations after the first."""
+    entries: list[Entry] = []
+    remaining = iter(accuracies)
+    for _ in range(200):
+        state = fold(run_config, entries)
+        stage = next_stage(state)
+        if stage is None:
+            return entries
+        metrics: dict = {}
+        if stage.name == "evaluate":
+            metrics = {"accuracy": baseline if stage.cycle == 0 else next(remaining)}
+        elif stage.name == "gate":
+            decision = decide(
+                run_config.gate,
+                accuracy=state.accuracy,
+                baseline=state.baseline,
+                rounds=state.round + 1,
+                retries=state.retries,
+                divisible=state.cuts[0].channels >= 64,
+            )
+            metrics = {"decision": decision}
+        entries.append(
+            Entry(
+                cycle=stage.cycle,
+                stage=stage.name,
+                round=stage.round,
+                artefact=f"cycles/{stage.label}",
+                metrics=metrics,
+            )
+        )
+    raise AssertionError("the loop does not end")
+
+
+def names(entries):
+    return [f"{e.cycle}.{e.stage}" + (f".{e.round}" if e.round else "") for e in entries]
+
+
+def test_straight_run():
+    run_config = config()
+    entries = simulate(run_config, [0.8, 0.79])
+    per_cycle = ["score", "slice", "recover", "evaluate", "gate"]
+    assert names(entries) == ["0.evaluate"] + [f"{c}.{s}" for c in (1, 2) for s in per_cycle]
+    state = fold(run_config, entries)
+    assert (state.accepted, state.removed_channels, state.stopped) == ([1, 2], 256, False)
+    assert state.source == "cycles/002-recover"
+
+
+def test_every_prefix_continues_with_the_next_entry():
+    """Killed after any journal line, the run goes on exactly where it would have."""
+    run_config = config(max_extensions=1, max_retries=1)
+    entries = simulate(run_config, [0.5, 0.5, 0.79, 0.79, 0.6, 0.79])
+    for length, entry in enumerate(entries):
+        assert next_stage(fold(run_config, entries[:length])) == Stage(entry.cycle, entry.stage, entry.round)
+    assert next_stage(fold(run_config, entries)) is None
+
+
+def test_failing_cycle_is_extended_then_taken_back_and_halved():
+    run_config = config(max_extensions=1, max_retries=1)
+    entries = simulate(run_config, [0.5, 0.5, 0.79, 0.79, 0.79])
+    decisions = [e.metrics["decision"] for e in entries if e.stage == "gate"]
+    assert decisions == ["extend", "retry", "accept", "accept", "accept"]
+    after_retry = fold(run_config, entries[: names(entries).index("1.gate.1") + 1])
+    assert after_retry.source == ORIGINAL
+    assert [cut.channels for cut in after_retry.cuts] == [64, 64, 128]
+    assert fold(run_config, entries).removed_channels == 256
+    assert len({e.cycle for e in entries}) - 1 <= data_subsets(run_config)
+
+
+def test_extension_recovers_the_recovered_checkpoint():
+    run_config = config(max_extensions=1)
+    entries = simulate(run_config, [0.5, 0.79, 0.79])
+    before_second = fold(run_config, entries[: names(entries).index("1.recover.1")])
+    assert before_second.recovered == "cycles/001-recover"
+    assert before_second.source == ORIGINAL
+
+
+def test_stop_keeps_the_last_accepted():
+    run_config = config(max_extensions=0, on_failure="stop")
+    entries = simulate(run_config, [0.79, 0.1])
+    state = fold(run_config, entries)
+    assert state.stopped and state.accepted == [1] and state.source == "cycles/001-recover"
+
+
+def test_gate_decisions():
+    gate = config(min_accuracy_ratio=0.9, max_extensions=1, max_retries=1, on_failure="stop").gate
+    base = {"baseline": 0.8, "rounds": 1, "retries": 0, "divisible": True}
+    assert decide(gate, accuracy=0.72, **base) == "accept"
+    assert decide(gate, accuracy=0.71, **base) == "extend"
+    assert decide(gate, accuracy=0.71, **{**base, "rounds": 2}) == "retry"
+    assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "divisible": False}) == "stop"
+    assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "stop"
+    relaxed = gate.model_copy(update={"on_failure": "continue"})
+    assert decide(relaxed, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "accept_below"

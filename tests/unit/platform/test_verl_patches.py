@@ -1,0 +1,83 @@
+"""Each patch of verl does its work, and verl still needs it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch.distributed
+
+from ptl_rl.platform import verl_patches
+
+
+@pytest.fixture
+def distributed(monkeypatch):
+    """`verl.utils.distributed` as verl ships it, with the backend of new process groups in `.backend`."""
+    from verl.utils import distributed as module
+
+    original = module.initialize_global_process_group_ray
+    stock = getattr(original, "__wrapped__", original)
+    monkeypatch.setattr(module, "initialize_global_process_group_ray", stock)
+    monkeypatch.setattr(module, "get_device_name", lambda: "cpu")
+    monkeypatch.setattr(module, "get_nccl_backend", lambda: "gloo")
+    monkeypatch.setattr(module, "backend", None, raising=False)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **_: monkeypatch.setattr(module, "backend", backend),
+    )
+    return module
+
+
+def test_verl_still_names_gloo_twice_and_torch_still_refuses(distributed):
+    """If this fails, `name_gloo_once` can go."""
+    from torch.distributed.distributed_c10d import Backend, BackendConfig
+
+    distributed.initialize_global_process_group_ray()
+    assert distributed.backend == "cpu:gloo,cpu:gloo"
+    with pytest.raises(ValueError, match=r"(?i)duplicate"):
+        BackendConfig(Backend(distributed.backend))
+
+
+def test_gloo_is_named_once(distributed):
+    verl_patches.name_gloo_once()
+    distributed.initialize_global_process_group_ray(timeout_second=5)
+    assert distributed.backend == "cpu:gloo"
+
+
+def test_a_backend_that_was_asked_for_is_kept(distributed):
+    verl_patches.name_gloo_once()
+    distributed.initialize_global_process_group_ray(backend="cuda:nccl")
+    assert distributed.backend == "cuda:nccl"
+
+
+def test_patching_twice_wraps_once(distributed):
+    verl_patches.name_gloo_once()
+    first = distributed.initialize_global_process_group_ray
+    verl_patches.name_gloo_once()
+    assert distributed.initialize_global_process_group_ray is first
+
+
+ENGINE = """
+import os, verl
+from verl.workers.engine import EngineRegistry
+os.environ.pop("VERL_ENGINE_DEVICE", None)
+try:
+    EngineRegistry.get_engine_cls("language_model", "fsdp2")
+except ValueError:
+    print("none for cpu")
+from ptl_rl.platform.verl_patches import use_cuda_engines
+use_cuda_engines()
+print(EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__)
+"""
+
+
+def test_verl_has_no_cpu_engine_until_told_to_use_the_others():
+    """If "none for cpu" is missing, `use_cuda_engines` can go."""
+    result = subprocess.run([sys.executable, "-c", ENGINE], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines()[-2:] == ["none for cpu", "FSDPEngineWithLMHead"]
+
+
+def test_an_unknown_verl_is_refused(monkeypatch):
+    monkeypatch.setattr(verl_patches, "version", lambda name: "0.10.0")
+    with pytest.raises(RuntimeError, match=r"0\.10\.0"):
+        verl_patches.apply()

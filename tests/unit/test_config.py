@@ -1,0 +1,79 @@
+"""The configuration refuses what cannot run, and says what was meant."""
+
+import pytest
+
+from ptl_rl.config import ConfigError, load_config, parse_config, read_saved_config, save_config
+
+MINIMAL = {"schedule": {"channels_per_cycle": 64, "channels_total": 128}}
+
+
+def refused(values: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, **values}, "recipe.yaml")
+    message = str(caught.value)
+    assert message.startswith("recipe.yaml: ")
+    assert "\n" not in message
+    return message
+
+
+def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
+    config = parse_config(MINIMAL)
+    save_config(config, tmp_path / "config.json")
+    assert read_saved_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"recovry": {}}, ["recovry", "did you mean 'recovery'"]),
+        ({"recovery": {"stpes": 3}}, ["recovery.stpes", "did you mean 'steps'"]),
+        ({"data": {"train": {"path": "x", "rowz": 1}}}, ["data.train.rowz", "did you mean 'rows'"]),
+        ({"recovery": {"xyzzy": 3}}, ["recovery.xyzzy", "there are method, steps"]),
+        ({"recovery": {"steps": 0}}, ["recovery", "steps 0"]),
+        ({"recovery": {"learning_rate": -1}}, ["recovery.learning_rate", "greater than 0"]),
+        ({"recovery": {"prompts_per_step": 32, "mini_batch_prompts": 5}}, ["32", "5"]),
+        ({"resources": {"workers_per_node": 3, "tensor_parallel_size": 2}}, ["3 workers_per_node", "2"]),
+        (
+            {"recovery": {"prompts_per_step": 3, "rollouts_per_prompt": 3}, "resources": {"workers_per_node": 2}},
+            ["9 sequences", "2 workers"],
+        ),
+        ({"schedule": {"channels_per_cycle": 64}}, ["channels_per_cycle is 64", "channels_total is not set"]),
+        ({"schedule": {"channels_total": 64}}, ["channels_total is 64", "channels_per_cycle is 0"]),
+        ({"schedule": {}}, ["nothing to remove"]),
+        ({"schedule": {"channels_per_cycle": [64, 32], "channels_total": 100}}, ["100", "96"]),
+    ],
+)
+def test_wrong_values_are_named(values, parts):
+    message = refused(values)
+    for part in parts:
+        assert part in message
+
+
+def test_recipe_files(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    with pytest.raises(ConfigError, match=r"r\.yaml: cannot read the recipe"):
+        load_config(recipe)
+    recipe.write_text("name: [")
+    with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML: .*line 1"):
+        load_config(recipe)
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml: a recipe is a YAML mapping of sections, this is list"):
+        load_config(recipe)
+
+
+def test_overrides(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("schedule: {channels_per_cycle: 64, channels_total: 128}\n")
+    overrides = ["recovery.steps=3", "seed=7", "verl.actor_rollout_ref.actor.entropy_coeff=0.01"]
+    config = load_config(recipe, overrides)
+    assert (config.recovery.steps, config.seed) == (3, 7)
+    assert config.verl == {"actor_rollout_ref.actor.entropy_coeff": 0.01}
+    with pytest.raises(ConfigError, match="write it as key"):
+        load_config(recipe, ["recovery.steps"])
+    with pytest.raises(ConfigError, match="seed is a single value"):
+        load_config(recipe, ["seed=1", "seed.x=2"])
+
+
+def test_steps_of_each_cut():
+    steps = parse_config({**MINIMAL, "recovery": {"steps": [4, 2]}}).recovery
+    assert [steps.steps_of(i) for i in range(4)] == [4, 2, 2, 2]
