@@ -105,8 +105,8 @@ class Collector:
         """Sum over all ranks."""
         down_square_LC = torch.zeros_like(self.square_sum_LC)
         for layer, block in enumerate(self.blocks):
-            weight = block.get_submodule(f"{self.family.mlp}.{self.family.down_proj}").weight
-            local_HC = weight.to_local() if isinstance(weight, DTensor) else weight
+            weight = block.get_parameter(f"{self.family.mlp}.{self.family.down_proj}.weight")
+            local_HC: torch.Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
             down_square_LC[layer] = local_HC.double().square().sum(0)
         sums = [self.abs_sum_LC, self.square_sum_LC, self.change_sum_L, self.tokens]
         if dist.is_initialized():

@@ -63,7 +63,9 @@ class PruningWorker(Worker):
             for index, (ids_BT, mask_BT) in enumerate(batches, 1):
                 mask_BT = mask_BT.to(self.device)
                 collector.start_batch(mask_BT)
-                model.base_model(input_ids=ids_BT.to(self.device), attention_mask=mask_BT, use_cache=False)
+                ids_BT = ids_BT.to(self.device)
+                # The root module gathers the embeddings, so it must be called; its logits are not needed.
+                model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
                 if self.rank == 0:
                     self.context.report(index, rounds)
         statistics = collector.reduce()

@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
@@ -94,10 +95,13 @@ def main(
     peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of AdamW.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
+    start_from: Annotated[Path | None, typer.Option(help="Continue from a checkpoint that this script wrote.")] = None,
 ) -> None:
     """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
     tokenizer = build_tokenizer()
     model = tiny_model(family, seed=seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if start_from:
+        model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -133,6 +137,8 @@ def main(
         "final_loss": loss.item(),
         "greedy_accuracy_validation_500": accuracy,
     }
+    if start_from:
+        record["continued_from"] = json.loads((start_from / "pretraining.json").read_text())
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 

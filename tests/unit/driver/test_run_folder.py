@@ -46,7 +46,7 @@ def test_missing_checkpoint_is_never_substituted(tmp_path):
     run = RunFolder(tmp_path)
     fill(tmp_path / "original", "config.json")
     assert run.checkpoint(ORIGINAL, tmp_path / "original") == tmp_path / "original"
-    with pytest.raises(MissingArtefact, match="cycles/001/recovered.*put it back"):
+    with pytest.raises(MissingArtefact, match=r"cycles/001/recovered.*put it back"):
         run.checkpoint("cycles/001/recovered", tmp_path / "original")
 
 
