@@ -26,7 +26,8 @@ def decide(
         retries: cycles that this run has taken back so far.
         divisible: whether the cut can be halved.
     """
-    if accuracy >= gate.min_accuracy_ratio * baseline:
+    # Equality counts, whatever the rounding of the product.
+    if accuracy >= gate.min_accuracy_ratio * baseline - 1e-9:
         return "accept"
     if rounds <= gate.max_extensions:
         return "extend"

@@ -101,5 +101,8 @@ def next_stage(state: State) -> Stage | None:
 
 
 def data_subsets(config: RunConfig) -> int:
-    """Into how many disjoint subsets the training data is split: one for every cycle that the run may need."""
-    return len(planned_cuts(config.schedule)) + config.gate.max_retries
+    """Into how many disjoint subsets the training data is split: one for every cycle that the run may need.
+
+    A cycle that is taken back has used its subset, and two cycles with half its cut follow.
+    """
+    return len(planned_cuts(config.schedule)) + 2 * config.gate.max_retries

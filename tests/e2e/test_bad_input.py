@@ -1,0 +1,42 @@
+"""Bad input ends with one clear line and exit status 2, before Ray starts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(repository, tmp_path, *settings):
+    recipe = str(repository / "recipes" / "demo_grpo_cpu.yaml")
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run"), *options]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["recovery.stpes=3"], "recovery.stpes: unknown key; did you mean 'steps'?"),
+        (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
+        (["schedule.channels_per_cycle=[400,400]"], "removes 800 channels per layer, but intermediate_size is 768"),
+        (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
+        (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
+        (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
+        (["reward.path=REWARD", "reward.name=scroe"], "scroe"),
+        (["reward.path=/no/reward.py"], "/no/reward.py"),
+    ],
+)
+def test_one_line_and_status_2(settings, message, repository, tmp_path):
+    row = {"question": "1 + 1?", "solution": "2", "answer": "2"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"question": \n')
+    (tmp_path / "my_reward.py").write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
+    )
+    places = {"BAD": str(tmp_path / "bad.jsonl"), "REWARD": str(tmp_path / "my_reward.py")}
+    settings = [s.replace("BAD", places["BAD"]).replace("REWARD", places["REWARD"]) for s in settings]
+    result = run(repository, tmp_path, *settings)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,172 @@
+"""The whole system on the real stack: Ray, verl, FSDP2 and vLLM, driven by the command line as a user would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ptl_rl.driver.journal import Journal
+
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="these runs are sized for CPUs"),
+]
+
+SMALL = {
+    "data.train.rows": 96,
+    "data.validation.rows": 16,
+    "data.test.rows": 40,
+    "calibration.sequences": 32,
+    "schedule.channels_per_cycle": [64, 64],
+    "recovery.steps": 1,
+    "recovery.prompts_per_step": 16,
+    "recovery.rollouts_per_prompt": 4,
+    "recovery.micro_batch_sequences": 32,
+    "gate.max_extensions": 0,
+}
+STAGES = ("score", "slice", "recover", "evaluate", "gate")
+
+
+def command(repository: Path, run_dir: Path, **settings) -> list[str]:
+    chosen = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    options = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    recipe = str(repository / "recipes" / "demo_grpo_cpu.yaml")
+    return [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(run_dir), *options]
+
+
+def resume_command(run_dir: Path) -> list[str]:
+    return [sys.executable, "-m", "ptl_rl.cli", "resume", str(run_dir)]
+
+
+def entries(run_dir: Path) -> list[str]:
+    return [f"{e.cycle}.{e.stage}" for e in Journal(run_dir / "journal.jsonl").entries()]
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Living processes of the run, found by the ids of all drivers that worked on it."""
+    ids = {json.loads(path.read_text())["stage_id"][:32] for path in run_dir.glob("logs/*.spec.json")}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PTL_RUN_ID") in ids and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_in_stage(arguments: list[str], run_dir: Path, stage: str, after_seconds: float) -> None:
+    """Start a driver and end it with SIGKILL once ``stage`` of some cycle has been at work for a while."""
+    earlier = set(run_dir.glob(f"logs/*-{stage}.*.spec.json"))
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not set(run_dir.glob(f"logs/*-{stage}.*.spec.json")) - earlier:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(after_seconds)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.timeout(800)
+def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path):
+    run_dir = tmp_path / "run"
+    kill_in_stage(command(repository, run_dir), run_dir, "evaluate", 2)
+    assert entries(run_dir) == []
+    done: list[str] = []
+    for stage, after in (("score", 3), ("slice", 3), ("recover", 30), ("evaluate", 4)):
+        kill_in_stage(resume_command(run_dir), run_dir, stage, after)
+        now = entries(run_dir)
+        assert now[: len(done)] == done and f"1.{stage}" not in now
+        done = now
+    finished = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stderr
+    expected = ["0.evaluate"] + [f"{cycle}.{stage}" for cycle in (1, 2) for stage in STAGES]
+    assert entries(run_dir) == expected  # each once: no finished stage ran again
+    assert processes_of(run_dir) == []
+    assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
+    assert (run_dir / "summary.png").stat().st_size > 10_000
+    check_result(run_dir, channels=640)
+    again = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and entries(run_dir) == expected
+
+
+def check_result(run_dir: Path, channels: int) -> None:
+    """The final folder loads in stock transformers and vLLM in a process that never imports this project."""
+    code = f"""
+import os, sys
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_PLUGINS="")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(run_dir / "best")!r})
+tokenizer = AutoTokenizer.from_pretrained({str(run_dir / "best")!r})
+assert model.config.intermediate_size == {channels}
+prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "Leo has 33 books. How many?"}}],
+    add_generation_prompt=True, return_tensors="pt", return_dict=True)
+expected = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    llm = LLM({str(run_dir / "best")!r}, dtype="float32", max_model_len=128, enforce_eager=True)
+    ids = {{"prompt_token_ids": prompt["input_ids"][0].tolist()}}
+    found = llm.generate([ids], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert list(found[0].outputs[0].token_ids) == expected.tolist(), (found, expected)
+    assert not [name for name in sys.modules if name.split(".")[0] in ("ptl_rl", "reward")]
+"""
+    script = run_dir.parent / "load_result.py"
+    script.write_text(code)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PTL_")}
+    loaded = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=200)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+
+@pytest.mark.timeout(500)
+def test_two_workers_and_an_own_reward(repository, tmp_path):
+    reward = tmp_path / "my_reward.py"
+    reward.write_text(
+        "def my_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    if extra_info['index'] == 3:\n"
+        "        raise RuntimeError('planted')\n"
+        "    return 0.25 if ground_truth in solution_str else 0.125\n"
+    )
+    run_dir = tmp_path / "run"
+    arguments = command(
+        repository,
+        run_dir,
+        schedule__channels_per_cycle=[128],
+        data__train__rows=16,
+        resources__workers_per_node=2,
+        reward__path=str(reward),
+        reward__name="my_score",
+        recovery__micro_batch_sequences=16,
+    )
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=450)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    journal = {e.stage: e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1}
+    assert 0 < journal["recover"].metrics["reward_last"] <= 0.25
+    assert journal["slice"].metrics["logit_difference"] < 1e-4
+    assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
+    errors = (run_dir / "logs/reward_errors.jsonl").read_text()
+    assert "planted" in errors
+    assert processes_of(run_dir) == []
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_leaves_a_resumable_run_and_no_process(repository, tmp_path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(command(repository, run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(run_dir.glob("logs/*.spec.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"Continue with: ptl resume {run_dir}" in errors
+    assert processes_of(run_dir) == []

@@ -1,0 +1,104 @@
+"""Scores are exact sums over real tokens, whatever the batching, padding and number of ranks."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.calibration import Collector, batches_for_rank
+from ptl_rl.pruning.criteria import activation, block_influence, rms_contribution
+from ptl_rl.pruning.plan import choose
+from ptl_rl.pruning.sharded import load_sharded
+
+WIDTH = 48
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 9, 17, 3, 30, 12, 8]
+    return [torch.randint(0, 290, (n,), generator=generator).tolist() for n in lengths]
+
+
+def collect(model, family, batch_size=3, rank=0, ranks=1):
+    collector = Collector(model, FAMILIES[family], WIDTH, torch.device("cpu"))
+    with torch.no_grad(), collector.attached():
+        for ids_BT, mask_BT in batches_for_rank(sequences(), batch_size, rank, ranks, 0):
+            collector.start_batch(mask_BT)
+            model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    return collector.reduce()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scores_equal_their_definition(family, make_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(family)).eval()
+    statistics = collect(model, family)
+    hidden: dict[int, list] = {}
+    changes: dict[int, list] = {}
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.down_proj.register_forward_pre_hook(lambda _m, x, i=layer: hidden.setdefault(i, []).append(x[0][0]))
+        block.register_forward_hook(
+            lambda _m, x, out, i=layer: changes.setdefault(i, []).append(
+                ((out[0] if isinstance(out, tuple) else out) - x[0]).reshape(-1, 32)
+            )
+        )
+    with torch.no_grad():
+        for ids in sequences():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    assert statistics.tokens == sum(map(len, sequences()))
+    for layer, block in enumerate(model.model.layers):
+        h_NC = torch.cat(hidden[layer]).double()
+        norm_C = block.mlp.down_proj.weight.double().norm(dim=0)
+        torch.testing.assert_close(activation(statistics)[layer].double(), h_NC.abs().mean(0), rtol=2e-4, atol=1e-7)
+        expected_C = h_NC.square().mean(0).sqrt() * norm_C
+        torch.testing.assert_close(rms_contribution(statistics)[layer].double(), expected_C, rtol=2e-4, atol=1e-7)
+        change = torch.cat(changes[layer]).norm(dim=-1).mean()
+        torch.testing.assert_close(block_influence(statistics)[layer], change, rtol=2e-4, atol=1e-6)
+
+
+def _rank_main(rank: int, ranks: int, port: int, folder: str, family: str, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    model = load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    statistics = collect(model, family, batch_size=2, rank=rank, ranks=ranks)
+    logits_BTV = model(input_ids=torch.arange(20)[None], use_cache=False).logits
+    if rank == 0:
+        scores = {"rms": rms_contribution(statistics), "influence": block_influence(statistics)}
+        torch.save({**scores, "logits": logits_BTV, "tokens": statistics.tokens, "local": local}, out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen2", 1), ("qwen2", 2), ("llama", 4), ("gemma3_text", 2)])
+def test_any_number_of_ranks_gives_the_same_scores(family, ranks, make_checkpoint, tmp_path):
+    from pathlib import Path
+
+    folder: Path = make_checkpoint(family)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank_main, (ranks, port, folder, family, str(tmp_path / "out.pt")), nprocs=ranks)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    statistics = collect(model, family)
+    assert found["tokens"] == statistics.tokens
+    torch.testing.assert_close(found["rms"], rms_contribution(statistics), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found["influence"], block_influence(statistics), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        logits_BTV = model(input_ids=torch.arange(20)[None], use_cache=False).logits
+    torch.testing.assert_close(found["logits"], logits_BTV, rtol=1e-4, atol=1e-5)
+    total = sum(p.numel() for p in model.parameters())
+    assert found["local"] <= total / ranks + 600  # a shard, not the model: uneven rows are all that is added
+
+
+def test_choice_is_by_rank_and_ties_go_to_the_lower_index():
+    importance_LC = torch.tensor([[3.0, 1.0, 2.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
+    channels, layers = choose(importance_LC, torch.tensor([0.5, 0.1]), remove_channels=2, remove_layers=1)
+    assert channels == [[0, 3], [0, 1]]
+    assert layers == [0]

@@ -1,0 +1,85 @@
+"""The export contract, per family: the sliced checkpoint computes exactly what the masked original computes."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.masking import masked
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.slicing import slice_checkpoint
+
+WIDTH, BLOCKS = 48, 3
+
+
+def random_plan(seed: int, keep: int, layers: int) -> PruningPlan:
+    rng = random.Random(seed)
+    return PruningPlan(
+        keep_channels=[sorted(rng.sample(range(WIDTH), keep)) for _ in range(BLOCKS)],
+        keep_layers=sorted(rng.sample(range(BLOCKS), layers)),
+        source_intermediate_size=WIDTH,
+        alignment=1,
+        channel_criterion="random",
+        layer_criterion="random",
+        subset_hash="",
+        source="",
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("keep", "layers"), [(20, 3), (48, 2), (7, 1)])
+class TestExport:
+    def test_logits_equal_the_masked_models(self, family, keep, layers, make_checkpoint, tmp_path):
+        source, plan = make_checkpoint(family, tie_word_embeddings=keep != 20), random_plan(keep, keep, layers)
+        slice_checkpoint(source, plan, tmp_path)
+        ids_BT = torch.randint(0, 300, (2, 90))
+        original = AutoModelForCausalLM.from_pretrained(source).eval()
+        with torch.no_grad():
+            unmasked_BTV = original(input_ids=ids_BT).logits
+            with masked(original, FAMILIES[family], plan):
+                expected_BTV = original(input_ids=ids_BT).logits
+            sliced = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+            actual_BTV = sliced(input_ids=ids_BT).logits
+            again_BTV = original(input_ids=ids_BT).logits
+        assert (unmasked_BTV - expected_BTV).abs().max() > 1e-3  # the plan does change something
+        torch.testing.assert_close(actual_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again_BTV, unmasked_BTV, atol=0, rtol=0)  # the hooks are gone
+        assert sliced.config.intermediate_size == keep and sliced.config.num_hidden_layers == layers
+        assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(AutoTokenizer.from_pretrained(source))
+
+
+def test_kept_blocks_keep_their_attention_kind(make_checkpoint, tmp_path):
+    source = make_checkpoint("gemma2", sliding_window=16)
+    kinds = AutoModelForCausalLM.from_pretrained(source).config.layer_types
+    plan = random_plan(0, 48, 3).model_copy(update={"keep_layers": [0, 2]})
+    slice_checkpoint(source, plan, tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.layer_types == [kinds[0], kinds[2]]
+
+
+def test_checkpoint_in_several_files(make_checkpoint, tmp_path):
+    source, plan = make_checkpoint("llama", max_shard_size="20KB"), random_plan(3, 20, 2)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    slice_checkpoint(source, plan, tmp_path)
+    original, sliced = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (source, tmp_path))
+    ids_BT = torch.randint(0, 300, (1, 12))
+    with torch.no_grad(), masked(original, FAMILIES["llama"], plan):
+        torch.testing.assert_close(sliced(input_ids=ids_BT).logits, original(input_ids=ids_BT).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_channels": [[0, 1], [0], [1, 2]]}, "same number of channels"),
+        ({"keep_channels": [[0, 0], [0, 1], [1, 2]]}, "block 0: channels must ascend"),
+        ({"keep_channels": [[0, 1], [1, 0], [1, 48]]}, "block 1: channels must ascend"),
+        ({"keep_layers": []}, "at least one"),
+        ({"keep_layers": [0, 3]}, "ascend within 0..2"),
+        ({"alignment": 32}, "keeps 20 channels per block, which is not a multiple of 32"),
+    ],
+)
+def test_impossible_plans_are_refused(change, message):
+    values = {**random_plan(0, 20, 2).model_dump(), **change}
+    with pytest.raises(ValueError, match=message):
+        PruningPlan.model_validate(values)
