@@ -30,9 +30,8 @@ def run(repository, tmp_path, *settings):
 def test_one_line_and_status_2(settings, message, repository, tmp_path):
     row = {"question": "1 + 1?", "solution": "2", "answer": "2"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"question": \n')
-    (tmp_path / "my_reward.py").write_text(
-        "def score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
-    )
+    function = "def score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
+    (tmp_path / "my_reward.py").write_text(function)
     places = {"BAD": str(tmp_path / "bad.jsonl"), "REWARD": str(tmp_path / "my_reward.py")}
     settings = [s.replace("BAD", places["BAD"]).replace("REWARD", places["REWARD"]) for s in settings]
     result = run(repository, tmp_path, *settings)

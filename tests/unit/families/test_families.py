@@ -7,12 +7,19 @@ import pytest
 from ptl_rl.families import FAMILIES, UnsupportedModelError, read_shape
 from ptl_rl.testbed.tiny_models import tiny_model
 
+SIZES = {
+    "vocab_size": 304,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+}
+
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_count_is_exact(family, tied, make_checkpoint):
-    sizes = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}
-    model = tiny_model(family, **sizes, tie_word_embeddings=tied)
+    model = tiny_model(family, **SIZES, tie_word_embeddings=tied)
     folder = make_checkpoint(family, tie_word_embeddings=tied)
     assert read_shape(folder).parameters == sum(p.numel() for p in model.parameters())
 
@@ -20,16 +27,12 @@ def test_parameter_count_is_exact(family, tied, make_checkpoint):
 @pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}])
 def test_llama_biases_are_counted(biases, make_checkpoint):
     folder = make_checkpoint("llama", **biases)
-    model = tiny_model(
-        "llama", vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=3, pad_token_id=0, **biases
-    )
+    model = tiny_model("llama", **SIZES, **biases)
     assert read_shape(folder).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_flops_are_two_per_weight_of_every_matrix():
-    model = tiny_model(
-        "qwen2", vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=3, pad_token_id=0
-    )
+    model = tiny_model("qwen2", **SIZES)
     weights = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     from ptl_rl.families.base import shape_from_config
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run a recipe as a job on a Ray cluster and follow its log.
+#   RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 bash launch/submit.sh RECIPE [ptl run options]
+# The cluster's nodes need this project installed; put the run folder (--run-dir) on storage that all of them share.
+set -euo pipefail
+if [ $# -lt 1 ]; then
+    echo "usage: bash launch/submit.sh RECIPE [ptl run options]" >&2
+    exit 2
+fi
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+recipe="$(realpath "$1")"
+shift
+if [ ! -f "$recipe" ]; then
+    echo "error: no such recipe: $recipe" >&2
+    exit 2
+fi
+command -v ray > /dev/null || . "$root/launch/setup.sh"
+export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+exec ray job submit --runtime-env "$root/launch/runtime_env.yaml" -- python -m ptl_rl.cli run "$recipe" "$@"

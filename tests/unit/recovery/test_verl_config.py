@@ -1,0 +1,62 @@
+"""Recipes render to configurations that verl's own validation accepts, and keep what was asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from ptl_rl.config import ConfigError, load_config
+from ptl_rl.recovery.verl_config import compose, render
+from ptl_rl.stage import StageSpec
+
+RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+
+
+def spec(device: str, folder: Path) -> StageSpec:
+    return StageSpec(
+        name="recover",
+        cycle=1,
+        round=0,
+        device=device,
+        ray_address="127.0.0.1:1",
+        stage_id="x",
+        source=folder / "sliced",
+        out=folder / "out",
+        work=folder / "work",
+        progress=folder / "progress.jsonl",
+        result=folder / "result.json",
+        subset=0,
+        subsets=1,
+        remove_channels=64,
+        remove_layers=0,
+        steps=5,
+        alignment=64,
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_accepted_by_verl(recipe, tmp_path):
+    config = load_config(recipe)
+    device = "cuda" if config.resources.device == "cuda" else "cpu"
+    verl = compose(render(config, spec(device, tmp_path)))
+    rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
+    assert verl.algorithm.adv_estimator == "grpo"
+    assert verl.trainer.total_training_steps == 5
+    assert rollout.n == config.recovery.rollouts_per_prompt == 8
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (config.recovery.clip_low, config.recovery.clip_high)
+    assert (actor.use_kl_loss, actor.kl_loss_coef) == (config.recovery.kl_loss > 0, config.recovery.kl_loss)
+    assert "hf_model" in actor.checkpoint.save_contents
+    assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
+    assert Path(verl.reward.custom_reward_function.path).name == "user.py"
+
+
+def test_verl_keys_of_a_recipe_win(tmp_path):
+    config = load_config(RECIPES[0], ["verl.actor_rollout_ref.actor.entropy_coeff=0.25", "verl.trainer.test_freq=3"])
+    verl = compose(render(config, spec("cpu", tmp_path)))
+    assert verl.actor_rollout_ref.actor.entropy_coeff == 0.25 and verl.trainer.test_freq == 3
+
+
+def test_what_verl_refuses_is_quoted(tmp_path):
+    rollout = "verl.actor_rollout_ref.rollout"
+    config = load_config(RECIPES[0], [f"{rollout}.temperature=0", f"{rollout}.val_kwargs.do_sample=true"])
+    with pytest.raises(ConfigError, match=r"verl refuses the configuration: .*temperature"):
+        compose(render(config, spec("cpu", tmp_path)))
