@@ -26,7 +26,8 @@ def start_stage(spec: Path, log: Path, env: dict[str, str]) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
+            # Safe path: a user's own reward.py in the working directory must not hide the package of that name.
+            env={**os.environ, **env, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
             start_new_session=True,
         )
 
