@@ -63,8 +63,14 @@ class CalibrationConfig(_Section):
 
 
 class CriterionConfig(_Section):
-    channels: Literal["activation", "rms_contribution"] = "rms_contribution"
+    channels: Literal["activation", "rms_contribution", "obs"] = "rms_contribution"
     layers: Literal["block_influence"] = "block_influence"
+    compensate: Literal["none", "least_squares"] = Field(
+        "least_squares", description="Kept channels take over, in closed form, what the removed ones contributed."
+    )
+    ridge: float = Field(
+        1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
+    )
 
 
 class ScheduleConfig(_Section):

@@ -3,8 +3,9 @@
 Nothing per token is kept, so the cost is one forward pass and a few vectors per block, whatever the corpus.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,34 @@ def batches_for_rank(
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             mask_BT[row, : len(ids)] = 1
         yield ids_BT, mask_BT
+
+
+class Listener(Protocol):
+    """Something that hooks into the model and adds up what it sees."""
+
+    def start_batch(self, mask_BT: torch.Tensor) -> None: ...
+
+    def attached(self) -> AbstractContextManager[None]: ...
+
+
+def stream(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    listeners: Sequence[Listener],
+    device: torch.device,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """One forward pass over ``batches`` of (input_ids_BT, mask_BT) with all ``listeners`` attached."""
+    with torch.no_grad(), ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener.attached())
+        for done, (ids_BT, mask_BT) in enumerate(batches, 1):
+            mask_BT = mask_BT.to(device)
+            for listener in listeners:
+                listener.start_batch(mask_BT)
+            # The root module gathers the embeddings, so it must be called; its logits are not needed.
+            model(input_ids=ids_BT.to(device), attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
+            progress(done)
 
 
 class Collector:

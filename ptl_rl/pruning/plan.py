@@ -1,6 +1,7 @@
 """A pruning plan is data: which channels and blocks stay, and what that was decided from. JSON, small, diffable."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -21,6 +22,8 @@ class PruningPlan(BaseModel):
     alignment: int
     channel_criterion: str
     layer_criterion: str
+    compensate: Literal["none", "least_squares"] = "none"
+    ridge: float = 1e-3
     subset_hash: str
     source: str
 

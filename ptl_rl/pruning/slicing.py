@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ptl_rl.families import Family, read_shape
@@ -96,11 +96,13 @@ def slice_weights(
     *,
     rank: int = 0,
     ranks: int = 1,
+    compensated: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Write this rank's files of the sliced checkpoint; returns tensor name to file name for all ranks' files.
 
     Args:
+        compensated: folder of :func:`save_compensated` files, which replace the kept columns of ``down_proj``.
         progress: called with tensors written and tensors to write by this rank.
     """
     family = read_shape(source).family
@@ -121,13 +123,26 @@ def slice_weights(
             tensors = {}
             for piece in groups[index]:
                 tensor = handles[source_files[piece.source_name]].get_tensor(piece.source_name)
-                if piece.dim is not None:
+                if piece.dim == 1 and compensated is not None:
+                    tensor = load_compensated(compensated, piece.layer).to(tensor.dtype)
+                elif piece.dim is not None:
                     tensor = tensor.index_select(piece.dim, torch.tensor(plan.keep_channels[piece.layer]))
                 tensors[piece.name] = tensor.contiguous()
                 done += 1
                 progress(done, total)
             save_file(tensors, out / _file_name(index, len(groups)), metadata={"format": "pt"})
     return {piece.name: _file_name(index, len(groups)) for index, group in enumerate(groups) for piece in group}
+
+
+def save_compensated(folder: Path, layer: int, weight_HK: torch.Tensor) -> None:
+    """Keep a source block's new ``down_proj`` weight for the rank that writes it."""
+    folder.mkdir(exist_ok=True)
+    save_file({"weight": weight_HK.float().cpu().contiguous()}, folder / f"{layer:05d}.safetensors")
+
+
+def load_compensated(folder: Path, layer: int) -> torch.Tensor:
+    """(H, K) float32 of :func:`save_compensated`."""
+    return load_file(folder / f"{layer:05d}.safetensors")["weight"]
 
 
 def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dict[str, str]) -> None:

@@ -41,6 +41,17 @@ def score(context: StageContext) -> dict:
     return {**metrics, "subset_hash": subset_hash(records), "peak_memory_gib": max(workers.peak_memory_gib())}
 
 
+def _compensate(workers, plan: PruningPlan, calibration: list[Record]) -> dict:
+    """Mean share of the FFN outputs that the cut loses, over blocks, without and with compensation."""
+    if plan.compensate == "none":
+        return {}
+    errors: dict[int, tuple[float, float]] = {}
+    for of_rank in workers.compensate(plan, calibration):
+        errors |= of_rank
+    plain, left = zip(*errors.values(), strict=True)
+    return {"output_error_plain": sum(plain) / len(plain), "output_error": sum(left) / len(left)}
+
+
 def slice(context: StageContext) -> dict:
     """Choose what stays, write ``plan.json`` and the sliced checkpoint, and hold it against the masked original.
 
@@ -66,11 +77,14 @@ def slice(context: StageContext) -> dict:
         alignment=spec.alignment,
         channel_criterion=config.criterion.channels,
         layer_criterion=config.criterion.layers,
+        compensate=config.criterion.compensate if spec.remove_channels else "none",
+        ridge=config.criterion.ridge,
         subset_hash=subset_hash(records),
         source=str(spec.source),
     )
     context.connect_ray()
     workers = _worker_group(context)
+    errors = _compensate(workers, plan, records[: config.calibration.sequences])
     workers.slice(plan)
     plan.save(spec.out / "plan.json")
     difference = max(workers.verify(plan, [r.question + "\n" + r.solution for r in records[:4]]))
@@ -82,6 +96,7 @@ def slice(context: StageContext) -> dict:
     return {
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
+        **errors,
         "logit_difference": difference,
         "peak_memory_gib": max(workers.peak_memory_gib()),
     }

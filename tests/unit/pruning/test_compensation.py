@@ -1,0 +1,205 @@
+"""The closed forms against brute force: dense solves, one-at-a-time removal, and the definition of the error."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.calibration import batches_for_rank, stream
+from ptl_rl.pruning.compensation import least_squares, obs_importance, removal_order
+from ptl_rl.pruning.masking import masked
+from ptl_rl.pruning.moments import SecondMoments
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import load_sharded
+from ptl_rl.pruning.slicing import save_compensated, slice_weights, write_companions
+
+WIDTH, HIDDEN, TOKENS, RIDGE = 24, 7, 400, 1e-6
+
+
+def activations(seed: int = 0) -> torch.Tensor:
+    """Correlated channels, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing_FC = torch.randn(WIDTH // 2, WIDTH, generator=generator, dtype=torch.float64)
+    noise_NC = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    return torch.randn(TOKENS, WIDTH // 2, generator=generator, dtype=torch.float64) @ mixing_FC + 0.3 * noise_NC
+
+
+def weight(seed: int = 1) -> torch.Tensor:
+    return torch.randn(HIDDEN, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+KEEP = [0, 3, 4, 8, 11, 12, 15, 16, 20, 23]
+
+
+def test_least_squares_is_the_regression_on_the_kept_channels():
+    hidden_NC, weight_HC = activations(), weight()
+    fit = least_squares(weight_HC, hidden_NC.T @ hidden_NC, KEEP, 1e-12)
+    output_NH = hidden_NC @ weight_HC.T
+    expected_KH = torch.linalg.lstsq(hidden_NC[:, KEEP], output_NH).solution
+    torch.testing.assert_close(fit.weight_HK, expected_KH.T.float(), rtol=1e-4, atol=1e-5)
+    total = output_NH.square().sum()
+    plain = (hidden_NC[:, KEEP] @ weight_HC[:, KEEP].T - output_NH).square().sum() / total
+    left = (hidden_NC[:, KEEP] @ expected_KH - output_NH).square().sum() / total
+    assert fit.error_plain == pytest.approx(float(plain), rel=1e-9)
+    assert fit.error == pytest.approx(float(left), rel=1e-6)
+    assert fit.error < 0.5 * fit.error_plain  # correlated channels can stand in for each other
+
+
+def test_a_huge_ridge_leaves_the_kept_columns_as_they_are():
+    hidden_NC, weight_HC = activations(), weight()
+    fit = least_squares(weight_HC, hidden_NC.T @ hidden_NC, KEEP, 1e12)
+    torch.testing.assert_close(fit.weight_HK, weight_HC[:, KEEP].float())
+    assert fit.error == pytest.approx(fit.error_plain)
+
+
+def test_a_layer_that_never_fires_is_left_alone():
+    fit = least_squares(weight(), torch.zeros(WIDTH, WIDTH), KEEP, RIDGE)
+    torch.testing.assert_close(fit.weight_HK, weight()[:, KEEP].float())
+    assert (fit.error_plain, fit.error) == (0.0, 0.0)
+
+
+def cost_of_removing(removed: list[int], weight_HC: torch.Tensor, ridged_CC: torch.Tensor) -> float:
+    """Least quadratic loss of any change of the weights that zeroes the removed columns."""
+    keep = [j for j in range(WIDTH) if j not in removed]
+    change_HC = torch.zeros_like(weight_HC)
+    change_HC[:, removed] = -weight_HC[:, removed]
+    solved = torch.linalg.solve(ridged_CC[keep][:, keep], ridged_CC[keep][:, removed] @ weight_HC[:, removed].T)
+    change_HC[:, keep] = solved.T
+    return float(((change_HC @ ridged_CC) * change_HC).sum())
+
+
+@pytest.mark.parametrize("block", [1, 4, 24])
+def test_removal_order_is_greedy(block):
+    weight_HC = weight()
+    moment_CC = activations().T @ activations()
+    ridged_CC = moment_CC + RIDGE * moment_CC.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    expected: list[int] = []
+    while len(expected) < 14:
+        rest = [j for j in range(WIDTH) if j not in expected]
+        expected.append(min(rest, key=lambda j: cost_of_removing([*expected, j], weight_HC, ridged_CC)))
+    order, costs_C = removal_order(weight_HC, moment_CC, 14, RIDGE, block=block)
+    if block == 1 or block == 24:  # 24: all channels are candidates, so nothing is approximate
+        assert order == expected
+    found = cost_of_removing(order, weight_HC, ridged_CC)
+    assert found <= 1.05 * cost_of_removing(expected, weight_HC, ridged_CC)
+    assert costs_C[order].isinf().all()
+    now = cost_of_removing(order, weight_HC, ridged_CC)
+    for j in [j for j in range(WIDTH) if j not in order][:3]:
+        assert float(costs_C[j]) == pytest.approx(cost_of_removing([*order, j], weight_HC, ridged_CC) - now, rel=1e-5)
+
+
+def test_obs_beats_rms_contribution_on_correlated_channels():
+    hidden_NC, weight_HC = activations(), weight()
+    moment_CC = hidden_NC.T @ hidden_NC
+    by_rms = (moment_CC.diagonal().sqrt() * weight_HC.norm(dim=0)).argsort()[:14].tolist()
+    errors = {}
+    for name, removed in {"rms": by_rms, "obs": removal_order(weight_HC, moment_CC, 14, RIDGE)[0]}.items():
+        keep = [j for j in range(WIDTH) if j not in removed]
+        errors[name] = least_squares(weight_HC, moment_CC, keep, RIDGE).error
+    assert errors["obs"] < errors["rms"]
+
+
+def test_obs_importance_puts_the_removed_lowest_in_their_order():
+    moment_CC = activations().T @ activations()
+    order, costs_C = removal_order(weight(), moment_CC, 10, RIDGE)
+    importance_C = obs_importance(weight(), moment_CC, 10, RIDGE)
+    assert importance_C.argsort()[:10].tolist() == order
+    survivors = [j for j in range(WIDTH) if j not in order]
+    assert importance_C[survivors].argsort().tolist() == costs_C[survivors].argsort().tolist()
+
+
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 290, (n,), generator=generator).tolist() for n in (5, 9, 17, 3, 30, 12, 8)]
+
+
+def moments_of(model, family: str, rank: int = 0, ranks: int = 1) -> dict[int, torch.Tensor]:
+    moments = SecondMoments(model, FAMILIES[family], 48, torch.device("cpu"))
+    stream(model, batches_for_rank(sequences(), 2, rank, ranks, 0), [moments], torch.device("cpu"))
+    return moments.own_CC
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_moments_equal_their_definition(family, make_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(family)).eval()
+    found = moments_of(model, family)
+    hidden: dict[int, list] = {}
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.down_proj.register_forward_pre_hook(lambda _m, x, i=layer: hidden.setdefault(i, []).append(x[0][0]))
+    with torch.no_grad():
+        for ids in sequences():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    for layer, moment_CC in found.items():
+        h_NC = torch.cat(hidden[layer])
+        torch.testing.assert_close(moment_CC, h_NC.T @ h_NC, rtol=1e-3, atol=1e-5)
+
+
+def _rank_main(rank: int, ranks: int, port: int, folder: str, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    model = load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32)
+    torch.save(moments_of(model, "qwen2", rank, ranks), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_block_is_summed_on_one_rank(ranks, make_checkpoint, tmp_path):
+    folder = make_checkpoint("qwen2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank_main, (ranks, port, folder, str(tmp_path / "out")), nprocs=ranks)
+    expected = moments_of(AutoModelForCausalLM.from_pretrained(folder).eval(), "qwen2")
+    found: dict[int, torch.Tensor] = {}
+    for rank in range(ranks):
+        own = torch.load(tmp_path / f"out.{rank}", weights_only=True)
+        assert not own.keys() & found.keys()
+        found |= own
+    assert found.keys() == expected.keys()
+    for layer, moment_CC in expected.items():
+        torch.testing.assert_close(found[layer], moment_CC, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_compensated_export_computes_what_the_reference_computes(family, make_checkpoint, tmp_path):
+    source = make_checkpoint(family)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    keep = [list(range(layer, layer + 30)) for layer in range(3)]
+    plan = PruningPlan(
+        keep_channels=keep,
+        keep_layers=[0, 2],
+        source_intermediate_size=48,
+        alignment=1,
+        channel_criterion="obs",
+        layer_criterion="block_influence",
+        compensate="least_squares",
+        subset_hash="",
+        source="",
+    )
+    fits = {}
+    for layer, moment_CC in moments_of(model, family).items():
+        fits[layer] = least_squares(
+            model.model.layers[layer].mlp.down_proj.weight.detach(), moment_CC, keep[layer], 1e-3
+        )
+        save_compensated(tmp_path / "new", layer, fits[layer].weight_HK)
+    out = tmp_path / "sliced"
+    out.mkdir()
+    write_companions(source, plan, out, slice_weights(source, plan, out, compensated=tmp_path / "new"))
+    sliced = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids_BT = torch.randint(0, 290, (2, 40))
+    with torch.no_grad():
+        with masked(model, FAMILIES[family], plan):
+            plain_BTV = model(input_ids=ids_BT).logits
+        with masked(model, FAMILIES[family], plan, lambda layer: fits[layer].weight_HK):
+            expected_BTV = model(input_ids=ids_BT).logits
+        actual_BTV = sliced(input_ids=ids_BT).logits
+    torch.testing.assert_close(actual_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
+    assert (actual_BTV - plain_BTV).abs().max() > 1e-4
+    assert all(fit.error < fit.error_plain for fit in fits.values())
