@@ -28,6 +28,15 @@ class Record:
     source: str
     id: str
 
+    def reward_sample(self) -> dict[str, Any]:
+        """Arguments of a reward function for the reference solution as the response."""
+        return {
+            "data_source": self.source,
+            "solution_str": self.solution,
+            "ground_truth": self.answer,
+            "extra_info": {"index": 0, "id": self.id},
+        }
+
 
 @dataclass
 class Corpus:

@@ -69,6 +69,7 @@ class Driver:
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
         self.original, self.shape = check_model(self.config)
+        self.reward_errors_noted = 0
 
     def run(self) -> State:
         """Do everything that the journal does not yet hold."""
@@ -205,7 +206,7 @@ class Driver:
             "PTL_RUN_ID": self.run_id,
             "PTL_STAGE_ID": spec.stage_id,
             "RAY_ADDRESS": spec.ray_address,
-            "PTL_REWARD_ERRORS": str(self.folder.logs / "reward_errors.jsonl"),
+            "PTL_REWARD_ERRORS": str(self.folder.reward_errors),
         }
         return {**env, **(cpu_env_vars(self.config.resources.workers) if self.device == "cpu" else {})}
 
@@ -222,11 +223,23 @@ class Driver:
         """Housekeeping once the journal holds a stage; doing it twice, or late, changes nothing."""
         if stage.name == "recover":
             shutil.rmtree(self.folder.work(stage), ignore_errors=True)
+            self._note_reward_errors()
         if stage.name == "gate":
             facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}
             self.folder.write_manifest(stage.cycle, entries, facts)
             if state.source != ORIGINAL:
                 self.folder.link_best(state.source)
+
+    def _note_reward_errors(self) -> None:
+        """A reward function that raises costs samples, not the run; whoever wrote it wants to know."""
+        path = self.folder.reward_errors
+        errors = path.read_text().splitlines() if path.exists() else []
+        if errors[self.reward_errors_noted :]:
+            last = json.loads(errors[-1])
+            self.display.note(
+                f"the reward function raised on some samples, which scored 0; last: {last['error']}\n  all: {path}"
+            )
+        self.reward_errors_noted = len(errors)
 
     def _save_owner(self) -> None:
         (self.folder.path / ".owner").write_text(json.dumps({"run_id": self.run_id, "since": time.time()}))

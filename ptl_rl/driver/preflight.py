@@ -105,13 +105,7 @@ def check_reward(config: RunConfig) -> None:
         return
     from reward.check import RewardError, check_reward_function
 
-    record = _load(config, "train").records[0]
-    sample = {
-        "data_source": record.source,
-        "solution_str": record.solution,
-        "ground_truth": record.answer,
-        "extra_info": {"index": 0, "id": record.id},
-    }
+    sample = _load(config, "train").records[0].reward_sample()
     try:
         check_reward_function(config.reward.path, config.reward.name, sample)
     except RewardError as error:

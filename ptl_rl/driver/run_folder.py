@@ -34,6 +34,7 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.journal = self.path / "journal.jsonl"
         self.logs = self.path / "logs"
+        self.reward_errors = self.logs / "reward_errors.jsonl"
 
     def cycle(self, number: int) -> Path:
         return self.path / "cycles" / f"{number:03d}"

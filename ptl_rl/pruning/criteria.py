@@ -12,9 +12,10 @@ import torch
 
 @dataclass
 class Statistics:
-    """Sums over all calibration tokens of all ranks. L blocks, C channels per block; float64."""
+    """Weighted sums over all calibration tokens of all ranks. L blocks, C channels per block; float64."""
 
     tokens: float
+    """Sum of all positions' weights: their number, if the prompt's count as much as the response's."""
     abs_sum_LC: torch.Tensor
     square_sum_LC: torch.Tensor
     down_norm_LC: torch.Tensor

@@ -1,4 +1,4 @@
-"""Streaming second moments ``C = sum of h h^T`` of every block's FFN channels, for compensation and ``obs``.
+"""Streaming second moments ``C = sum of w h h^T`` of every block's FFN channels, for compensation and ``obs``.
 
 One matrix is (C, C) for C channels, 1.4 GB in float32 at 18944 channels, so no rank keeps them all: block l belongs to
 rank l modulo ranks, every rank adds its tokens' share to it in each forward pass, and the solve for a block runs where
@@ -24,18 +24,18 @@ class SecondMoments:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.own_CC = {layer: torch.zeros(channels, channels, device=device) for layer in self.own_layers}
         """Block to its float32 sum over all tokens of all ranks, for the blocks that this rank owns."""
-        self._mask_N1 = torch.zeros(0, 1, device=device)
+        self._root_N1 = torch.zeros(0, 1, device=device)
 
     @property
     def own_layers(self) -> range:
         return range(self.rank, len(self.blocks), self.ranks)
 
-    def start_batch(self, mask_BT: torch.Tensor) -> None:
-        """Announce the mask of the batch that the next forward pass reads."""
-        self._mask_N1 = mask_BT.reshape(-1, 1).float()
+    def start_batch(self, weight_BT: torch.Tensor) -> None:
+        """Announce how much each position of the batch counts that the next forward pass reads."""
+        self._root_N1 = weight_BT.reshape(-1, 1).sqrt()
 
     def _on_channels(self, layer: int, inputs: tuple) -> None:
-        hidden_NC = inputs[0].flatten(0, -2).float() * self._mask_N1
+        hidden_NC = inputs[0].flatten(0, -2).float() * self._root_N1
         if self.ranks == 1:
             self.own_CC[layer].addmm_(hidden_NC.T, hidden_NC)
             return

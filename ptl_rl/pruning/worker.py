@@ -17,7 +17,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 
 from ptl_rl.data.corpora import Record
 from ptl_rl.families import FAMILIES, read_shape
-from ptl_rl.pruning.calibration import Collector, Listener, batches_for_rank, encode_sequences, stream
+from ptl_rl.pruning.calibration import Collector, Listener, Sequence, batches_for_rank, encode_sequences, stream
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA, LAYER_CRITERIA
 from ptl_rl.pruning.masking import masked
@@ -54,8 +54,10 @@ class PruningWorker(Worker):
             folder, self.mesh, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
         )
 
-    def _stream(self, records: list[Record], make_listeners: Callable[[PreTrainedModel], list[Listener]]) -> int:
-        """One forward pass of the source policy over ``records``; returns the number of sequences."""
+    def _stream(
+        self, records: list[Record], make_listeners: Callable[[PreTrainedModel], list[Listener]]
+    ) -> list[Sequence]:
+        """One forward pass of the source policy over ``records``; returns the sequences."""
         config, spec = self.context.config, self.context.spec
         tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
         questions = [record.question + config.data.prompt_suffix for record in records]
@@ -64,10 +66,17 @@ class PruningWorker(Worker):
         model = self._load(spec.source, getattr(torch, config.model.dtype))
         batch_size = config.calibration.batch_size
         rounds = -(-len(sequences) // (batch_size * self.world_size))
-        batches = batches_for_rank(sequences, batch_size, self.rank, self.world_size, tokenizer.pad_token_id or 0)
+        batches = batches_for_rank(
+            sequences,
+            batch_size,
+            self.rank,
+            self.world_size,
+            tokenizer.pad_token_id or 0,
+            config.calibration.prompt_weight,
+        )
         progress = (lambda done: self.context.report(done, rounds)) if self.rank == 0 else (lambda done: None)
         stream(model, batches, make_listeners(model), self.device, progress)
-        return len(sequences)
+        return sequences
 
     def _down_proj(self, layer: int) -> torch.Tensor:
         """A block's (H, C) ``down_proj`` weight, read whole from the source checkpoint."""
@@ -99,7 +108,10 @@ class PruningWorker(Worker):
             influence_L = LAYER_CRITERIA[config.criterion.layers](statistics)
             scores = {"importance_LC": importance_LC.cpu(), "block_influence_L": influence_L}
             save_file(scores, spec.out / "scores.safetensors")
-        return {"calibration_tokens": int(statistics.tokens), "calibration_sequences": sequences}
+        return {
+            "calibration_tokens": sum(len(sequence.ids) for sequence in sequences),
+            "calibration_sequences": len(sequences),
+        }
 
     def _obs_importance(self, moments: SecondMoments, shape: torch.Size) -> torch.Tensor:
         """(L, C): the place in the order of removal for this cycle's channels, above it for those that stay."""

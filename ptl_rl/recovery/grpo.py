@@ -96,6 +96,20 @@ def _prepare(context: StageContext) -> tuple[list[Record], Path]:
     return records, spec.work / "metrics.jsonl"
 
 
+def _user_keys(context: StageContext, record: Record) -> dict[str, str] | None:
+    """Keys that a user's reward returns beside the score, so that samples on which it raises have the same ones."""
+    from reward.check import RewardError, reward_keys
+
+    settings = context.config.reward
+    if settings.path is None:
+        return None
+    try:
+        return reward_keys(settings.path, settings.name, record.reward_sample())
+    except RewardError as error:  # it worked when the run began: then every worker learns the keys as it goes
+        print(f"the reward function fails on the first sample of this cycle: {error}")
+        return None
+
+
 def _final_checkpoint(context: StageContext) -> Path:
     folder = context.spec.work / "checkpoints" / f"global_step_{context.spec.steps}" / "actor" / "huggingface"
     if not (folder / "config.json").exists():
@@ -112,7 +126,7 @@ def recover(context: StageContext) -> dict:
     records, metrics_path = _prepare(context)
     os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
     context.connect_ray()
-    verl_config = compose(render(context.config, spec))
+    verl_config = compose(render(context.config, spec, _user_keys(context, records[0])))
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     follower = MetricsFollower(context, metrics_path)

@@ -78,13 +78,14 @@ def _rollout(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
 
 
-def _reward(config: RunConfig) -> dict[str, Any]:
+def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.path
     settings: dict[str, Any] = {
         "user_path": str(Path(user).resolve()) if user else None,
         "user_name": config.reward.name,
+        "user_keys": user_keys,
     }
     if user is None:
         settings |= {
@@ -120,13 +121,17 @@ def _trainer(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def render(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
-    """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else."""
+def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None) -> dict[str, Any]:
+    """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
+
+    Args:
+        user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
+    """
     settings = {
         **_data(config, spec),
         **_actor(config, spec),
         **_rollout(config, spec),
-        **_reward(config),
+        **_reward(config, user_keys),
         **_trainer(config, spec),
     }
     if spec.device == "cpu":

@@ -95,8 +95,12 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
     assert (run_dir / "summary.png").stat().st_size > 10_000
     check_result(run_dir, channels=640)
+    # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
+    lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))
     again = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and entries(run_dir) == expected
+    assert (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)[:-1] == lines[:-1]
 
 
 def check_result(run_dir: Path, channels: int) -> None:
@@ -150,10 +154,13 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     journal = {e.stage: e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1}
     assert 0 < journal["recover"].metrics["reward_last"] <= 0.25
-    assert journal["slice"].metrics["logit_difference"] < 1e-4
+    sliced = journal["slice"].metrics
+    assert sliced["logit_difference"] < 1e-4
+    assert 0 < sliced["output_error"] < sliced["output_error_plain"]
     assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
     errors = (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "planted" in errors
+    assert "the reward function raised on some samples" in finished.stdout and "planted" in finished.stdout
     assert processes_of(run_dir) == []
 
 

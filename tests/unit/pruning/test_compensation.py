@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning.calibration import batches_for_rank, stream
+from ptl_rl.pruning.calibration import Sequence, batches_for_rank, stream
 from ptl_rl.pruning.compensation import least_squares, obs_importance, removal_order
 from ptl_rl.pruning.masking import masked
 from ptl_rl.pruning.moments import SecondMoments
@@ -114,14 +114,16 @@ def test_obs_importance_puts_the_removed_lowest_in_their_order():
     assert importance_C[survivors].argsort().tolist() == costs_C[survivors].argsort().tolist()
 
 
-def sequences() -> list[list[int]]:
+def sequences() -> list[Sequence]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 290, (n,), generator=generator).tolist() for n in (5, 9, 17, 3, 30, 12, 8)]
+    return [
+        Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2) for n in (5, 9, 17, 3, 30, 12, 8)
+    ]
 
 
 def moments_of(model, family: str, rank: int = 0, ranks: int = 1) -> dict[int, torch.Tensor]:
     moments = SecondMoments(model, FAMILIES[family], 48, torch.device("cpu"))
-    stream(model, batches_for_rank(sequences(), 2, rank, ranks, 0), [moments], torch.device("cpu"))
+    stream(model, batches_for_rank(sequences(), 2, rank, ranks, 0, 0.3), [moments], torch.device("cpu"))
     return moments.own_CC
 
 
@@ -133,11 +135,15 @@ def test_moments_equal_their_definition(family, make_checkpoint):
     for layer, block in enumerate(model.model.layers):
         block.mlp.down_proj.register_forward_pre_hook(lambda _m, x, i=layer: hidden.setdefault(i, []).append(x[0][0]))
     with torch.no_grad():
-        for ids in sequences():
-            model(input_ids=torch.tensor([ids]), use_cache=False)
+        for sequence in sequences():
+            model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
+    reading = [max(sequence.prompt_tokens - 1, 0) for sequence in sequences()]
+    weight_N = torch.cat(
+        [torch.tensor([0.3] * n + [1.0] * (len(s.ids) - n)) for n, s in zip(reading, sequences(), strict=True)]
+    )
     for layer, moment_CC in found.items():
         h_NC = torch.cat(hidden[layer])
-        torch.testing.assert_close(moment_CC, h_NC.T @ h_NC, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(moment_CC, h_NC.T @ (h_NC * weight_N[:, None]), rtol=1e-3, atol=1e-5)
 
 
 def _rank_main(rank: int, ranks: int, port: int, folder: str, out: str) -> None:

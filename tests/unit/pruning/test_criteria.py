@@ -11,27 +11,35 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning.calibration import Collector, batches_for_rank
+from ptl_rl.pruning.calibration import Collector, Sequence, batches_for_rank, stream
 from ptl_rl.pruning.criteria import activation, block_influence, rms_contribution
 from ptl_rl.pruning.plan import choose
 from ptl_rl.pruning.sharded import load_sharded
 
 WIDTH = 48
+PROMPT_WEIGHT = 0.3
 
 
 def sequences():
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 9, 17, 3, 30, 12, 8]
-    return [torch.randint(0, 290, (n,), generator=generator).tolist() for n in lengths]
+    return [Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2) for n in lengths]
 
 
 def collect(model, family, batch_size=3, rank=0, ranks=1):
     collector = Collector(model, FAMILIES[family], WIDTH, torch.device("cpu"))
-    with torch.no_grad(), collector.attached():
-        for ids_BT, mask_BT in batches_for_rank(sequences(), batch_size, rank, ranks, 0):
-            collector.start_batch(mask_BT)
-            model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    batches = batches_for_rank(sequences(), batch_size, rank, ranks, 0, PROMPT_WEIGHT)
+    stream(model, batches, [collector], torch.device("cpu"))
     return collector.reduce()
+
+
+def weights_N() -> torch.Tensor:
+    """By the definition: what writes the response counts 1, what only reads the question PROMPT_WEIGHT."""
+    weights = []
+    for sequence in sequences():
+        reading = max(sequence.prompt_tokens - 1, 0)
+        weights += [PROMPT_WEIGHT] * reading + [1.0] * (len(sequence.ids) - reading)
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -48,16 +56,18 @@ def test_scores_equal_their_definition(family, make_checkpoint):
             )
         )
     with torch.no_grad():
-        for ids in sequences():
-            model(input_ids=torch.tensor([ids]), use_cache=False)
-    assert statistics.tokens == sum(map(len, sequences()))
+        for sequence in sequences():
+            model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
+    weight_N = weights_N()
+    share_N = weight_N / weight_N.sum()
+    assert statistics.tokens == pytest.approx(float(weight_N.sum()), rel=1e-6)
     for layer, block in enumerate(model.model.layers):
         h_NC = torch.cat(hidden[layer]).double()
         norm_C = block.mlp.down_proj.weight.double().norm(dim=0)
-        torch.testing.assert_close(activation(statistics)[layer].double(), h_NC.abs().mean(0), rtol=2e-4, atol=1e-7)
-        expected_C = h_NC.square().mean(0).sqrt() * norm_C
+        torch.testing.assert_close(activation(statistics)[layer].double(), share_N @ h_NC.abs(), rtol=2e-4, atol=1e-7)
+        expected_C = (share_N @ h_NC.square()).sqrt() * norm_C
         torch.testing.assert_close(rms_contribution(statistics)[layer].double(), expected_C, rtol=2e-4, atol=1e-7)
-        change = torch.cat(changes[layer]).norm(dim=-1).mean()
+        change = share_N.float() @ torch.cat(changes[layer]).norm(dim=-1)
         torch.testing.assert_close(block_influence(statistics)[layer], change, rtol=2e-4, atol=1e-6)
 
 
@@ -87,7 +97,7 @@ def test_any_number_of_ranks_gives_the_same_scores(family, ranks, make_checkpoin
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     statistics = collect(model, family)
-    assert found["tokens"] == statistics.tokens
+    assert found["tokens"] == pytest.approx(statistics.tokens, rel=1e-6)
     torch.testing.assert_close(found["rms"], rms_contribution(statistics), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found["influence"], block_influence(statistics), rtol=1e-4, atol=1e-6)
     with torch.no_grad():

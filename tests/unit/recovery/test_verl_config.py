@@ -60,3 +60,12 @@ def test_what_verl_refuses_is_quoted(tmp_path):
     config = load_config(RECIPES[0], [f"{rollout}.temperature=0", f"{rollout}.val_kwargs.do_sample=true"])
     with pytest.raises(ConfigError, match=r"verl refuses the configuration: .*temperature"):
         compose(render(config, spec("cpu", tmp_path)))
+
+
+def test_keys_of_a_users_reward_reach_verl(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0\n")
+    config = load_config(RECIPES[0], [f"reward.path={tmp_path}/mine.py", "reward.name=f"])
+    verl = compose(render(config, spec("cpu", tmp_path), {"acc": "number", "note": "text"}))
+    arguments = verl.reward.custom_reward_function.reward_kwargs
+    assert dict(arguments.user_keys) == {"acc": "number", "note": "text"}
+    assert (arguments.user_path, arguments.user_name) == (f"{tmp_path}/mine.py", "f")
