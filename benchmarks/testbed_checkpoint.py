@@ -12,18 +12,35 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptl_rl.families import FAMILIES, read_shape
-from ptl_rl.pruning.calibration import Collector, batches_for_rank, encode_sequences
-from ptl_rl.pruning.criteria import rms_contribution
+from ptl_rl.families import read_shape
+from ptl_rl.pruning.calibration import Collector, batches_for_rank, encode_sequences, stream
+from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
+from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan, choose
-from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.slicing import save_compensated, slice_weights, write_companions
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
 from ptl_rl.testbed.word_problems import problems
 
+RIDGE = 1e-3
+WAYS = (
+    ("activation", False, 1.0),
+    ("rms_contribution", False, 1.0),
+    ("rms_contribution", False, 0.2),
+    ("rms_contribution", True, 1.0),
+    ("rms_contribution", True, 0.2),
+    ("obs", True, 1.0),
+    ("obs", True, 0.2),
+    ("rms_contribution", False, None),
+    ("rms_contribution", True, None),
+    ("obs", True, None),
+)
+"""Criterion, compensation, and how much a token of the question counts; None: tokens count by sensitivity."""
+
 
 def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -44,34 +61,52 @@ def sampled_accuracy(model, tokenizer, prompts: int, samples: int) -> float:
     return right / (prompts * samples)
 
 
-def cut(folder: Path, model, tokenizer, share: float, out: Path) -> None:
-    """Slice ``share`` of all channels away at once, by ``rms_contribution`` on 256 problems of the RL split."""
+class Scores:
+    """Statistics of 512 problems of the RL split, from one forward pass."""
+
+    def __init__(self, folder: Path, model, tokenizer, prompt_weight: float | None) -> None:
+        shape = read_shape(folder)
+        sample = list(itertools.islice(problems("rl", 0), 512))
+        sequences = encode_sequences(tokenizer, [p.question for p in sample], [p.solution for p in sample], 160)
+        cpu = torch.device("cpu")
+        collector = Collector(model, shape.family, shape.intermediate_size, cpu)
+        self.moments = SecondMoments(model, shape.family, shape.intermediate_size, cpu)
+        batches = batches_for_rank(sequences, 32, 0, 1, tokenizer.pad_token_id, prompt_weight or 0.0)
+        stream(model, shape.family, batches, [collector, self.moments], cpu, sensitivity=prompt_weight is None)
+        self.statistics = collector.reduce()
+
+
+def cut(folder: Path, model, scores: Scores, criterion: str, compensate: bool, remove: int, out: Path) -> None:
+    """Slice ``remove`` channels of every block away at once."""
     shape = read_shape(folder)
-    sample = list(itertools.islice(problems("rl", 0), 256))
-    sequences = encode_sequences(tokenizer, [p.question for p in sample], [p.solution for p in sample], 160)
-    collector = Collector(model, FAMILIES[shape.family.model_type], shape.intermediate_size, torch.device("cpu"))
-    with torch.no_grad(), collector.attached():
-        for ids_BT, mask_BT in batches_for_rank(sequences, 32, 0, 1, tokenizer.pad_token_id):
-            collector.start_batch(mask_BT)
-            model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
-    statistics = collector.reduce()
-    channels, layers = choose(
-        rms_contribution(statistics),
-        torch.ones(shape.num_hidden_layers),
-        remove_channels=round(shape.intermediate_size * share),
-        remove_layers=0,
-    )
+    blocks = model.get_submodule(shape.family.layers).children()
+    weights = [block.get_parameter("mlp.down_proj.weight").detach() for block in blocks]
+    if criterion == "obs":
+        moments = scores.moments.own_CC
+        importance = [obs_importance(w, moments[i], remove, RIDGE) for i, w in enumerate(weights)]
+        importance_LC = torch.stack(importance)
+    else:
+        importance_LC = CHANNEL_CRITERIA[criterion](scores.statistics)
+    channels, layers = choose(importance_LC, torch.ones(len(weights)), remove_channels=remove, remove_layers=0)
     plan = PruningPlan(
         keep_channels=channels,
         keep_layers=layers,
         source_intermediate_size=shape.intermediate_size,
         alignment=1,
-        channel_criterion="rms_contribution",
+        channel_criterion=criterion,
         layer_criterion="none",
+        compensate="least_squares" if compensate else "none",
+        ridge=RIDGE,
         subset_hash="",
         source=str(folder),
     )
-    slice_checkpoint(folder, plan, out)
+    compensated = None
+    if compensate:
+        compensated = out / "compensated"
+        for layer, weight in enumerate(weights):
+            fit = least_squares(weight, scores.moments.own_CC[layer], channels[layer], RIDGE)
+            save_compensated(compensated, layer, fit.weight_HK)
+    write_companions(folder, plan, out, slice_weights(folder, plan, out, compensated=compensated))
 
 
 def main(
@@ -82,11 +117,19 @@ def main(
     tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), load(checkpoint)
     print(f"greedy, {count} test problems: {greedy_accuracy(model, tokenizer, 'test', count):.1%}", flush=True)
     print(f"sampled at temperature 1, 64 problems x 8: {sampled_accuracy(model, tokenizer, 64, 8):.1%}", flush=True)
-    for share in (0.25, 0.5, 0.625, 0.75):
-        with tempfile.TemporaryDirectory() as folder:
-            cut(checkpoint, model, tokenizer, share, Path(folder))
-            accuracy = greedy_accuracy(load(Path(folder)), tokenizer, "test", count)
-            print(f"{share:.1%} of all channels cut at once, unrecovered: {accuracy:.1%}", flush=True)
+    shares = (0.25, 0.5, 0.625, 0.75)
+    print("greedy after one cut, unrecovered | " + " | ".join(f"{share:.1%} of all channels" for share in shares))
+    width = model.config.intermediate_size
+    for criterion, compensate, prompt_weight in WAYS:
+        scores = Scores(checkpoint, model, tokenizer, prompt_weight)
+        found = []
+        for share in shares:
+            with tempfile.TemporaryDirectory() as folder:
+                cut(checkpoint, model, scores, criterion, compensate, round(width * share), Path(folder))
+                found.append(f"{greedy_accuracy(load(Path(folder)), tokenizer, 'test', count):.1%}")
+        tokens = "sensitivity" if prompt_weight is None else f"prompt weight {prompt_weight:g}"
+        name = f"{criterion}, {'least squares' if compensate else 'plain'}, {tokens}"
+        print(f"{name} | " + " | ".join(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,11 @@ class CalibrationConfig(_Section):
     sequences: int = Field(256, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
     max_tokens: int = Field(512, ge=8, description="Longer sequences are cut.")
     batch_size: int = Field(16, ge=1, description="Sequences per forward pass on each rank.")
+    token_weights: Literal["uniform", "sensitivity"] = Field(
+        "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
+    )
     prompt_weight: float = Field(
-        0.2, ge=0, le=1, description="How much a token of the question counts beside one of the chain of thought."
+        0.2, ge=0, le=1, description="How much a question's token counts beside the chain of thought's, if uniform."
     )
 
 

@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -62,9 +63,10 @@ def detect_device(config: RunConfig) -> str:
 class Driver:
     """Works on one run folder."""
 
-    def __init__(self, folder: RunFolder, display: Display) -> None:
-        self.folder, self.display = folder, display
+    def __init__(self, folder: RunFolder, make_display: Callable[[RunConfig], Display]) -> None:
+        self.folder = folder
         self.config = read_saved_config(folder.config)
+        self.display = make_display(self.config)
         self.journal = Journal(folder.journal)
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)

@@ -26,6 +26,7 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     """Biases on q, k and v whatever the config says (Qwen2); otherwise ``attention_bias`` decides, for o too."""
+    embeddings: str = "model.embed_tokens"
     layers: str = "model.layers"
     mlp: str = "mlp"
     gate_proj: str = "gate_proj"

@@ -16,7 +16,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from ptl_rl.data.corpora import Record
-from ptl_rl.families import FAMILIES, read_shape
+from ptl_rl.families import read_shape
 from ptl_rl.pruning.calibration import Collector, Listener, Sequence, batches_for_rank, encode_sequences, stream
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA, LAYER_CRITERIA
@@ -75,13 +75,20 @@ class PruningWorker(Worker):
             config.calibration.prompt_weight,
         )
         progress = (lambda done: self.context.report(done, rounds)) if self.rank == 0 else (lambda done: None)
-        stream(model, batches, make_listeners(model), self.device, progress)
+        stream(
+            model,
+            self.family,
+            batches,
+            make_listeners(model),
+            self.device,
+            sensitivity=config.calibration.token_weights == "sensitivity",
+            progress=progress,
+        )
         return sequences
 
     def _down_proj(self, layer: int) -> torch.Tensor:
         """A block's (H, C) ``down_proj`` weight, read whole from the source checkpoint."""
-        family = FAMILIES[self.family.model_type]
-        name = f"{family.layers}.{layer}.{family.mlp}.{family.down_proj}.weight"
+        name = self.family.projection(layer, "down_proj") + ".weight"
         with safe_open(checkpoint_files(self.context.spec.source)[name], "pt") as file:
             return file.get_tensor(name).to(self.device)
 
@@ -92,7 +99,7 @@ class PruningWorker(Worker):
         collected: dict[str, Any] = {}
 
         def listeners(model: PreTrainedModel) -> list[Listener]:
-            family, channels = FAMILIES[self.family.model_type], model.config.intermediate_size
+            family, channels = self.family, model.config.intermediate_size
             collected["statistics"] = Collector(model, family, channels, self.device)
             if config.criterion.channels == "obs":
                 collected["moments"] = SecondMoments(model, family, channels, self.device)
@@ -136,7 +143,7 @@ class PruningWorker(Worker):
 
         def listeners(model: PreTrainedModel) -> list[Listener]:
             channels = model.config.intermediate_size
-            collected.append(SecondMoments(model, FAMILIES[self.family.model_type], channels, self.device))
+            collected.append(SecondMoments(model, self.family, channels, self.device))
             return list(collected)
 
         self._stream(records, listeners)
@@ -185,7 +192,7 @@ class PruningWorker(Worker):
         with torch.no_grad():
             source = self._load(spec.source, torch.float32)
             compensated = self._written_down_proj(plan) if plan.compensate == "least_squares" else None
-            with masked(source, FAMILIES[self.family.model_type], plan, compensated):
+            with masked(source, self.family, plan, compensated):
                 expected_BTV = source(input_ids=ids_BT, use_cache=False).logits
             del source
             actual_BTV = self._load(spec.out, torch.float32)(input_ids=ids_BT, use_cache=False).logits
@@ -194,11 +201,11 @@ class PruningWorker(Worker):
 
     def _written_down_proj(self, plan: PruningPlan) -> Callable[[int], torch.Tensor]:
         """Source block to its ``down_proj`` weight as the sliced checkpoint has it."""
-        family, files = FAMILIES[self.family.model_type], checkpoint_files(self.context.spec.out)
+        files = checkpoint_files(self.context.spec.out)
         new_index = {old: new for new, old in enumerate(plan.keep_layers)}
 
         def read(layer: int) -> torch.Tensor:
-            name = f"{family.layers}.{new_index[layer]}.{family.mlp}.{family.down_proj}.weight"
+            name = self.family.projection(new_index[layer], "down_proj") + ".weight"
             with safe_open(files[name], "pt") as file:
                 return file.get_tensor(name)
 

@@ -4,6 +4,7 @@ On a terminal it redraws itself; elsewhere (a log file, ``ray job logs``) it pri
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -11,7 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptl_rl.driver.journal import Entry
-from ptl_rl.driver.state import CYCLE_STAGES, Stage, State
+from ptl_rl.driver.state import Stage, State
+from ptl_rl.reporting.eta import StageProgress, remaining_seconds
 from ptl_rl.reporting.summary import table
 
 VERBS = {
@@ -33,12 +35,13 @@ def _time(seconds: float) -> str:
 class Display:
     """Fed by the driver; knows nothing of processes."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        self.console, self.title = console, title
+    def __init__(self, console: Console, title: str, steps_of: Callable[[int], int]) -> None:
+        self.console, self.title, self.steps_of = console, title, steps_of
         self.entries: list[Entry] = []
         self.state: State | None = None
         self.stage: Stage | None = None
         self.stage_start = time.monotonic()
+        self.now = StageProgress()
         self.live: Live | None = None
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -69,6 +72,7 @@ class Display:
 
     def stage_started(self, stage: Stage, state: State) -> None:
         self.stage, self.state, self.stage_start = stage, state, time.monotonic()
+        self.now = StageProgress()
         self.bar.reset(self.task, total=None, steps="", metrics="", description=self._where(stage))
         self._refresh()
 
@@ -77,6 +81,8 @@ class Display:
         if done < 0:
             self._refresh()
             return
+        if "step_seconds" in metrics:
+            self.now.step_seconds.append(metrics["step_seconds"])
         shown = ", ".join(f"{k.replace('_', ' ')} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
         self.bar.update(self.task, completed=done, total=total, steps=f"{done}/{total}", metrics=shown)
         if not self.live and self.stage and self.stage.name == "recover":
@@ -112,20 +118,11 @@ class Display:
         return f"{where}: done ({_time(entry.seconds)})"
 
     def eta_seconds(self) -> float | None:
-        """Remaining time if every stage to come takes as long as the last of its kind; None until all are known."""
+        """Remaining time of the run; see :func:`ptl_rl.reporting.eta.remaining_seconds`."""
         if self.state is None or self.stage is None:
             return None
-        last = {e.stage: e.seconds for e in self.entries if e.cycle}
-        last.setdefault("gate", 0.0)
-        baseline = next((e.seconds for e in self.entries if e.cycle == 0), None)
-        if baseline is not None:
-            last.setdefault("evaluate", baseline)
-        if any(name not in last for name in CYCLE_STAGES):
-            return None
-        index = CYCLE_STAGES.index(self.stage.name)
-        left = last[self.stage.name] - (time.monotonic() - self.stage_start)
-        left = max(left, 1.0) + sum(last[name] for name in CYCLE_STAGES[index + 1 :])
-        return left + (len(self.state.cuts) - 1) * sum(last[name] for name in CYCLE_STAGES)
+        self.now.elapsed_seconds = time.monotonic() - self.stage_start
+        return remaining_seconds(self.entries, self.state, self.stage, self.now, self.steps_of)
 
     def _render(self) -> Group:
         eta = self.eta_seconds()

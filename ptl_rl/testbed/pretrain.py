@@ -94,12 +94,17 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Problems per step.")] = 64,
     peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of AdamW.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN channels per block.")] = 1280,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
+    autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
     start_from: Annotated[Path | None, typer.Option(help="Continue from a checkpoint that this script wrote.")] = None,
 ) -> None:
     """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
     tokenizer = build_tokenizer()
-    model = tiny_model(family, seed=seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if start_from and not (start_from / "config.json").exists():
+        raise typer.BadParameter(f"{start_from} is no checkpoint: it has no config.json")
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, **ids)
     if start_from:
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -117,7 +122,8 @@ def main(
             ids_BT, labels_BT = next(stream)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak_lr)
-            logits_BTV = model(input_ids=ids_BT).logits
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits_BTV = model(input_ids=ids_BT).logits.float()
             loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,6 +138,7 @@ def main(
     model.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {"family": family, "steps": steps, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
+    record |= {"intermediate_size": model.config.intermediate_size, "autocast": autocast}
     record |= {
         "seconds": round(seconds),
         "final_loss": loss.item(),

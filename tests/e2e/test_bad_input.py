@@ -19,7 +19,7 @@ def run(repository, tmp_path, *settings):
     [
         (["recovery.stpes=3"], "recovery.stpes: unknown key; did you mean 'steps'?"),
         (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
-        (["schedule.channels_per_cycle=[400,400]"], "removes 800 channels per layer, but intermediate_size is 768"),
+        (["schedule.channels_per_cycle=[700,700]"], "removes 1400 channels per layer, but intermediate_size is 1280"),
         (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
         (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
         (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),

@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from ptl_rl.driver.journal import Journal
+from ptl_rl.driver.processes import end_processes
 
 pytestmark = [
     pytest.mark.stack,
@@ -94,7 +98,7 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     assert processes_of(run_dir) == []
     assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
     assert (run_dir / "summary.png").stat().st_size > 10_000
-    check_result(run_dir, channels=640)
+    check_result(run_dir, channels=1152)
     # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
     lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))
@@ -161,6 +165,50 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
     errors = (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "planted" in errors
     assert "the reward function raised on some samples" in finished.stdout and "planted" in finished.stdout
+    assert processes_of(run_dir) == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ray_head() -> Iterator[str]:
+    """A Ray head as ``ray start`` makes it; gives the address that jobs are submitted to."""
+    tag, dashboard = uuid.uuid4().hex, free_port()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PTL_", "RAY_"))}
+    start = f"start --head --port={free_port()} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
+    subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), *start.split(), "--num-gpus=1", "--num-cpus=64"],
+        env={**environment, "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+    )
+    try:
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        end_processes("PTL_TEST_HEAD", tag, grace_seconds=0)
+
+
+@pytest.mark.timeout(400)
+def test_submitted_as_a_job_to_a_running_ray(repository, tmp_path, ray_head):
+    run_dir = tmp_path / "run"
+    options = command(repository, run_dir, schedule__channels_per_cycle=[64])[4:]
+    bin_folder = Path(sys.executable).parent
+    submitted = subprocess.run(
+        ["bash", str(repository / "launch/submit.sh"), options[0], *options[1:]],
+        env={**os.environ, "RAY_API_SERVER_ADDRESS": ray_head, "PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=350,
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert entries(run_dir) == ["0.evaluate", *(f"1.{stage}" for stage in STAGES)]
+    assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
+    assert f"final model: {run_dir}" in submitted.stdout
     assert processes_of(run_dir) == []
 
 

@@ -123,7 +123,8 @@ def sequences() -> list[Sequence]:
 
 def moments_of(model, family: str, rank: int = 0, ranks: int = 1) -> dict[int, torch.Tensor]:
     moments = SecondMoments(model, FAMILIES[family], 48, torch.device("cpu"))
-    stream(model, batches_for_rank(sequences(), 2, rank, ranks, 0, 0.3), [moments], torch.device("cpu"))
+    batches = batches_for_rank(sequences(), 2, rank, ranks, 0, 0.3)
+    stream(model, FAMILIES[family], batches, [moments], torch.device("cpu"))
     return moments.own_CC
 
 
