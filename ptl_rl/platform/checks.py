@@ -7,6 +7,7 @@ inside the functions that truly need them.
 import os
 
 CPU_PLATFORM = "cpu"
+REPLAY_BUFFER = ("pkg://ptl_rl.platform.replay_buffer", "PromptReplayBuffer")
 WORKER_EXTENSION = "ptl_rl.platform.vllm_worker.CpuWorkerExtension"
 
 # verl reserves `max_colocate_count` CPUs beside each GPU (main_ppo: 3, a plain RayResourcePool: 10);
@@ -170,6 +171,8 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         "reward.num_workers": 1,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "data.dataloader_num_workers": 0,
+        "trainer.v1.sampler.custom_sampler.path": REPLAY_BUFFER[0],
+        "trainer.v1.sampler.custom_sampler.name": REPLAY_BUFFER[1],
     }
 
 

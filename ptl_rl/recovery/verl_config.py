@@ -142,6 +142,9 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
             "trainer.nnodes": config.resources.nodes,
             "trainer.n_gpus_per_node": config.resources.workers_per_node,
         }
+        if any(key.startswith("algorithm.filter_groups") for key in config.verl):
+            # verl hands this filter to its own buffer only.
+            settings |= {f"trainer.v1.sampler.custom_sampler.{key}": None for key in ("path", "name")}
     return {**settings, **config.verl}
 
 

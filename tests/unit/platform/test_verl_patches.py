@@ -81,3 +81,21 @@ def test_an_unknown_verl_is_refused(monkeypatch):
     monkeypatch.setattr(verl_patches, "version", lambda name: "0.10.0")
     with pytest.raises(RuntimeError, match=r"0\.10\.0"):
         verl_patches.apply()
+
+
+def test_verls_replay_buffer_still_polls_too_seldom_for_tiny_models():
+    """Fails once verl polls faster, or lets one set the interval: then ptl_rl.platform.replay_buffer can go."""
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    from ptl_rl.platform.replay_buffer import POLL_SECONDS, PromptReplayBuffer
+
+    settings = {
+        "trainer_mode": "sync",
+        "trainer_config": OmegaConf.create({}),
+        "max_off_policy_threshold": 1,
+        "max_off_policy_strategy": "drop",
+        "sampler_kwargs": OmegaConf.create({}),
+    }
+    assert ReplayBuffer(**settings).poll_interval == 2.0
+    assert PromptReplayBuffer(**settings).poll_interval == POLL_SECONDS

@@ -69,3 +69,11 @@ def test_keys_of_a_users_reward_reach_verl(tmp_path):
     arguments = verl.reward.custom_reward_function.reward_kwargs
     assert dict(arguments.user_keys) == {"acc": "number", "note": "text"}
     assert (arguments.user_path, arguments.user_name) == (f"{tmp_path}/mine.py", "f")
+
+
+def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):
+    plain = compose(render(load_config(RECIPES[0]), spec("cpu", tmp_path)))
+    assert plain.trainer.v1.sampler.custom_sampler.name == "PromptReplayBuffer"
+    config = load_config(RECIPES[0], ["verl.algorithm.filter_groups.enable=true"])
+    filtered = compose(render(config, spec("cpu", tmp_path)))
+    assert filtered.trainer.v1.sampler.custom_sampler.name is None
