@@ -16,4 +16,8 @@ if [ ! -f "$recipe" ]; then
 fi
 command -v ray > /dev/null || . "$root/launch/setup.sh"
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+# A head that finds a token at its start asks for it; the job client sends it only if told to.
+if [ -z "${RAY_AUTH_MODE:-}" ] && { [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -f "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; }; then
+    export RAY_AUTH_MODE=token
+fi
 exec ray job submit --runtime-env "$root/launch/runtime_env.yaml" -- python -m ptl_rl.cli run "$recipe" "$@"

@@ -208,6 +208,8 @@ class Driver:
             "PTL_RUN_ID": self.run_id,
             "PTL_STAGE_ID": spec.stage_id,
             "RAY_ADDRESS": spec.ray_address,
+            # Within a submitted job, a stage's workers get the job's environment and, above it, the stage's own.
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
             "PTL_REWARD_ERRORS": str(self.folder.reward_errors),
         }
         return {**env, **(cpu_env_vars(self.config.resources.workers) if self.device == "cpu" else {})}

@@ -22,6 +22,7 @@ class RaySession:
         if self.started_here:
             logical = {"num_cpus": resources.ray_cpus} if self.device == "cpu" else {}
             ray.init(
+                address="local",  # another user's Ray on this machine is none of ours
                 num_gpus=resources.workers if self.device == "cpu" else None,
                 include_dashboard=False,
                 log_to_driver=False,

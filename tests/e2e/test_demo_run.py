@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -174,15 +176,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def environment_of_a_shell() -> dict[str, str]:
+    """What a user's shell has: nothing that ray or this project have set in the process of the tests."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PTL_", "RAY_"))}
+    return {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+
+
 @pytest.fixture
 def ray_head() -> Iterator[str]:
     """A Ray head as ``ray start`` makes it; gives the address that jobs are submitted to."""
     tag, dashboard = uuid.uuid4().hex, free_port()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PTL_", "RAY_"))}
+    # A folder of its own, with a short name for the sake of sockets: in the default one Ray leaves word of this head,
+    # and every later `ray.init` on the machine would look for it.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     start = f"start --head --port={free_port()} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
     subprocess.run(
-        [str(Path(sys.executable).with_name("ray")), *start.split(), "--num-gpus=1", "--num-cpus=64"],
-        env={**environment, "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
+        [
+            str(Path(sys.executable).with_name("ray")),
+            *start.split(),
+            f"--temp-dir={folder}",
+            "--num-gpus=1",
+            "--num-cpus=64",
+        ],
+        env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
         check=True,
         stdout=subprocess.DEVNULL,
         timeout=120,
@@ -191,20 +207,24 @@ def ray_head() -> Iterator[str]:
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         end_processes("PTL_TEST_HEAD", tag, grace_seconds=0)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(400)
 def test_submitted_as_a_job_to_a_running_ray(repository, tmp_path, ray_head):
     run_dir = tmp_path / "run"
     options = command(repository, run_dir, schedule__channels_per_cycle=[64])[4:]
-    bin_folder = Path(sys.executable).parent
-    submitted = subprocess.run(
-        ["bash", str(repository / "launch/submit.sh"), options[0], *options[1:]],
-        env={**os.environ, "RAY_API_SERVER_ADDRESS": ray_head, "PATH": f"{bin_folder}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=350,
-    )
+    for _ in range(20):
+        submitted = subprocess.run(
+            ["bash", str(repository / "launch/submit.sh"), *options],
+            env={**environment_of_a_shell(), "RAY_API_SERVER_ADDRESS": ray_head},
+            capture_output=True,
+            text=True,
+            timeout=350,
+        )
+        if "No available agent" not in submitted.stderr:  # the head's job agent starts a little after the head
+            break
+        time.sleep(2)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert entries(run_dir) == ["0.evaluate", *(f"1.{stage}" for stage in STAGES)]
     assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
