@@ -239,9 +239,11 @@ class Driver:
         path = self.folder.reward_errors
         errors = path.read_text().splitlines() if path.exists() else []
         if errors[self.reward_errors_noted :]:
-            last = json.loads(errors[-1])
+            last = errors[-1]
+            with contextlib.suppress(ValueError, KeyError):  # a line cut short, by a full disk say, is shown as it is
+                last = json.loads(last)["error"]
             self.display.note(
-                f"the reward function raised on some samples, which scored 0; last: {last['error']}\n  all: {path}"
+                f"the reward function raised on some samples, which scored 0; last: {last}\n  all: {path}"
             )
         self.reward_errors_noted = len(errors)
 

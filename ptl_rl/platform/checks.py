@@ -7,7 +7,7 @@ inside the functions that truly need them.
 import os
 
 CPU_PLATFORM = "cpu"
-REPLAY_BUFFER = ("pkg://ptl_rl.platform.replay_buffer", "PromptReplayBuffer")
+REPLAY_BUFFER = ("pkg://ptl_rl.platform.replay_buffer", "QuickReplayBuffer")
 WORKER_EXTENSION = "ptl_rl.platform.vllm_worker.CpuWorkerExtension"
 
 # verl reserves `max_colocate_count` CPUs beside each GPU (main_ppo: 3, a plain RayResourcePool: 10);

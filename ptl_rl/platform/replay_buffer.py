@@ -12,7 +12,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 POLL_SECONDS = 0.1
 
 
-class PromptReplayBuffer(ReplayBuffer):
+class QuickReplayBuffer(ReplayBuffer):
     """verl's own synchronous buffer, polled every :data:`POLL_SECONDS`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

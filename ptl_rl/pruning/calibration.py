@@ -229,7 +229,11 @@ class Collector(Listener):
         self.block_weight_L[layer] += weight_N.sum()
 
     def reduce(self) -> Statistics:
-        """Sum over all ranks."""
+        """Sum over all ranks.
+
+        Raises:
+            ValueError: no position of any sequence has any weight.
+        """
         down_square_LC = torch.zeros_like(self.square_sum_LC)
         for layer, block in enumerate(self.blocks):
             weight = block.get_parameter(f"{self.family.mlp}.{self.family.down_proj}.weight")
@@ -240,6 +244,12 @@ class Collector(Listener):
             for tensor in [*sums, down_square_LC]:
                 dist.all_reduce(tensor)
         abs_LC, square_LC, channel_weight_L, change_L, block_weight_L = (tensor.cpu() for tensor in sums)
+        if not (channel_weight_L.min() > 0 and block_weight_L.min() > 0):
+            raise ValueError(
+                "no token of the calibration sequences counts: calibration.max_tokens cuts every one of them before "
+                "its solution begins, or their solutions are empty; raise it, or set calibration.token_weights to "
+                "uniform and calibration.prompt_weight above 0"
+            )
         return Statistics(
             abs_sum_LC=abs_LC,
             square_sum_LC=square_LC,

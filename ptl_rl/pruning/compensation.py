@@ -25,8 +25,7 @@ class Fit:
 
 def _ridged(moment_CC: torch.Tensor, ridge: float) -> torch.Tensor:
     """float64 copy with ``ridge`` times the mean of the diagonal added to it; channels that never fire get the same."""
-    ridged_CC = moment_CC.double()
-    ridged_CC = ridged_CC.clone() if ridged_CC is moment_CC else ridged_CC
+    ridged_CC = moment_CC.to(torch.float64, copy=True)
     mean = float(ridged_CC.diagonal().mean())
     ridged_CC.diagonal().add_(ridge * mean if mean > 0 else 1.0)
     return ridged_CC

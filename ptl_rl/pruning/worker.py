@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,16 +53,13 @@ class PruningWorker(Worker):
             folder, self.mesh, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
         )
 
-    def _stream(
-        self, records: list[Record], make_listeners: Callable[[PreTrainedModel], list[Listener]]
-    ) -> list[Sequence]:
-        """One forward pass of the source policy over ``records``; returns the sequences."""
+    def _stream(self, model: PreTrainedModel, records: list[Record], listeners: list[Listener]) -> list[Sequence]:
+        """Read ``records`` once with the source policy; returns the sequences."""
         config, spec = self.context.config, self.context.spec
         tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
         questions = [record.question + config.data.prompt_suffix for record in records]
         solutions = [record.solution for record in records]
         sequences = encode_sequences(tokenizer, questions, solutions, config.calibration.max_tokens)
-        model = self._load(spec.source, getattr(torch, config.model.dtype))
         batch_size = config.calibration.batch_size
         rounds = -(-len(sequences) // (batch_size * self.world_size))
         batches = batches_for_rank(
@@ -79,7 +75,7 @@ class PruningWorker(Worker):
             model,
             self.family,
             batches,
-            make_listeners(model),
+            listeners,
             self.device,
             sensitivity=config.calibration.token_weights == "sensitivity",
             progress=progress,
@@ -96,19 +92,16 @@ class PruningWorker(Worker):
     def score(self, records: list[Record]) -> dict:
         """Stream ``records`` through the policy; rank 0 writes ``scores.safetensors``. Returns token counts."""
         config, spec = self.context.config, self.context.spec
-        collected: dict[str, Any] = {}
-
-        def listeners(model: PreTrainedModel) -> list[Listener]:
-            family, channels = self.family, model.config.intermediate_size
-            collected["statistics"] = Collector(model, family, channels, self.device)
-            if config.criterion.channels == "obs":
-                collected["moments"] = SecondMoments(model, family, channels, self.device)
-            return list(collected.values())
-
-        sequences = self._stream(records, listeners)
-        statistics = collected["statistics"].reduce()
-        if "moments" in collected:
-            importance_LC = self._obs_importance(collected["moments"], statistics.abs_sum_LC.shape)
+        model = self._load(spec.source, getattr(torch, config.model.dtype))
+        collector = Collector(model, self.family, model.config.intermediate_size, self.device)
+        listeners: list[Listener] = [collector]
+        if config.criterion.channels == "obs":
+            moments = SecondMoments(model, self.family, model.config.intermediate_size, self.device)
+            listeners.append(moments)
+        sequences = self._stream(model, records, listeners)
+        statistics = collector.reduce()
+        if config.criterion.channels == "obs":
+            importance_LC = self._obs_importance(moments, statistics.abs_sum_LC.shape)
         else:
             importance_LC = CHANNEL_CRITERIA[config.criterion.channels](statistics)
         if self.rank == 0:
@@ -139,16 +132,12 @@ class PruningWorker(Worker):
 
         Returns, for this rank's blocks, the share of the FFN output that slicing loses without and with it.
         """
-        collected: list[SecondMoments] = []
-
-        def listeners(model: PreTrainedModel) -> list[Listener]:
-            channels = model.config.intermediate_size
-            collected.append(SecondMoments(model, self.family, channels, self.device))
-            return list(collected)
-
-        self._stream(records, listeners)
+        model = self._load(self.context.spec.source, getattr(torch, self.context.config.model.dtype))
+        moments = SecondMoments(model, self.family, model.config.intermediate_size, self.device)
+        self._stream(model, records, [moments])
+        del model  # the solves need the memory
         errors = {}
-        for layer, moment_CC in collected[0].own_CC.items():
+        for layer, moment_CC in moments.own_CC.items():
             if layer in plan.keep_layers:
                 fit = least_squares(self._down_proj(layer), moment_CC, plan.keep_channels[layer], plan.ridge)
                 save_compensated(self.context.spec.out / COMPENSATED, layer, fit.weight_HK)

@@ -133,6 +133,7 @@ def main(
             if step % 500 == 499:
                 bar.print(f"step {step + 1} loss {loss.item():.4f} {time.time() - started:.0f} s")
     seconds = time.time() - started
+    # Rounded as they are saved, so that the accuracy is that of the saved weights.
     model = model.to(getattr(torch, dtype)).float().eval()
     accuracy = greedy_accuracy(model, tokenizer, "validation", 500)
     model.to(getattr(torch, dtype)).save_pretrained(out)

@@ -88,7 +88,7 @@ def test_verls_replay_buffer_still_polls_too_seldom_for_tiny_models():
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-    from ptl_rl.platform.replay_buffer import POLL_SECONDS, PromptReplayBuffer
+    from ptl_rl.platform.replay_buffer import POLL_SECONDS, QuickReplayBuffer
 
     settings = {
         "trainer_mode": "sync",
@@ -98,4 +98,4 @@ def test_verls_replay_buffer_still_polls_too_seldom_for_tiny_models():
         "sampler_kwargs": OmegaConf.create({}),
     }
     assert ReplayBuffer(**settings).poll_interval == 2.0
-    assert PromptReplayBuffer(**settings).poll_interval == POLL_SECONDS
+    assert QuickReplayBuffer(**settings).poll_interval == POLL_SECONDS

@@ -155,6 +155,17 @@ def test_any_number_of_ranks_gives_the_same_scores(family, ranks, make_checkpoin
     assert found["local"] <= total / ranks + 600  # a shard, not the model: uneven rows are all that is added
 
 
+@pytest.mark.parametrize("sensitivity", [True, False])
+def test_sequences_in_which_nothing_counts_are_refused(sensitivity, make_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint("qwen2")).eval().requires_grad_(False)
+    collector = Collector(model, FAMILIES["qwen2"], WIDTH, torch.device("cpu"))
+    only_questions = [Sequence(sequence.ids, len(sequence.ids) + 1) for sequence in sequences()]
+    batches = batches_for_rank(only_questions, 3, 0, 1, 0, 0.0)
+    stream(model, FAMILIES["qwen2"], batches, [collector], torch.device("cpu"), sensitivity=sensitivity)
+    with pytest.raises(ValueError, match=r"calibration\.max_tokens cuts every one of them"):
+        collector.reduce()
+
+
 def test_choice_is_by_rank_and_ties_go_to_the_lower_index():
     importance_LC = torch.tensor([[3.0, 1.0, 2.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
     channels, layers = choose(importance_LC, torch.tensor([0.5, 0.1]), remove_channels=2, remove_layers=1)

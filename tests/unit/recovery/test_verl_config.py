@@ -73,7 +73,7 @@ def test_keys_of_a_users_reward_reach_verl(tmp_path):
 
 def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):
     plain = compose(render(load_config(RECIPES[0]), spec("cpu", tmp_path)))
-    assert plain.trainer.v1.sampler.custom_sampler.name == "PromptReplayBuffer"
+    assert plain.trainer.v1.sampler.custom_sampler.name == "QuickReplayBuffer"
     config = load_config(RECIPES[0], ["verl.algorithm.filter_groups.enable=true"])
     filtered = compose(render(config, spec("cpu", tmp_path)))
     assert filtered.trainer.v1.sampler.custom_sampler.name is None
