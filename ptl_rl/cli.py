@@ -1,4 +1,4 @@
-"""The command line: ``ptl run``, ``ptl resume``, ``ptl plan``, ``ptl report``.
+"""The command line: ``ptl run``, ``ptl resume``, ``ptl plan``, ``ptl report``, ``ptl score``, ``ptl slice``.
 
 Heavy modules are imported inside the commands, so that ``--help`` and ``plan`` answer at once.
 """
@@ -149,6 +149,106 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finish
         _finish(run_dir.resolve(), Console(width=None if sys.stdout.isatty() else 160), stopped=False)
     except (ConfigError, JournalError) as error:
         _refuse(error)
+
+
+def _bar(console, what: str):
+    """A progress bar that appears with the first progress, and what to tell it of that."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), remaining, console=console)
+    task = bar.add_task(what, total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    return bar, progress
+
+
+Model = Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors weights.")]
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Reasoning data: a .jsonl or .parquet file, testbed:SPLIT or hub:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores, plan and compensated weights.")],
+    remove_channels: Annotated[str, typer.Option(help="Channels that each block loses: a number, or e.g. 25%.")] = "0",
+    remove_layers: Annotated[int, typer.Option(help="Blocks that go.")] = 0,
+    alignment: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 64,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that will share the sliced model.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="data.*, calibration.*, criterion.* of a recipe; dtype; seed."),
+    ] = None,
+) -> None:
+    """Score channels and blocks of a model folder and plan a cut, without Ray; `ptl slice` makes it."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError, score_config
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        config = score_config({"data": {"path": data}}, settings or [])
+        from ptl_rl.pruning.command import score_folder
+
+        bar, progress = _bar(console, "reading")
+        try:
+            plan, losses = score_folder(
+                model,
+                out,
+                config,
+                remove_channels=remove_channels,
+                remove_layers=remove_layers,
+                alignment=alignment * tensor_parallel_size,
+                progress=progress,
+            )
+        finally:
+            bar.stop()
+    except (ConfigError, ValueError) as error:
+        _refuse(error)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    kept = f"{plan.num_hidden_layers} blocks of {plan.intermediate_size} channels"
+    console.print(f"keeps {kept}, of {len(plan.keep_channels)} of {plan.source_intermediate_size}", highlight=False)
+    if losses.channels is not None and losses.channels_plain is not None:
+        console.print(
+            f"of the FFN outputs' mean square {losses.channels:.2%} is lost, {losses.channels_plain:.2%} without "
+            "compensation",
+            highlight=False,
+        )
+    if losses.blocks is not None:
+        console.print(f"of what the removed blocks added {losses.blocks:.2%} is lost", highlight=False)
+    console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True)
+
+
+@app.command("slice")
+def slice_model(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="plan.json, or the folder that `ptl score` wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
+    check: Annotated[bool, typer.Option(help="Compare the logits with the masked original's.")] = True,
+) -> None:
+    """Cut a model folder down to a plan: an ordinary Hugging Face folder again."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        from ptl_rl.pruning.command import slice_folder
+
+        bar, progress = _bar(console, "writing")
+        try:
+            difference = slice_folder(model, plan, out, check=check, progress=progress)
+        finally:
+            bar.stop()
+    except ConfigError as error:
+        _refuse(error)
+    if difference is not None:
+        console.print(f"logits differ from the masked original's by {difference:.1e} of the largest", highlight=False)
+    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

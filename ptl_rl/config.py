@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,6 +37,9 @@ class FieldMap(_Section):
     question: str = "question"
     solution: str = "solution"
     answer: str = "answer"
+    text: str | None = Field(
+        None, description="Column of plain text, for data without questions; the others are not read."
+    )
 
 
 class SourceConfig(_Section):
@@ -57,6 +60,10 @@ class DataConfig(_Section):
 
 
 class CalibrationConfig(_Section):
+    source: Literal["corpus", "rollouts", "both"] = Field(
+        "corpus",
+        description="Worked solutions of the cycle's subset, the last recovery's rewarded rollouts, half each.",
+    )
     sequences: int = Field(256, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
     max_tokens: int = Field(512, ge=8, description="Longer sequences are cut.")
     batch_size: int = Field(16, ge=1, description="Sequences per forward pass on each rank.")
@@ -64,19 +71,69 @@ class CalibrationConfig(_Section):
         "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
     )
     prompt_weight: float = Field(
-        0.2, ge=0, le=1, description="How much a question's token counts beside the chain of thought's, if uniform."
+        0.2, ge=0, le=1, description="How much a question's token counts, if uniform; 0: response only, 1: all alike."
     )
 
 
+CHANNEL_CRITERIA = (
+    "obs",
+    "activation",
+    "rms_contribution",
+    "fluctuation",
+    "wanda",
+    "taylor",
+    "magnitude",
+    "random",
+    "ptl_reference",
+)
+
+
+class ContrastConfig(_Section):
+    """General text whose importance is taken off that for reasoning."""
+
+    data: SourceConfig = Field(description="Plain text: set fields.text to its column.")
+    weight: float = Field(0.5, ge=0, description="Importance is taken relative to its block's mean.")
+    sequences: int = Field(256, ge=1, description="Texts read per cycle.")
+
+
 class CriterionConfig(_Section):
-    channels: Literal["activation", "rms_contribution", "obs"] = "rms_contribution"
-    layers: Literal["block_influence"] = "block_influence"
+    channels: str = Field("obs", description=f"{', '.join(CHANNEL_CRITERIA)}; or a function of criterion.path.")
+    path: str | None = Field(None, description="Your Python file with the function criterion.channels.")
+    threshold: float | None = Field(
+        None, gt=0, description="Only channels below this share of their block's mean importance go; the rest stays."
+    )
+    contrast: ContrastConfig | None = None
+    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = "block_influence"
+    layer_ids: list[int] = Field(
+        [], description="explicit: blocks of the original model, in the order in which they go."
+    )
+    layer_sequences: int | None = Field(
+        None, ge=1, description="Sequences of a pass for blocks; leave_one_out makes one per block. Default: all."
+    )
     compensate: Literal["none", "least_squares"] = Field(
-        "least_squares", description="Kept channels take over, in closed form, what the removed ones contributed."
+        "least_squares", description="What stays takes over, in closed form, what goes; channels and blocks."
     )
     ridge: float = Field(
         1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriterionConfig":
+        if self.path is None and self.channels not in CHANNEL_CRITERIA:
+            close = difflib.get_close_matches(self.channels, CHANNEL_CRITERIA, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(CHANNEL_CRITERIA)}"
+            raise ValueError(f"channels {self.channels!r} is no criterion; {hint} (your own: set criterion.path)")
+        if self.channels == "obs" and self.path is None:
+            for name in ("threshold", "contrast"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs scores that stand alone, but obs gives an order; choose another")
+        if self.channels == "ptl_reference" and self.path is None and self.contrast is None:
+            raise ValueError("channels ptl_reference compares with general text; set contrast.data")
+        if (self.layers == "explicit") != bool(self.layer_ids):
+            raise ValueError(f"layers is {self.layers} and layer_ids {self.layer_ids}; explicit needs ids, and only it")
+        if len(set(self.layer_ids)) != len(self.layer_ids) or min(self.layer_ids, default=0) < 0:
+            raise ValueError(f"layer_ids {self.layer_ids} must be different and not negative")
+        return self
 
 
 class ScheduleConfig(_Section):
@@ -124,6 +181,9 @@ class RecoveryConfig(_Section):
     rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
     temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(1e-6, gt=0)
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After the warm-up; cosine: to 0."
+    )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
@@ -225,7 +285,29 @@ class RunConfig(_Section):
                 f"recovery.prompts_per_step x rollouts_per_prompt = {rollouts} sequences cannot be shared equally by "
                 f"{self.resources.workers} workers"
             )
+        if self.criterion.channels == "taylor" and self.calibration.token_weights == "sensitivity":
+            raise ValueError(
+                "criterion.channels taylor has gradients of its own; set calibration.token_weights to uniform"
+            )
+        ids, total = self.criterion.layer_ids, self.schedule.layers_total
+        if ids and len(ids) != total:
+            raise ValueError(f"criterion.layer_ids names {len(ids)} blocks, but schedule.layers_total is {total}")
+        for name in ("train", "validation", "test"):
+            if getattr(self.data, name).fields.text is not None:
+                raise ValueError(f"data.{name}.fields.text: plain text has no questions to be answered")
         return self
+
+
+class ScoreConfig(_Section):
+    """What ``ptl score`` reads and how; the sections are those of a recipe."""
+
+    data: SourceConfig
+    prompt_suffix: str = ""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    calibration: CalibrationConfig = CalibrationConfig()
+    criterion: CriterionConfig = CriterionConfig()
+    seed: int = Field(0, ge=0)
 
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
@@ -236,8 +318,8 @@ def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] = RunConfig
+def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    section = root
     for key in path:
         models = _annotation_models(section.model_fields[key].annotation) if key in section.model_fields else []
         if not models:
@@ -246,13 +328,13 @@ def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
     return section
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            section = _section_at(item["loc"][:-1])
+            section = _section_at(root, item["loc"][:-1])
             names = list(section.model_fields) if section else []
             close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
             message = (
@@ -262,12 +344,26 @@ def _explain(error: ValidationError, where: str) -> str:
     return f"{where}: " + "; ".join(lines)
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where, model)) from None
+
+
 def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     """Validate ``values``; raises :class:`ConfigError` whose one message names every wrong key in ``where``."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+    return _parse(RunConfig, values, where)
+
+
+def score_config(values: dict[str, Any], overrides: list[str]) -> ScoreConfig:
+    """Settings of ``ptl score``; raises :class:`ConfigError` as :func:`parse_config` does."""
+    for override in overrides:
+        _apply_override(values, override)
+    return _parse(ScoreConfig, values, "settings")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

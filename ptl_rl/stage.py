@@ -41,6 +41,8 @@ class StageSpec(BaseModel):
     subsets: int
     remove_channels: int
     remove_layers: int
+    removed_layers: int
+    """How many blocks of the original model are gone before this cycle."""
     steps: int
     alignment: int
     scores: Path | None = None

@@ -20,7 +20,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One problem: ``solution`` is the chain of thought, ``answer`` what the boxed result must equal."""
+    """One problem: ``solution`` is the chain of thought, ``answer`` what the boxed result must equal.
+
+    Plain text stands in ``solution``, and the others are empty.
+    """
 
     question: str
     solution: str
@@ -49,18 +52,20 @@ class Corpus:
 def _record(row: Any, fields: FieldMap, source: str, where: str) -> Record:
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row is a JSON object, this is {type(row).__name__}")
-    values = {}
-    for part, column in fields.model_dump().items():
+    values = {"question": "", "solution": "", "answer": ""}
+    columns = {"solution": fields.text} if fields.text else fields.model_dump(exclude={"text"})
+    for part, column in columns.items():
         value = row.get(column)
         if value is None:
             raise DataError(
-                f"{where}: no column {column!r} for the {part}; the row has {', '.join(map(str, row)) or 'none'} "
-                "(set data.<split>.fields)"
+                f"{where}: no column {column!r} for the {'text' if fields.text else part}; the row has "
+                f"{', '.join(map(str, row)) or 'none'} (set data.<split>.fields)"
             )
         values[part] = str(value).strip()
         if not values[part]:
             raise DataError(f"{where}: column {column!r} ({part}) is empty")
-    identity = str(row.get("id") or hashlib.sha256(values["question"].encode()).hexdigest()[:16])
+    content = values["question"] or values["solution"]
+    identity = str(row.get("id") or hashlib.sha256(content.encode()).hexdigest()[:16])
     return Record(**values, source=source, id=identity)
 
 

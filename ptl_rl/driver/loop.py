@@ -148,6 +148,7 @@ class Driver:
             subsets=data_subsets(self.config),
             remove_channels=cut.channels,
             remove_layers=cut.layers,
+            removed_layers=state.removed_layers,
             steps=self.config.recovery.steps_of(cut.planned),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,

@@ -112,6 +112,29 @@ def check_reward(config: RunConfig) -> None:
         raise ConfigError(f"reward: {error}") from None
 
 
+def check_criterion(config: RunConfig, shape: ModelShape) -> None:
+    """Load a user's criterion and the general text, and hold block ids against the model."""
+    criterion = config.criterion
+    beyond = [layer for layer in criterion.layer_ids if layer >= shape.num_hidden_layers]
+    if beyond:
+        raise ConfigError(
+            f"criterion.layer_ids: {beyond[0]}, but the model's {shape.num_hidden_layers} blocks are "
+            f"0..{shape.num_hidden_layers - 1}"
+        )
+    if criterion.contrast is not None:
+        try:
+            load_corpus(criterion.contrast.data, config.seed)
+        except DataError as error:
+            raise ConfigError(f"criterion.contrast.data: {error}") from None
+    if criterion.path is not None:
+        from ptl_rl.pruning.criteria import CriterionError, load_criterion
+
+        try:
+            load_criterion(criterion.channels, criterion.path)
+        except CriterionError as error:
+            raise ConfigError(str(error)) from None
+
+
 def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
     """Every cycle leaves a sliced and a recovered checkpoint; verl writes one more before it is copied."""
     bytes_each = shape.parameters * 4
@@ -131,4 +154,5 @@ def check(config: RunConfig, run_dir: Path) -> Checked:
     check_disk(config, shape, run_dir)
     notes = check_data(config)
     check_reward(config)
+    check_criterion(config, shape)
     return Checked(model, shape, notes)

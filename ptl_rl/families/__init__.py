@@ -14,6 +14,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama"),
+        Family("mistral"),
         Family("qwen2", qkv_bias=True),
         Family("qwen3", qk_norm=True),
         Family("gemma2", norms_per_layer=4),

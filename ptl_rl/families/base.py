@@ -28,6 +28,8 @@ class Family:
     """Biases on q, k and v whatever the config says (Qwen2); otherwise ``attention_bias`` decides, for o too."""
     embeddings: str = "model.embed_tokens"
     layers: str = "model.layers"
+    attention: str = "self_attn"
+    o_proj: str = "o_proj"
     mlp: str = "mlp"
     gate_proj: str = "gate_proj"
     up_proj: str = "up_proj"
@@ -39,7 +41,8 @@ class Family:
 
     def projection(self, layer: int, name: str) -> str:
         """Full name of a projection module of one block, e.g. ``model.layers.3.mlp.up_proj``."""
-        return f"{self.layer_prefix(layer)}{self.mlp}.{getattr(self, name)}"
+        parent = self.attention if name == "o_proj" else self.mlp
+        return f"{self.layer_prefix(layer)}{parent}.{getattr(self, name)}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,9 @@ class ModelShape:
         return self.num_hidden_layers * layer + head
 
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
 def shape_from_config(values: dict[str, Any], families: dict[str, Family], where: str) -> ModelShape:
     """The shape that a ``config.json`` describes.
 
@@ -114,6 +120,13 @@ def shape_from_config(values: dict[str, Any], families: dict[str, Family], where
         UnsupportedModelError: the family is not among ``families``, or a size is missing.
     """
     model_type = values.get("model_type")
+    experts = next((key for key in _EXPERT_COUNTS if (values.get(key) or 0) > 1), None)
+    if experts:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is a mixture of experts ({experts} is {values[experts]}), and which "
+            "channels its experts can do without depends on what the router sends them; only dense models are "
+            f"supported: {', '.join(sorted(families))}"
+        )
     family = families.get(str(model_type))
     if family is None:
         raise UnsupportedModelError(

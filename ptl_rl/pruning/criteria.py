@@ -1,40 +1,105 @@
 """Importance criteria: pure functions from calibration statistics to scores. Large means: keep.
 
-Source: the paper's Eq. 2-4 for channels (what a channel adds to its layer's output is ``h_j * W_down[:, j]``) and
-Eq. 5-6 for blocks.
+A criterion of one's own is such a function in one's own file; ``criterion.path`` names the file, ``criterion.channels``
+the function. ``obs`` needs more than sums and stands in :mod:`ptl_rl.pruning.compensation`; ``leave_one_out`` and
+``explicit`` need no statistics and stand in :mod:`ptl_rl.pruning.blocks`.
 """
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ptl_rl.pruning.statistics import Needs, Statistics
 
-@dataclass
-class Statistics:
-    """Weighted sums over all calibration tokens of all ranks. L blocks, C channels per block; float64."""
+ChannelCriterion = Callable[[Statistics], torch.Tensor]
+"""From statistics to importance (L, C)."""
 
-    abs_sum_LC: torch.Tensor
-    square_sum_LC: torch.Tensor
-    channel_weight_L: torch.Tensor
-    """Sum of the weights in the two above."""
-    down_norm_LC: torch.Tensor
-    """Euclidean norm of every column of ``down_proj``."""
-    change_sum_L: torch.Tensor
-    """Sum over tokens of the norm of (block output - block input)."""
-    block_weight_L: torch.Tensor
-    """Sum of the weights in the one above."""
+
+class CriterionError(ValueError):
+    """A criterion that cannot be had, or that returned something else than importances; names file and function."""
+
+
+def _mean(sum_LC: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
+    return sum_LC / weight_L[:, None]
 
 
 def activation(statistics: Statistics) -> torch.Tensor:
     """Paper Eq. 4: mean absolute activation ``E|h_j|`` over reasoning tokens; (L, C) float32."""
-    return (statistics.abs_sum_LC / statistics.channel_weight_L[:, None]).float()
+    return _mean(statistics.abs_sum_LC, statistics.channel_weight_L).float()
 
 
 def rms_contribution(statistics: Statistics) -> torch.Tensor:
-    """Size of Eq. 2's change, ``sqrt(E[h_j^2]) * ||W_down[:, j]||``; (L, C) float32."""
-    mean_square_LC = statistics.square_sum_LC / statistics.channel_weight_L[:, None]
+    """Size of the change in paper Eq. 2, ``sqrt(E[h_j^2]) * ||W_down[:, j]||``; (L, C) float32."""
+    mean_square_LC = _mean(statistics.square_sum_LC, statistics.channel_weight_L)
     return (mean_square_LC.sqrt() * statistics.down_norm_LC).float()
+
+
+def fluctuation(statistics: Statistics) -> torch.Tensor:
+    """``Var[h_j] * ||W_down[:, j]||^2``, what a constant could not stand in for (An et al. 2024); (L, C) float32."""
+    mean_LC = _mean(statistics.sum_LC, statistics.channel_weight_L)
+    variance_LC = _mean(statistics.square_sum_LC, statistics.channel_weight_L) - mean_LC.square()
+    return (variance_LC.clamp_min(0) * statistics.down_norm_LC.square()).float()
+
+
+def wanda(statistics: Statistics) -> torch.Tensor:
+    """``sqrt(E[h_j^2]) * sum_i |W_down[i, j]|``: weight times activation (Sun et al. 2024), summed over a column."""
+    mean_square_LC = _mean(statistics.square_sum_LC, statistics.channel_weight_L)
+    return (mean_square_LC.sqrt() * statistics.down_abs_LC).float()
+
+
+def taylor(statistics: Statistics) -> torch.Tensor:
+    """``E|h_j * dL/dh_j|``, the first order of the loss's change without the channel (Molchanov et al. 2017)."""
+    assert statistics.gradient_sum_LC is not None
+    return _mean(statistics.gradient_sum_LC, statistics.channel_weight_L).float()
+
+
+def magnitude(statistics: Statistics) -> torch.Tensor:
+    """Euclidean norm of the channel's weights in all three projections; reads no data."""
+    squares_LC = statistics.gate_norm_LC.square() + statistics.up_norm_LC.square() + statistics.down_norm_LC.square()
+    return squares_LC.sqrt().float()
+
+
+def random(statistics: Statistics) -> torch.Tensor:
+    """Uniform numbers that follow from the run's seed and the cycle."""
+    return torch.rand(statistics.sum_LC.shape, generator=torch.Generator().manual_seed(statistics.seed))
+
+
+def ptl_reference(statistics: Statistics) -> torch.Tensor:
+    """The rule of the paper's released code, for comparison.
+
+    A channel may go if the last token's signed ``h_j`` is among its block's ``n`` lowest in every reasoning sequence,
+    and not among the ``n`` highest in every line of general text; of these, the first by index go. ``n`` is the
+    smallest number that gives as many as are to be removed; where none does, the one that gives most, and then those
+    go that are lowest. Returns 0 for the channels that go and 1 for the others.
+    """
+    general = statistics.general
+    if statistics.last_lowest_LC is None or general is None or general.last_highest_LC is None:
+        raise CriterionError(
+            "criterion.channels: ptl_reference compares with general text; set criterion.contrast.data"
+        )
+    importance_LC = torch.ones(statistics.last_lowest_LC.shape)
+    for layer, (lowest_C, highest_C) in enumerate(zip(statistics.last_lowest_LC, general.last_highest_LC, strict=True)):
+        gone = _first_by_index(lowest_C, highest_C, statistics.remove_channels)
+        importance_LC[layer, gone] = 0
+    return importance_LC
+
+
+def _first_by_index(lowest_C: torch.Tensor, highest_C: torch.Tensor, remove: int) -> torch.Tensor:
+    """Ids of the channels that :func:`ptl_reference` removes from one block."""
+    # Channel j is a candidate for every n above its place among the lowest, up to its place among the highest.
+    change = torch.zeros(len(lowest_C) + 2, dtype=torch.int64)
+    enters_C, leaves_C = lowest_C + 1, torch.maximum(highest_C + 1, lowest_C + 1)
+    change.index_add_(0, enters_C, torch.ones_like(enters_C))
+    change.index_add_(0, leaves_C, -torch.ones_like(leaves_C))
+    candidates_n = change.cumsum(0)
+    enough = (candidates_n >= remove).nonzero()
+    n = int(enough[0]) if len(enough) else int(candidates_n.argmax())
+    is_candidate_C = (lowest_C < n) & (highest_C >= n)
+    # Candidates come first, in the order of their ids; the others follow, lowest first.
+    order_C = torch.where(is_candidate_C, torch.arange(len(lowest_C)), len(lowest_C) * (1 + lowest_C))
+    return order_C.argsort(stable=True)[:remove]
 
 
 def block_influence(statistics: Statistics) -> torch.Tensor:
@@ -42,8 +107,73 @@ def block_influence(statistics: Statistics) -> torch.Tensor:
     return (statistics.change_sum_L / statistics.block_weight_L).float()
 
 
-CHANNEL_CRITERIA: dict[str, Callable[[Statistics], torch.Tensor]] = {
-    "activation": activation,
-    "rms_contribution": rms_contribution,
+def cosine(statistics: Statistics) -> torch.Tensor:
+    """``1 - E[cos(input, output)]`` of a block (Men et al. 2024, ShortGPT); (L,) float32."""
+    return (1 - statistics.cosine_sum_L / statistics.block_weight_L).float()
+
+
+CHANNEL_CRITERIA: dict[str, ChannelCriterion] = {
+    function.__name__: function
+    for function in (activation, rms_contribution, fluctuation, wanda, taylor, magnitude, random, ptl_reference)
 }
-LAYER_CRITERIA: dict[str, Callable[[Statistics], torch.Tensor]] = {"block_influence": block_influence}
+LAYER_CRITERIA: dict[str, Callable[[Statistics], torch.Tensor]] = {
+    "block_influence": block_influence,
+    "cosine": cosine,
+}
+NEEDS = {"taylor": Needs(gradients=True), "ptl_reference": Needs(last_tokens=True)}
+"""What criteria need beside the cheapest sums."""
+
+
+def load_criterion(name: str, path: str | None) -> ChannelCriterion:
+    """The channel criterion ``name``, of this project or of the user's file at ``path``.
+
+    Raises:
+        CriterionError: no such file or function, or the file cannot be imported.
+    """
+    if path is None:
+        return CHANNEL_CRITERIA[name]
+    file = Path(path)
+    if not file.is_file():
+        raise CriterionError(f"criterion.path: {file}: no such file")
+    spec = importlib.util.spec_from_file_location(f"ptl_user_criterion_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise CriterionError(f"criterion.path: {file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything
+        raise CriterionError(f"criterion.path: {file}: cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise CriterionError(f"criterion.channels: {file} has no function {name}")
+    return function
+
+
+def channel_importance(criterion: ChannelCriterion, statistics: Statistics, contrast: float) -> torch.Tensor:
+    """(L, C) float32 importance; with general text, its importance for that is taken off, ``contrast`` times.
+
+    Both are taken relative to their block's mean, as their sizes cannot be compared.
+
+    Raises:
+        CriterionError: the criterion did not return one finite number per channel.
+    """
+    importance_LC = _checked(criterion, statistics)
+    if statistics.general is None or criterion is ptl_reference:
+        return importance_LC
+    general_LC = _checked(criterion, statistics.general)
+    return _relative(importance_LC) - contrast * _relative(general_LC)
+
+
+def _checked(criterion: ChannelCriterion, statistics: Statistics) -> torch.Tensor:
+    importance_LC = criterion(statistics)
+    wanted = tuple(statistics.sum_LC.shape)
+    if not isinstance(importance_LC, torch.Tensor) or tuple(importance_LC.shape) != wanted:
+        found = tuple(importance_LC.shape) if isinstance(importance_LC, torch.Tensor) else type(importance_LC).__name__
+        raise CriterionError(f"criterion {criterion.__name__} must return a tensor of shape {wanted}, not {found}")
+    if not importance_LC.isfinite().all():
+        raise CriterionError(f"criterion {criterion.__name__} returned numbers that are not finite")
+    return importance_LC.float().cpu()
+
+
+def _relative(importance_LC: torch.Tensor) -> torch.Tensor:
+    return importance_LC / importance_LC.abs().mean(dim=1, keepdim=True).clamp_min(1e-30)

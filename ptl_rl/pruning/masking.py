@@ -1,6 +1,9 @@
-"""Run the original model as if it were already sliced: the reference that the export contract compares with."""
+"""Run the original model as if it were already sliced: the reference that the export contract compares with.
 
-from collections.abc import Callable, Iterator
+Also what scoring reads with when blocks are already chosen to go.
+"""
+
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,22 +12,25 @@ from torch import nn
 from ptl_rl.families import Family
 from ptl_rl.pruning.plan import PruningPlan
 
+NewWeights = Callable[[int, str], torch.Tensor | None]
+"""From a source block and the name of a projection to the weight that slicing gives it; None: its own."""
+
 
 @contextmanager
 def masked(
-    model: nn.Module,
-    family: Family,
-    plan: PruningPlan,
-    compensated: Callable[[int], torch.Tensor] | None = None,
+    model: nn.Module, family: Family, plan: PruningPlan, new_weights: NewWeights | None = None
 ) -> Iterator[None]:
     """Within this context removed channels are zero and removed blocks pass their input on.
 
     Args:
-        compensated: gives a block's new (H, K) ``down_proj`` weight over its kept channels, where slicing changes it.
-            Called when the block runs, so that no more than one is held.
+        new_weights: where slicing changes what stays: (H, K) ``down_proj`` weights over kept channels, whole ``o_proj``
+            weights. Called when the block runs, so that no more than one is held.
     """
     handles, keep_layers = [], set(plan.keep_layers)
-    for layer, block in enumerate(model.get_submodule(family.layers).children()):
+    blocks = list(model.get_submodule(family.layers).children())
+    for layer, block in enumerate(blocks):
+        if layer not in keep_layers:
+            continue
         down_proj = block.get_submodule(f"{family.mlp}.{family.down_proj}")
         keep_C = torch.zeros(plan.source_intermediate_size)
         keep_C[plan.keep_channels[layer]] = 1
@@ -33,18 +39,36 @@ def masked(
                 lambda _m, inputs, keep_C=keep_C: (inputs[0] * keep_C.to(inputs[0]), *inputs[1:])
             )
         )
-        if compensated is not None and layer in keep_layers:
-            handles.append(
-                down_proj.register_forward_hook(
-                    lambda module, inputs, _out, layer=layer: nn.functional.linear(
-                        inputs[0][..., plan.keep_channels[layer]],
-                        compensated(layer).to(inputs[0]),
-                        module.bias,
-                    )
-                )
-            )
-        if layer not in keep_layers:
-            handles.append(block.register_forward_hook(_pass_input_on, with_kwargs=True))
+        if new_weights is not None:
+            handles.append(_replaced(down_proj, layer, "down_proj", new_weights, plan.keep_channels[layer]))
+            o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
+            handles.append(_replaced(o_proj, layer, "o_proj", new_weights))
+    try:
+        with skipped(model, family, [layer for layer in range(len(blocks)) if layer not in keep_layers]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replaced(
+    projection: nn.Module, layer: int, name: str, new_weights: NewWeights, channels: list[int] | None = None
+) -> torch.utils.hooks.RemovableHandle:
+    def forward(module: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        weight = new_weights(layer, name)
+        if weight is None:
+            return output
+        hidden = inputs[0] if channels is None else inputs[0][..., channels]
+        return nn.functional.linear(hidden, weight.to(hidden), module.bias)
+
+    return projection.register_forward_hook(forward)
+
+
+@contextmanager
+def skipped(model: nn.Module, family: Family, layers: Collection[int]) -> Iterator[None]:
+    """Within this context the blocks ``layers`` pass their input on."""
+    blocks = list(model.get_submodule(family.layers).children())
+    handles = [blocks[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

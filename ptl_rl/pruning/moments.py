@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ptl_rl.families import Family
-from ptl_rl.pruning.calibration import Listener
+from ptl_rl.pruning.streaming import Listener
 
 
 class SecondMoments(Listener):
@@ -24,7 +24,7 @@ class SecondMoments(Listener):
         """Block to its float32 sum over all tokens of all ranks, for the blocks that this rank owns."""
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
-        hidden_NC = hidden_NC * weight_N.sqrt()[:, None]
+        hidden_NC = hidden_NC.float() * weight_N.sqrt()[:, None]
         if self.ranks == 1:
             self.own_CC[layer].addmm_(hidden_NC.T, hidden_NC)
             return

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class PruningPlan(BaseModel):
@@ -18,6 +17,8 @@ class PruningPlan(BaseModel):
 
     keep_channels: list[list[int]]
     keep_layers: list[int]
+    layer_order: list[int]
+    """Ids of the blocks that go, first removed first."""
     source_intermediate_size: int
     alignment: int
     channel_criterion: str
@@ -26,6 +27,8 @@ class PruningPlan(BaseModel):
     ridge: float = 1e-3
     subset_hash: str
     source: str
+    notes: list[str] = []
+    """What was rounded or left out, and why."""
 
     @model_validator(mode="after")
     def _check(self) -> "PruningPlan":
@@ -43,6 +46,10 @@ class PruningPlan(BaseModel):
         layers = self.keep_layers
         if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= len(self.keep_channels):
             raise ValueError(f"keep_layers {layers} must ascend within 0..{len(self.keep_channels) - 1}, at least one")
+        if sorted([*layers, *self.layer_order]) != list(range(len(self.keep_channels))):
+            raise ValueError(
+                f"layer_order {self.layer_order} must name the blocks that keep_layers {layers} leaves out"
+            )
         return self
 
     @property
@@ -53,28 +60,32 @@ class PruningPlan(BaseModel):
     def num_hidden_layers(self) -> int:
         return len(self.keep_layers)
 
+    def without_channel_cut(self, keep_layers: list[int]) -> "PruningPlan":
+        """The plan of the same source that keeps all channels, and the blocks ``keep_layers``."""
+        blocks, width = len(self.keep_channels), self.source_intermediate_size
+        return self.model_copy(
+            update={
+                "keep_channels": [list(range(width)) for _ in range(blocks)],
+                "keep_layers": keep_layers,
+                "layer_order": [layer for layer in range(blocks) if layer not in keep_layers],
+            }
+        )
+
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> "PruningPlan":
-        return PruningPlan.model_validate_json(path.read_text())
+        """Read what :meth:`save` wrote.
 
-
-def choose(
-    importance_LC: torch.Tensor,
-    influence_L: torch.Tensor,
-    *,
-    remove_channels: int,
-    remove_layers: int,
-) -> tuple[list[list[int]], list[int]]:
-    """Keep the most important channels of every block and the most influential blocks.
-
-    Ties go to the lower index, so that equal scores give equal plans. Returns ascending ids of kept channels per
-    block, and of kept blocks.
-    """
-    blocks, width = importance_LC.shape
-    channel_order_LC = importance_LC.argsort(dim=1, descending=True, stable=True)
-    keep_channels = channel_order_LC[:, : width - remove_channels].sort(dim=1).values.tolist()
-    layer_order_L = influence_L.argsort(descending=True, stable=True)
-    return keep_channels, layer_order_L[: blocks - remove_layers].sort().values.tolist()
+        Raises:
+            ValueError: no such file, or not a plan; names the path and the first thing that is wrong.
+        """
+        try:
+            return PruningPlan.model_validate_json(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read the plan: {error.strerror or error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "plan"
+            raise ValueError(f"{path}: not a pruning plan: {where}: {first['msg']}") from None

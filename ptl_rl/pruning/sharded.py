@@ -43,6 +43,12 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, whole, on the CPU."""
+    with safe_open(checkpoint_files(folder)[name], "pt") as file:
+        return file.get_tensor(name)
+
+
 def _shard_range(size: int, rank: int, ranks: int) -> tuple[int, int]:
     """FSDP2 shards dimension 0 as ``torch.chunk`` does."""
     chunk = -(-size // ranks)

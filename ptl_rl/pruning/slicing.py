@@ -42,6 +42,8 @@ class _Piece:
     dim: int | None = None
     """Dimension along which channels are selected; None: the tensor is copied."""
     layer: int = -1
+    projection: str = ""
+    """``o_proj`` or ``down_proj``, whose weights compensation replaces."""
 
 
 def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | None:
@@ -52,12 +54,14 @@ def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | Non
     if layer not in new_index:
         return None
     module, _, kind = rest.rpartition(".")
-    dim = None
+    dim, projection = None, ""
     if module in (f"{family.mlp}.{family.gate_proj}", f"{family.mlp}.{family.up_proj}"):
         dim = 0
     elif module == f"{family.mlp}.{family.down_proj}" and kind == "weight":
-        dim = 1
-    return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer)
+        dim, projection = 1, "down_proj"
+    elif module == f"{family.attention}.{family.o_proj}" and kind == "weight":
+        projection = "o_proj"
+    return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer, projection)
 
 
 def _files(pieces: list[tuple[_Piece, int]], ranks: int) -> list[list[_Piece]]:
@@ -96,13 +100,13 @@ def slice_weights(
     *,
     rank: int = 0,
     ranks: int = 1,
-    compensated: Path | None = None,
+    new_weights: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Write this rank's files of the sliced checkpoint; returns tensor name to file name for all ranks' files.
 
     Args:
-        compensated: folder of :func:`save_compensated` files, which replace the kept columns of ``down_proj``.
+        new_weights: folder of :func:`save_new_weight` files, which replace what would be copied or cut.
         progress: called with tensors written and tensors to write by this rank.
     """
     family = read_shape(source).family
@@ -123,8 +127,9 @@ def slice_weights(
             tensors = {}
             for piece in groups[index]:
                 tensor = handles[source_files[piece.source_name]].get_tensor(piece.source_name)
-                if piece.dim == 1 and compensated is not None:
-                    tensor = load_compensated(compensated, piece.layer).to(tensor.dtype)
+                new = load_new_weight(new_weights, piece.layer, piece.projection) if new_weights else None
+                if new is not None:
+                    tensor = new.to(tensor.dtype)
                 elif piece.dim is not None:
                     tensor = tensor.index_select(piece.dim, torch.tensor(plan.keep_channels[piece.layer]))
                 tensors[piece.name] = tensor.contiguous()
@@ -134,15 +139,20 @@ def slice_weights(
     return {piece.name: _file_name(index, len(groups)) for index, group in enumerate(groups) for piece in group}
 
 
-def save_compensated(folder: Path, layer: int, weight_HK: torch.Tensor) -> None:
-    """Keep a source block's new ``down_proj`` weight for the rank that writes it."""
-    folder.mkdir(exist_ok=True)
-    save_file({"weight": weight_HK.float().cpu().contiguous()}, folder / f"{layer:05d}.safetensors")
+def _new_weight_file(folder: Path, layer: int, name: str) -> Path:
+    return folder / f"{layer:05d}.{name}.safetensors"
 
 
-def load_compensated(folder: Path, layer: int) -> torch.Tensor:
-    """(H, K) float32 of :func:`save_compensated`."""
-    return load_file(folder / f"{layer:05d}.safetensors")["weight"]
+def save_new_weight(folder: Path, layer: int, name: str, weight: torch.Tensor) -> None:
+    """Keep a source block's new ``down_proj`` or ``o_proj`` weight for the rank that writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": weight.float().cpu().contiguous()}, _new_weight_file(folder, layer, name))
+
+
+def load_new_weight(folder: Path, layer: int, name: str) -> torch.Tensor | None:
+    """float32 weight of :func:`save_new_weight`; None if that projection keeps its own."""
+    path = _new_weight_file(folder, layer, name)
+    return load_file(path)["weight"] if path.exists() else None
 
 
 def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dict[str, str]) -> None:
@@ -153,6 +163,9 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dic
         values = getattr(config, field, None)
         if isinstance(values, list):
             setattr(config, field, [values[layer] for layer in plan.keep_layers])
+    first_windowed = getattr(config, "max_window_layers", None)
+    if first_windowed is not None:  # Qwen: blocks from this one on attend to a window only
+        config.max_window_layers = sum(layer < first_windowed for layer in plan.keep_layers)
     config.intermediate_size = plan.intermediate_size
     config.num_hidden_layers = plan.num_hidden_layers
     config.save_pretrained(out)
@@ -165,7 +178,15 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dic
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def slice_checkpoint(source: Path, plan: PruningPlan, out: Path) -> None:
-    """Slice a whole checkpoint in one process."""
+def slice_checkpoint(
+    source: Path,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    new_weights: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Slice a whole checkpoint in one process; see :func:`slice_weights`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_companions(source, plan, out, slice_weights(source, plan, out))
+    weight_map = slice_weights(source, plan, out, new_weights=new_weights, progress=progress)
+    write_companions(source, plan, out, weight_map)

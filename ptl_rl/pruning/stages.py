@@ -4,7 +4,11 @@ from safetensors.torch import load_file
 
 from ptl_rl.data.corpora import Record, load_corpus
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.pruning.plan import PruningPlan, choose
+from ptl_rl.families import read_shape
+from ptl_rl.pruning.choice import Scores, make_plan
+from ptl_rl.pruning.engine import Losses
+from ptl_rl.pruning.texts import calibration_texts, general_texts
+from ptl_rl.pruning.verify import EXPORT_TOLERANCE
 from ptl_rl.stage import StageContext
 
 
@@ -32,24 +36,19 @@ def _worker_group(context: StageContext):
 
 
 def score(context: StageContext) -> dict:
-    """Write ``scores.safetensors`` (``importance_LC``, ``block_influence_L``) from this cycle's sequences."""
+    """Write ``scores.safetensors`` (see :class:`ptl_rl.pruning.engine.Scores`) from this cycle's sequences."""
     context.connect_ray()
     records = subset_records(context)
-    calibration = records[: context.config.calibration.sequences]
+    texts = calibration_texts(context.config, context.spec, records)
+    general = general_texts(context.config.criterion, context.config.seed)
     workers = _worker_group(context)
-    metrics = workers.score(calibration)[0]
-    return {**metrics, "subset_hash": subset_hash(records), "peak_memory_gib": max(workers.peak_memory_gib())}
-
-
-def _compensate(workers, plan: PruningPlan, calibration: list[Record]) -> dict:
-    """Mean share of the FFN outputs that the cut loses, over blocks, without and with compensation."""
-    if plan.compensate == "none":
-        return {}
-    errors: dict[int, tuple[float, float]] = {}
-    for of_rank in workers.compensate(plan, calibration):
-        errors |= of_rank
-    plain, left = zip(*errors.values(), strict=True)
-    return {"output_error_plain": sum(plain) / len(plain), "output_error": sum(left) / len(left)}
+    metrics = workers.score(texts, general)[0]
+    return {
+        **metrics,
+        "calibration_rollouts": texts.rollouts,
+        "subset_hash": subset_hash(records),
+        "peak_memory_gib": max(workers.peak_memory_gib()),
+    }
 
 
 def slice(context: StageContext) -> dict:
@@ -58,33 +57,23 @@ def slice(context: StageContext) -> dict:
     Raises:
         ExportError: the logits differ by more than float32 rounding.
     """
-    from ptl_rl.pruning.worker import EXPORT_TOLERANCE
-
     spec, config = context.spec, context.config
     assert spec.scores is not None
-    scores = load_file(spec.scores / "scores.safetensors")
-    keep_channels, keep_layers = choose(
-        scores["importance_LC"],
-        scores["block_influence_L"],
-        remove_channels=spec.remove_channels,
-        remove_layers=spec.remove_layers,
-    )
     records = subset_records(context)
-    plan = PruningPlan(
-        keep_channels=keep_channels,
-        keep_layers=keep_layers,
-        source_intermediate_size=scores["importance_LC"].shape[1],
+    plan = make_plan(
+        Scores.of(load_file(spec.scores / "scores.safetensors")),
+        config.criterion,
+        remove_channels=spec.remove_channels,
         alignment=spec.alignment,
-        channel_criterion=config.criterion.channels,
-        layer_criterion=config.criterion.layers,
-        compensate=config.criterion.compensate if spec.remove_channels else "none",
-        ridge=config.criterion.ridge,
+        family=read_shape(spec.source).family,
         subset_hash=subset_hash(records),
         source=str(spec.source),
     )
     context.connect_ray()
     workers = _worker_group(context)
-    errors = _compensate(workers, plan, records[: config.calibration.sequences])
+    losses = Losses()
+    if plan.compensate != "none":
+        losses = workers.compensate(plan, calibration_texts(config, spec, records))[0]
     workers.slice(plan)
     plan.save(spec.out / "plan.json")
     difference = max(workers.verify(plan, [r.question + "\n" + r.solution for r in records[:4]]))
@@ -96,7 +85,10 @@ def slice(context: StageContext) -> dict:
     return {
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
-        **errors,
+        "output_error_plain": losses.channels_plain,
+        "output_error": losses.channels,
+        "removed_blocks_lost": losses.blocks,
+        "notes": plan.notes,
         "logit_difference": difference,
         "peak_memory_gib": max(workers.peak_memory_gib()),
     }

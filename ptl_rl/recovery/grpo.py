@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record, load_corpus
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.recovery.verl_config import compose, render
+from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
 
 METRICS = {
@@ -117,6 +118,25 @@ def _final_checkpoint(context: StageContext) -> Path:
     return folder
 
 
+def _keep_rollouts(context: StageContext, records: list[Record]) -> None:
+    """Leave the policy's latest rewarded responses beside its checkpoint, for the next cycle's scoring."""
+    from transformers import AutoTokenizer
+
+    config, spec = context.config, context.spec
+    tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
+
+    def prompt_of(record: Record) -> str:
+        messages = [{"role": "user", "content": record.question + config.data.prompt_suffix}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    def is_whole(response: str) -> bool:
+        return len(tokenizer.encode(response, add_special_tokens=False)) < config.data.max_response_tokens
+
+    dump = spec.work / ROLLOUTS
+    rollouts.save(rollouts.keep_latest(dump, records, prompt_of, is_whole, config.calibration.sequences), spec.out)
+
+
 def recover(context: StageContext) -> dict:
     """Train ``spec.steps`` GRPO steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
 
@@ -137,6 +157,8 @@ def recover(context: StageContext) -> dict:
         follower.finish()
     shutil.copytree(_final_checkpoint(context), spec.out, dirs_exist_ok=True)
     shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
+    if context.config.calibration.source != "corpus":
+        _keep_rollouts(context, records)
     curve = [{"step": step, **values} for step, values in sorted(follower.steps.items())]
     before = next(
         (row["validation_accuracy"] for row in curve if row["step"] == 0 and "validation_accuracy" in row),

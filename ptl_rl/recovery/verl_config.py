@@ -6,6 +6,8 @@ from typing import Any
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.stage import StageSpec
 
+ROLLOUTS = "rollouts"
+"""Folder, within a recovery's work folder, that verl writes the policy's responses into."""
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
 
 
@@ -30,6 +32,7 @@ def _actor(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     actor = {
         "strategy": "fsdp2",
         "optim.lr": recovery.learning_rate,
+        "optim.lr_scheduler_type": recovery.learning_rate_schedule,
         "optim.lr_warmup_steps": recovery.warmup_steps,
         "optim.weight_decay": recovery.weight_decay,
         "ppo_mini_batch_size": recovery.mini_batch_prompts or recovery.prompts_per_step,
@@ -117,6 +120,7 @@ def _trainer(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         "trainer.default_local_dir": str(spec.work / "checkpoints"),
         "trainer.resume_mode": "auto" if recovery.save_every_steps else "disable",
         "trainer.max_actor_ckpt_to_keep": 2,
+        "trainer.rollout_data_dir": None if config.calibration.source == "corpus" else str(spec.work / ROLLOUTS),
         "algorithm.adv_estimator": "grpo",
     }
 

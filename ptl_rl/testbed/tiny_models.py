@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("qwen2", "llama", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("qwen2", "llama", "qwen3", "mistral", "gemma2", "gemma3_text")
 _ALIASES = {"gemma3": "gemma3_text"}
 
 
@@ -56,6 +56,7 @@ def tiny_config(
         fields["head_dim"] = hidden_size // num_attention_heads
     if family in ("gemma2", "gemma3_text"):
         fields["query_pre_attn_scalar"] = hidden_size // num_attention_heads
+    if family in ("gemma2", "gemma3_text", "mistral"):
         fields["sliding_window"] = 64
     return AutoConfig.for_model(family, **{**fields, **overrides})
 

@@ -85,7 +85,16 @@ def kill_in_stage(arguments: list[str], run_dir: Path, stage: str, after_seconds
 @pytest.mark.timeout(800)
 def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path):
     run_dir = tmp_path / "run"
-    kill_in_stage(command(repository, run_dir), run_dir, "evaluate", 2)
+    # Channels first, then a block that is chosen on the first cycle's rollouts.
+    start = command(
+        repository,
+        run_dir,
+        schedule__channels_per_cycle=[128],
+        schedule__layers_total=1,
+        criterion__layers="leave_one_out",
+        calibration__source="both",
+    )
+    kill_in_stage(start, run_dir, "evaluate", 2)
     assert entries(run_dir) == []
     done: list[str] = []
     for stage, after in (("score", 3), ("slice", 3), ("recover", 30), ("evaluate", 4)):
@@ -101,6 +110,11 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
     assert (run_dir / "summary.png").stat().st_size > 10_000
     check_result(run_dir, channels=1152)
+    journal = {(e.cycle, e.stage): e.metrics for e in Journal(run_dir / "journal.jsonl").entries()}
+    assert journal[1, "score"]["calibration_rollouts"] == 0 < journal[2, "score"]["calibration_rollouts"]
+    sliced = journal[2, "slice"]
+    assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
+    assert sliced["notes"] or 0 < sliced["removed_blocks_lost"] < 1
     # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
     lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))

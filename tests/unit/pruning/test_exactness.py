@@ -16,9 +16,12 @@ WIDTH, BLOCKS = 48, 3
 
 def random_plan(seed: int, keep: int, layers: int) -> PruningPlan:
     rng = random.Random(seed)
+    channels = [sorted(rng.sample(range(WIDTH), keep)) for _ in range(BLOCKS)]
+    kept = sorted(rng.sample(range(BLOCKS), layers))
     return PruningPlan(
-        keep_channels=[sorted(rng.sample(range(WIDTH), keep)) for _ in range(BLOCKS)],
-        keep_layers=sorted(rng.sample(range(BLOCKS), layers)),
+        keep_channels=channels,
+        keep_layers=kept,
+        layer_order=[layer for layer in range(BLOCKS) if layer not in kept],
         source_intermediate_size=WIDTH,
         alignment=1,
         channel_criterion="random",
@@ -53,7 +56,7 @@ class TestExport:
 def test_kept_blocks_keep_their_attention_kind(make_checkpoint, tmp_path):
     source = make_checkpoint("gemma2", sliding_window=16)
     kinds = AutoModelForCausalLM.from_pretrained(source).config.layer_types
-    plan = random_plan(0, 48, 3).model_copy(update={"keep_layers": [0, 2]})
+    plan = random_plan(0, 48, 3).model_copy(update={"keep_layers": [0, 2], "layer_order": [1]})
     slice_checkpoint(source, plan, tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.layer_types == [kinds[0], kinds[2]]
 
@@ -76,6 +79,7 @@ def test_checkpoint_in_several_files(make_checkpoint, tmp_path):
         ({"keep_channels": [[0, 1], [1, 0], [1, 48]]}, "block 1: channels must ascend"),
         ({"keep_layers": []}, "at least one"),
         ({"keep_layers": [0, 3]}, "ascend within 0..2"),
+        ({"layer_order": [0, 1]}, "must name the blocks that keep_layers"),
         ({"alignment": 32}, "keeps 20 channels per block, which is not a multiple of 32"),
     ],
 )

@@ -28,6 +28,7 @@ def spec(device: str, folder: Path) -> StageSpec:
         subsets=1,
         remove_channels=64,
         remove_layers=0,
+        removed_layers=0,
         steps=5,
         alignment=64,
     )

@@ -1,0 +1,66 @@
+"""The policy's own responses of a recovery, kept beside its checkpoint for the next cycle's scoring."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ptl_rl.data.corpora import DataError, Record
+
+FILE = "rollouts.jsonl"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of the policy and what it earned."""
+
+    question: str
+    response: str
+    reward: float
+
+
+def keep_latest(
+    dump: Path, records: list[Record], prompt_of: Callable[[Record], str], is_whole: Callable[[str], bool], rows: int
+) -> list[Rollout]:
+    """The latest ``rows`` whole responses that earned something, from the files that verl wrote into ``dump``.
+
+    Args:
+        dump: folder of ``STEP.jsonl`` files with ``input``, ``output`` and ``score``.
+        records: of the recovery.
+        prompt_of: the text that verl shows for a record's prompt.
+        is_whole: whether a response ended by itself.
+    """
+    question_of = {prompt_of(record): record.question for record in records}
+    kept: list[Rollout] = []
+    for path in sorted(dump.glob("*.jsonl"), key=lambda path: int(path.stem), reverse=True):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            question = question_of.get(row["input"])
+            if question is not None and row["score"] > 0 and is_whole(row["output"]):
+                kept.append(Rollout(question, row["output"], float(row["score"])))
+                if len(kept) == rows:
+                    return kept
+    return kept
+
+
+def save(rollouts: list[Rollout], folder: Path) -> None:
+    with (folder / FILE).open("w") as file:
+        file.writelines(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
+
+
+def load(folder: Path) -> list[Rollout]:
+    """What :func:`save` wrote; empty where a checkpoint has none, as the original model.
+
+    Raises:
+        DataError: the file is not what was written; names the line.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    rollouts = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rollouts.append(Rollout(**json.loads(line)))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}:{number}: not a kept rollout: {error}") from None
+    return rollouts

@@ -1,0 +1,229 @@
+"""Scoring and slicing of a checkpoint folder in one process, without Ray: ``ptl score`` and ``ptl slice``."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl_rl.config import ConfigError, ScoreConfig
+from ptl_rl.data.corpora import DataError, load_corpus
+from ptl_rl.families import UnsupportedModelError, read_shape
+from ptl_rl.pruning import engine
+from ptl_rl.pruning.calibration import Sequence, encode_sequences
+from ptl_rl.pruning.choice import aligned, make_plan
+from ptl_rl.pruning.criteria import CriterionError
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import checkpoint_files
+from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.texts import Texts, general_texts, texts_of
+from ptl_rl.pruning.verify import EXPORT_TOLERANCE, logit_difference
+
+SCORES, PLAN, NEW_WEIGHTS = "scores.safetensors", "plan.json", "new_weights"
+"""What ``ptl score`` leaves in its folder."""
+CHECK_TEXTS = [
+    "Mia has 14 marbles. She buys 3 bags with 6 marbles each and gives 8 away. How many marbles has she now?",
+    "The train leaves at noon; by then everybody who wanted a seat had found one, and the platform was empty.",
+]
+Progress = Callable[[int, int], None]
+
+
+def load_model(folder: Path, dtype: torch.dtype | str = "auto"):
+    """A model to be scored, on the GPU where there is one, frozen."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def channels_to_remove(amount: str, width: int) -> int:
+    """``amount`` is a number of channels, or a percentage of ``width``.
+
+    Raises:
+        ConfigError: neither, or as many as there are.
+    """
+    try:
+        count = round(width * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+    except ValueError:
+        raise ConfigError(f"--remove-channels {amount}: give a number of channels, or a percentage as 25%") from None
+    if not 0 <= count < width:
+        raise ConfigError(f"--remove-channels {amount}: each block has {width} channels, so 0 to {width - 1} can go")
+    return count
+
+
+def _check(model: Path, config: ScoreConfig, layers: int, remove_layers: int) -> None:
+    if not 0 <= remove_layers < layers:
+        raise ConfigError(
+            f"--remove-layers {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go"
+        )
+    ids = config.criterion.layer_ids
+    if any(layer >= layers for layer in ids):
+        raise ConfigError(f"criterion.layer_ids {ids}: the model's {layers} blocks are 0..{layers - 1}")
+    if ids and len(ids) != remove_layers:
+        raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but --remove-layers is {remove_layers}")
+    checkpoint_files(model)
+
+
+def score_folder(
+    model_folder: Path,
+    out: Path,
+    config: ScoreConfig,
+    *,
+    remove_channels: str,
+    remove_layers: int,
+    alignment: int,
+    progress: Progress = lambda done, total: None,
+) -> tuple[PruningPlan, engine.Losses]:
+    """Write scores, plan and compensated weights of ``model_folder`` into ``out``.
+
+    Args:
+        remove_channels: as :func:`channels_to_remove` takes it.
+        progress: called with batches read and batches to read.
+
+    Raises:
+        ConfigError: a model, data or setting that cannot be used.
+    """
+    try:
+        shape = read_shape(model_folder)
+        _check(model_folder, config, shape.num_hidden_layers, remove_layers)
+        cut = engine.Cut(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
+        possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
+        if cut.channels and not possible:
+            raise ConfigError(f"--remove-channels {remove_channels}: {notes[0]}")
+        records = load_corpus(config.data, config.seed, config.max_bad_fraction).records
+        texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
+        general = general_texts(config.criterion, config.seed)
+        policy, sequences, general_sequences = _policy(model_folder, config, texts, general)
+        out.mkdir(parents=True, exist_ok=True)
+        total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
+        if config.criterion.compensate != "none":
+            total += policy.rounds(sequences) * (remove_layers + bool(cut.channels))
+        policy.progress = _counter(progress, total)
+        sensitivity = config.calibration.token_weights == "sensitivity"
+        scores = engine.score(
+            policy,
+            config.criterion,
+            cut,
+            sequences,
+            general=general_sequences,
+            sensitivity=sensitivity,
+            seed=config.seed,
+        )
+        plan = make_plan(
+            scores,
+            config.criterion,
+            remove_channels=cut.channels,
+            alignment=alignment,
+            family=shape.family,
+            subset_hash="",
+            source=str(model_folder.resolve()),
+        )
+    except (UnsupportedModelError, DataError, CriterionError) as error:
+        raise ConfigError(str(error)) from None
+    save_file(scores.tensors(), out / SCORES)
+    losses = engine.Losses()
+    if plan.compensate != "none":
+        losses = engine.compensate(policy, plan, sequences, out / NEW_WEIGHTS, sensitivity=sensitivity)
+    plan.save(out / PLAN)
+    return plan, losses
+
+
+def _counter(progress: Progress, total: int) -> Callable[[], None]:
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total)
+
+    return count
+
+
+def _policy(
+    folder: Path, config: ScoreConfig, texts: Texts, general: Texts
+) -> tuple[engine.Policy, list[Sequence], list[Sequence]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, getattr(torch, config.dtype))
+    policy = engine.Policy(
+        model=model,
+        family=read_shape(folder).family,
+        source=folder,
+        device=next(model.parameters()).device,
+        batch_size=config.calibration.batch_size,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        prompt_weight=config.calibration.prompt_weight,
+    )
+    longest = config.calibration.max_tokens
+    sequences, of_general = (
+        encode_sequences(tokenizer, part.questions, part.solutions, longest) for part in (texts, general)
+    )
+    return policy, sequences, of_general
+
+
+def read_plan(path: Path) -> tuple[PruningPlan, Path]:
+    """A plan, from its file or the folder that ``ptl score`` wrote, and where its compensated weights lie.
+
+    Raises:
+        ConfigError: no plan, or one whose weights are missing.
+    """
+    file = path / PLAN if path.is_dir() else path
+    try:
+        plan = PruningPlan.load(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    weights = file.parent / NEW_WEIGHTS
+    if plan.compensate != "none" and not weights.is_dir():
+        raise ConfigError(
+            f"{file}: the plan compensates for what it removes, but {weights}, which `ptl score` writes beside it, is "
+            "missing; score again, or set its compensate to none"
+        )
+    return plan, weights
+
+
+def slice_folder(
+    model_folder: Path,
+    plan_path: Path,
+    out: Path,
+    *,
+    check: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> float | None:
+    """Write the sliced checkpoint; returns the largest relative difference from the masked original's logits.
+
+    Args:
+        check: compare the logits, which loads both models in float32, one after the other.
+        progress: called with tensors written and tensors to write.
+
+    Raises:
+        ConfigError: a plan that is not this model's, or a folder that is not empty.
+    """
+    plan, new_weights = read_plan(plan_path)
+    try:
+        shape = read_shape(model_folder)
+        checkpoint_files(model_folder)
+    except UnsupportedModelError as error:
+        raise ConfigError(str(error)) from None
+    found = (shape.num_hidden_layers, shape.intermediate_size)
+    planned = (len(plan.keep_channels), plan.source_intermediate_size)
+    if found != planned:
+        raise ConfigError(
+            f"{plan_path}: the plan is of a model with {planned[0]} blocks of {planned[1]} channels, but "
+            f"{model_folder} has {found[0]} of {found[1]}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder")
+    weights = new_weights if plan.compensate != "none" else None
+    slice_checkpoint(model_folder, plan, out, new_weights=weights, progress=progress)
+    plan.save(out / PLAN)
+    if not check:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    difference = logit_difference(
+        lambda folder: load_model(folder, torch.float32), shape.family, model_folder, plan, out, tokenizer, CHECK_TEXTS
+    )
+    if not difference <= EXPORT_TOLERANCE:
+        raise ConfigError(
+            f"{out}: logits differ from the masked model's by {difference:.2e} of the largest logit (at most "
+            f"{EXPORT_TOLERANCE:g} is rounding); a bug of the family adapter, do not use this folder"
+        )
+    return difference

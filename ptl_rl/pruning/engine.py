@@ -1,0 +1,265 @@
+"""Scoring and compensation of one model: on every rank of the pruning worker, or in one process."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ptl_rl.config import CriterionConfig
+from ptl_rl.families import Family
+from ptl_rl.pruning import blocks
+from ptl_rl.pruning.calibration import Batch, Sequence, batches_for_rank
+from ptl_rl.pruning.choice import Scores
+from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.criteria import LAYER_CRITERIA, NEEDS, channel_importance, load_criterion, rms_contribution
+from ptl_rl.pruning.masking import masked, skipped
+from ptl_rl.pruning.moments import SecondMoments
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import read_tensor
+from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
+from ptl_rl.pruning.statistics import Collector, Needs, Statistics
+from ptl_rl.pruning.streaming import Listener, mean_loss, stream
+
+
+@dataclass
+class Policy:
+    """A model to be pruned, and how it reads."""
+
+    model: PreTrainedModel
+    family: Family
+    source: Path
+    """Folder of the checkpoint that the model was loaded from."""
+    device: torch.device
+    batch_size: int
+    pad_token_id: int
+    prompt_weight: float
+    progress: Callable[[], None] = lambda: None
+    """Called after every batch."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def layers(self) -> int:
+        return len(list(self.model.get_submodule(self.family.layers).children()))
+
+    @property
+    def channels(self) -> int:
+        """Per block."""
+        return self.model.config.intermediate_size
+
+    def batches(self, sequences: list[Sequence]) -> Iterator[Batch]:
+        for batch in batches_for_rank(
+            sequences, self.batch_size, self.rank, self.ranks, self.pad_token_id, self.prompt_weight
+        ):
+            yield batch
+            self.progress()
+
+    def rounds(self, sequences: list[Sequence]) -> int:
+        """Batches that every rank reads in one pass."""
+        return -(-len(sequences) // (self.batch_size * self.ranks))
+
+    def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
+        stream(self.model, self.family, self.batches(sequences), listeners, self.device, sensitivity=sensitivity)
+
+    def weight(self, layer: int, name: str) -> torch.Tensor:
+        """A projection's weight, read whole from the checkpoint."""
+        return read_tensor(self.source, self.family.projection(layer, name) + ".weight").to(self.device)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is to go now, and what went before."""
+
+    channels: int
+    layers: int
+    layers_before: int = 0
+
+
+def batches_to_read(
+    policy: Policy, criterion: CriterionConfig, cut: Cut, sequences: list[Sequence], general: list[Sequence]
+) -> int:
+    """How many batches :func:`score` reads on every rank."""
+    passes = 0
+    if criterion.layers == "leave_one_out":
+        passes = sum(policy.layers - gone for gone in range(cut.layers))
+    elif criterion.layers in LAYER_CRITERIA:
+        passes = max(0, cut.layers - 1)
+    once = policy.rounds(sequences) + policy.rounds(general)
+    return once + passes * policy.rounds(sequences[: criterion.layer_sequences])
+
+
+def score(
+    policy: Policy,
+    criterion: CriterionConfig,
+    cut: Cut,
+    sequences: list[Sequence],
+    *,
+    general: list[Sequence],
+    sensitivity: bool = False,
+    seed: int = 0,
+) -> Scores:
+    """Importance of channels and blocks; collective over all ranks.
+
+    Args:
+        general: general text for ``criterion.contrast``; may be empty.
+        sensitivity: weigh positions by the gradient that reaches them.
+        seed: of the criterion ``random``.
+    """
+    is_obs = criterion.path is None and criterion.channels == "obs"
+    function = rms_contribution if is_obs else load_criterion(criterion.channels, criterion.path)
+    needs = Needs() if criterion.path else NEEDS.get(criterion.channels, Needs())
+    collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
+    listeners: list[Listener] = [collector]
+    moments = None
+    if is_obs and cut.channels:
+        moments = SecondMoments(policy.model, policy.family, policy.channels, policy.device)
+        listeners.append(moments)
+    policy.read(sequences, listeners, sensitivity)
+    statistics = collector.reduce(remove_channels=cut.channels, seed=seed)
+    if general:
+        of_general = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
+        policy.read(general, [of_general], sensitivity)
+        statistics.general = of_general.reduce(remove_channels=cut.channels, seed=seed)
+    if moments is not None:
+        importance_LC = _obs(policy, moments, cut.channels, criterion.ridge)
+    else:
+        importance_LC = channel_importance(function, statistics, criterion.contrast.weight if criterion.contrast else 0)
+    order = _layer_order(policy, criterion, cut, sequences[: criterion.layer_sequences], statistics)
+    influence_L = LAYER_CRITERIA.get(criterion.layers, LAYER_CRITERIA["block_influence"])(statistics)
+    return Scores(importance_LC, influence_L, order)
+
+
+def _obs(policy: Policy, moments: SecondMoments, remove: int, ridge: float) -> torch.Tensor:
+    """(L, C): the place in the order of removal for the channels that go, above it for those that stay."""
+    importance_LC = torch.zeros(policy.layers, policy.channels, device=policy.device)
+    for layer, moment_CC in moments.own_CC.items():
+        importance_LC[layer] = obs_importance(policy.weight(layer, "down_proj"), moment_CC, remove, ridge)
+    if dist.is_initialized():
+        dist.all_reduce(importance_LC)
+    return importance_LC.cpu()
+
+
+def _layer_order(
+    policy: Policy, criterion: CriterionConfig, cut: Cut, sequences: list[Sequence], statistics: Statistics
+) -> list[int]:
+    if criterion.layers == "explicit":
+        return blocks.explicit(criterion.layer_ids, cut.layers_before, cut.layers)
+
+    def measured(gone: list[int]) -> torch.Tensor:
+        if criterion.layers == "leave_one_out":
+            return _losses_without(policy, gone, sequences)
+        found = statistics
+        if gone:
+            collector = Collector(policy.model, policy.family, policy.channels, policy.device)
+            with skipped(policy.model, policy.family, gone):
+                policy.read(sequences, [collector])
+            found = collector.reduce()
+        return LAYER_CRITERIA[criterion.layers](found)
+
+    return blocks.greedy(measured, cut.layers)
+
+
+def _losses_without(policy: Policy, gone: list[int], sequences: list[Sequence]) -> torch.Tensor:
+    """(L,) mean loss once ``gone`` and one block more are left out, which is how much that one matters."""
+    losses_L = torch.zeros(policy.layers)
+    for layer in range(policy.layers):
+        if layer not in gone:
+            with skipped(policy.model, policy.family, [*gone, layer]):
+                losses_L[layer] = mean_loss(policy.model, policy.batches(sequences), policy.device)
+    return losses_L
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Shares, by mean square over the calibration tokens, of what a cut loses, averaged over blocks."""
+
+    channels_plain: float | None = None
+    """Of the FFN outputs, if the kept columns stay as they are."""
+    channels: float | None = None
+    """The same with compensation."""
+    blocks: float | None = None
+    """Of what the removed blocks contributed, with compensation; without, all of it is lost."""
+
+
+def compensate(
+    policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path, *, sensitivity: bool = False
+) -> Losses:
+    """Write the weights that let what stays take over what goes into ``folder``; collective over all ranks.
+
+    Blocks first, one at a time in the order of removal, each with the earlier ones gone and absorbed; then channels.
+    """
+    if policy.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    _barrier()
+    lost_blocks = [_absorb_block(policy, plan, index, sequences, folder) for index in range(len(plan.layer_order))]
+    known = [lost for lost in lost_blocks if lost is not None]
+    blocks_lost = sum(known) / len(known) if known else None
+    if plan.intermediate_size == plan.source_intermediate_size:
+        return Losses(blocks=blocks_lost)
+    moments = SecondMoments(policy.model, policy.family, policy.channels, policy.device)
+    whole = plan.without_channel_cut(plan.keep_layers)
+    with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
+        policy.read(sequences, [moments], sensitivity)
+    shares = torch.zeros(2, dtype=torch.float64)
+    _barrier()  # every rank has read the whole weights that the loop replaces
+    for layer, moment_CC in moments.own_CC.items():
+        if layer in plan.keep_layers:
+            weight_HC = load_new_weight(folder, layer, "down_proj")
+            if weight_HC is None:
+                weight_HC = policy.weight(layer, "down_proj")
+            fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
+            save_new_weight(folder, layer, "down_proj", fit.weight_HK)
+            shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
+    if dist.is_initialized():
+        shares = shares.to(policy.device)
+        dist.all_reduce(shares)
+    plain, left = (shares / plan.num_hidden_layers).tolist()
+    return Losses(plain, left, blocks_lost)
+
+
+def _absorb_block(
+    policy: Policy, plan: PruningPlan, index: int, sequences: list[Sequence], folder: Path
+) -> float | None:
+    """Let the nearest kept predecessor of a removed block take over; the share that stays lost, None if none can."""
+    removed = plan.layer_order[index]
+    before = [layer for layer in plan.keep_layers if layer < removed]
+    if not before or not blocks.can_absorb(policy.family):
+        return None
+    predecessor = before[-1]
+    gone = set(plan.layer_order[:index])
+    so_far = plan.without_channel_cut([layer for layer in range(policy.layers) if layer not in gone])
+    moments = blocks.BlockMoments(removed, predecessor)
+
+    def current(layer: int, name: str) -> torch.Tensor:
+        weight = load_new_weight(folder, layer, name)
+        return policy.weight(layer, name) if weight is None else weight.to(policy.device)
+
+    with masked(policy.model, policy.family, so_far, lambda layer, name: load_new_weight(folder, layer, name)):
+        policy.read(sequences, [moments])
+    moments.reduce()
+    lost = 0.0
+    if policy.rank == 0:
+        o_proj, down_proj = current(predecessor, "o_proj"), current(predecessor, "down_proj")
+        gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.ridge)
+        save_new_weight(folder, predecessor, "o_proj", o_proj.float() + gain_o)
+        save_new_weight(folder, predecessor, "down_proj", down_proj.float() + gain_down)
+    _barrier()
+    if dist.is_initialized():
+        shared = torch.tensor([lost], dtype=torch.float64, device=policy.device)
+        dist.broadcast(shared, 0)
+        lost = float(shared)
+    return lost
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,166 @@
+"""Sums over calibration tokens, from which criteria are computed: vectors per block, whatever the corpus."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ptl_rl.families import Family
+from ptl_rl.pruning.streaming import Listener
+
+CPU_ROWS = 256
+"""Rows that a CPU adds up at a time, so that the temporaries stay in its cache."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a criterion reads beside the cheapest sums; each costs something."""
+
+    gradients: bool = False
+    """``gradient_sum_LC``; a backward pass."""
+    last_tokens: bool = False
+    """``last_lowest_LC`` and ``last_highest_LC``; a sort per sequence and block."""
+
+
+@dataclass
+class Statistics:
+    """Weighted sums over all calibration tokens of all ranks, on the CPU. L blocks, C channels per block."""
+
+    sum_LC: torch.Tensor
+    """Of ``h_j``, the input of ``down_proj``; float64, as all sums."""
+    abs_sum_LC: torch.Tensor
+    """Of ``|h_j|``."""
+    square_sum_LC: torch.Tensor
+    """Of ``h_j^2``."""
+    channel_weight_L: torch.Tensor
+    """Of the weights in the three above."""
+    change_sum_L: torch.Tensor
+    """Of the norm of (block output - block input)."""
+    cosine_sum_L: torch.Tensor
+    """Of the cosine between block output and block input."""
+    block_weight_L: torch.Tensor
+    """Of the weights in the two above."""
+    gate_norm_LC: torch.Tensor
+    """Euclidean norm of every row of ``gate_proj``."""
+    up_norm_LC: torch.Tensor
+    """Euclidean norm of every row of ``up_proj``."""
+    down_norm_LC: torch.Tensor
+    """Euclidean norm of every column of ``down_proj``."""
+    down_abs_LC: torch.Tensor
+    """Sum of the absolute values of every column of ``down_proj``."""
+    gradient_sum_LC: torch.Tensor | None = None
+    """Of ``|h_j * dL/dh_j|``, L the negative log-likelihood of the sequences; where the criterion needs gradients."""
+    last_lowest_LC: torch.Tensor | None = None
+    """Largest place, over sequences, of the last token's ``h_j`` among its block's in ascending order; int64."""
+    last_highest_LC: torch.Tensor | None = None
+    """The same in descending order."""
+    general: "Statistics | None" = None
+    """The same of general text, where ``criterion.contrast`` names some."""
+    remove_channels: int = 0
+    """How many channels every block is to lose now."""
+    seed: int = 0
+    """Of the run and cycle."""
+
+
+def _norms(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean norms and sums of absolute values along ``dim``, whole on every rank; collective if sharded."""
+    weight = weight.detach().double()
+    square, absolute = weight.square().sum(dim), weight.abs().sum(dim)
+    if isinstance(square, DTensor) and isinstance(absolute, DTensor):
+        square, absolute = square.full_tensor(), absolute.full_tensor()
+    return square.sqrt(), absolute
+
+
+@dataclass
+class Collector(Listener):
+    """Adds up the sums that :class:`Statistics` consist of."""
+
+    model: nn.Module
+    family: Family
+    channels: int
+    device: torch.device
+    needs: Needs = Needs()
+    wants_blocks: bool = True
+    blocks: list[nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.blocks = list(self.model.get_submodule(self.family.layers).children())
+        self.wants_gradients, self.wants_last = self.needs.gradients, self.needs.last_tokens
+        layers = len(self.blocks)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        self.sum_LC, self.abs_sum_LC, self.square_sum_LC, self.gradient_sum_LC = (
+            zeros(layers, self.channels) for _ in range(4)
+        )
+        self.channel_weight_L, self.change_sum_L, self.cosine_sum_L, self.block_weight_L = (
+            zeros(layers) for _ in range(4)
+        )
+        self.last_lowest_LC, self.last_highest_LC = (zeros(layers, self.channels, dtype=torch.int64) for _ in range(2))
+
+    def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
+        rows = CPU_ROWS if hidden_NC.device.type == "cpu" else len(hidden_NC)
+        for start in range(0, len(hidden_NC), rows):
+            hidden_RC, weight_R = hidden_NC[start : start + rows].float(), weight_N[start : start + rows]
+            self.sum_LC[layer] += weight_R @ hidden_RC
+            self.abs_sum_LC[layer] += weight_R @ hidden_RC.abs()
+            self.square_sum_LC[layer] += weight_R @ hidden_RC.square()
+        self.channel_weight_L[layer] += weight_N.sum()
+
+    def on_gradient(self, layer: int, hidden_NC: torch.Tensor, gradient_NC: torch.Tensor) -> None:
+        self.gradient_sum_LC[layer] += (hidden_NC.float() * gradient_NC.float()).abs().sum(0)
+
+    def on_last(self, layer: int, hidden_BC: torch.Tensor) -> None:
+        if len(hidden_BC):
+            place_BC = hidden_BC.float().argsort(dim=1, stable=True).argsort(dim=1)
+            self.last_lowest_LC[layer] = torch.maximum(self.last_lowest_LC[layer], place_BC.amax(0))
+            highest_C = self.channels - 1 - place_BC.amin(0)
+            self.last_highest_LC[layer] = torch.maximum(self.last_highest_LC[layer], highest_C)
+
+    def on_block(self, layer: int, inputs_NH: torch.Tensor, outputs_NH: torch.Tensor, weight_N: torch.Tensor) -> None:
+        before_NH, after_NH = inputs_NH.float(), outputs_NH.float()
+        self.change_sum_L[layer] += (after_NH - before_NH).norm(dim=-1) @ weight_N
+        self.cosine_sum_L[layer] += nn.functional.cosine_similarity(before_NH, after_NH, dim=-1) @ weight_N
+        self.block_weight_L[layer] += weight_N.sum()
+
+    def _weight_norms(self) -> dict[str, torch.Tensor]:
+        rows: dict[str, list[torch.Tensor]] = {}
+        for block in self.blocks:
+            mlp = block.get_submodule(self.family.mlp)
+            for name, dim in (("gate", 1), ("up", 1), ("down", 0)):
+                module = getattr(self.family, f"{name}_proj")
+                norm_C, absolute_C = _norms(mlp.get_parameter(f"{module}.weight"), dim)
+                rows.setdefault(f"{name}_norm_LC", []).append(norm_C)
+                rows.setdefault(f"{name}_abs_LC", []).append(absolute_C)
+        kept = ("gate_norm_LC", "up_norm_LC", "down_norm_LC", "down_abs_LC")
+        return {name: torch.stack(rows[name]).cpu() for name in kept}
+
+    def reduce(self, *, remove_channels: int = 0, seed: int = 0) -> Statistics:
+        """Add up over all ranks.
+
+        Raises:
+            ValueError: no position of any sequence has any weight.
+        """
+        sums = ["sum_LC", "abs_sum_LC", "square_sum_LC", "channel_weight_L"]
+        sums += ["change_sum_L", "cosine_sum_L", "block_weight_L", "gradient_sum_LC"]
+        places = ["last_lowest_LC", "last_highest_LC"]
+        totals: dict[str, torch.Tensor] = {}
+        for name in sums + places:
+            totals[name] = getattr(self, name).clone()
+            if dist.is_initialized():
+                dist.all_reduce(totals[name], dist.ReduceOp.SUM if name in sums else dist.ReduceOp.MAX)
+        if not (totals["channel_weight_L"].min() > 0 and totals["block_weight_L"].min() > 0):
+            raise ValueError(
+                "no token of the calibration sequences counts: calibration.max_tokens cuts every one of them before "
+                "its solution begins, or their solutions are empty; raise it, or set calibration.token_weights to "
+                "uniform and calibration.prompt_weight above 0"
+            )
+        unused = [] if self.needs.gradients else ["gradient_sum_LC"]
+        unused += [] if self.needs.last_tokens else places
+        found: dict[str, Any] = {name: total.cpu() for name, total in totals.items() if name not in unused}
+        found |= self._weight_norms()
+        return Statistics(**found, remove_channels=remove_channels, seed=seed)

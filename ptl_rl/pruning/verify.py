@@ -1,0 +1,59 @@
+"""The export contract: what was written computes what the masked original computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ptl_rl.families import Family
+from ptl_rl.pruning.masking import NewWeights, masked
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import read_tensor
+
+EXPORT_TOLERANCE = 1e-3
+"""Largest accepted difference; both models compute in float32."""
+CHECK_TOKENS = 128
+"""Longest text that is compared."""
+
+
+@torch.no_grad()
+def logit_difference(
+    load: Callable[[Path], nn.Module],
+    family: Family,
+    source: Path,
+    plan: PruningPlan,
+    written: Path,
+    tokenizer,
+    texts: list[str],
+) -> float:
+    """Largest difference of the written checkpoint's logits from the masked source's, relative to the largest logit.
+
+    Args:
+        load: gives the float32 model of a folder; no more than one is held.
+        texts: what both read.
+    """
+    encoded = [tokenizer.encode(text)[:CHECK_TOKENS] for text in texts]
+    width = min(map(len, encoded))
+    model = load(source)
+    device = next(model.parameters()).device
+    ids_BT = torch.tensor([ids[:width] for ids in encoded], device=device)
+    new_weights = _written(family, plan, written) if plan.compensate == "least_squares" else None
+    with masked(model, family, plan, new_weights):
+        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    del model
+    actual_BTV = load(written)(input_ids=ids_BT, use_cache=False).logits
+    scale = expected_BTV.abs().max().clamp_min(1e-6)
+    return float((actual_BTV - expected_BTV).abs().max() / scale)
+
+
+def _written(family: Family, plan: PruningPlan, written: Path) -> NewWeights:
+    """The sliced checkpoint's weights of the projections that compensation may have changed."""
+    new_index = {old: new for new, old in enumerate(plan.keep_layers)}
+
+    def read(layer: int, name: str) -> torch.Tensor | None:
+        if name == "o_proj" and not plan.layer_order:
+            return None
+        return read_tensor(written, family.projection(new_index[layer], name) + ".weight")
+
+    return read

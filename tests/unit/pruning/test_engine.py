@@ -1,0 +1,240 @@
+"""Scoring and compensation as a whole: blocks one at a time, regressions, and the same on any number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl_rl.config import CHANNEL_CRITERIA, ContrastConfig, CriterionConfig, SourceConfig
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning import blocks, engine
+from ptl_rl.pruning.calibration import Sequence, batches_for_rank
+from ptl_rl.pruning.choice import make_plan
+from ptl_rl.pruning.masking import masked, skipped
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import load_sharded
+from ptl_rl.pruning.slicing import load_new_weight, slice_checkpoint
+from ptl_rl.pruning.streaming import mean_loss, stream
+from ptl_rl.pruning.verify import logit_difference
+
+CPU = torch.device("cpu")
+CONTRAST = ContrastConfig(data=SourceConfig(path="unused"))
+
+
+def sequences(seed: int = 0) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [25, 19, 37, 23, 40, 32, 28, 31]
+    return [Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2) for n in lengths]
+
+
+def policy_of(folder: Path, family: str, model=None, batch_size: int = 2) -> engine.Policy:
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    return engine.Policy(model, FAMILIES[family], folder, CPU, batch_size, 0, 0.3)
+
+
+def criterion_of(channels: str = "obs", **fields) -> CriterionConfig:
+    if channels == "ptl_reference":
+        fields.setdefault("contrast", CONTRAST)
+    return CriterionConfig(channels=channels, **fields)
+
+
+def plan_of(policy: engine.Policy, criterion: CriterionConfig, cut: engine.Cut) -> PruningPlan:
+    scores = engine.score(policy, criterion, cut, sequences(), general=sequences(1) if criterion.contrast else [])
+    return make_plan(
+        scores,
+        criterion,
+        remove_channels=cut.channels,
+        alignment=1,
+        family=policy.family,
+        subset_hash="",
+        source=str(policy.source),
+    )
+
+
+@pytest.mark.parametrize("channels", CHANNEL_CRITERIA)
+def test_every_criterion_scores_and_plans(channels, make_checkpoint):
+    policy = policy_of(make_checkpoint("llama"), "llama")
+    plan = plan_of(policy, criterion_of(channels), engine.Cut(channels=18, layers=0))
+    assert plan.intermediate_size == 30 and plan.keep_layers == [0, 1, 2]
+    assert plan.keep_channels[0] != plan.keep_channels[1]
+
+
+def test_progress_counts_every_batch(make_checkpoint):
+    policy = policy_of(make_checkpoint("llama"), "llama")
+    for criterion in (
+        criterion_of("activation", layers="leave_one_out", layer_sequences=4, contrast=CONTRAST),
+        criterion_of("obs", layers="cosine"),
+    ):
+        read = []
+        policy.progress = lambda read=read: read.append(1)
+        cut, general = engine.Cut(8, 2), sequences(1) if criterion.contrast else []
+        engine.score(policy, criterion, cut, sequences(), general=general)
+        assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), general)
+
+
+class TestBlocksThatGo:
+    def test_greedy_measures_again_without_those_before(self):
+        asked = []
+
+        def importance(gone):
+            asked.append(list(gone))
+            # Once block 2 is gone, block 0 cannot be done without.
+            return torch.tensor([1.5, 2.0, 1.0, 3.0]) if not gone else torch.tensor([9.0, 2.0, 0.0, 3.0])
+
+        assert blocks.greedy(importance, 2) == [2, 1]
+        assert asked == [[], [2]]
+
+    def test_explicit_ids_are_the_original_models(self):
+        assert blocks.explicit([5, 2, 7], 0, 2) == [5, 2]
+        assert blocks.explicit([5, 2, 7], 1, 1) == [2]
+        assert blocks.explicit([5, 2, 7], 2, 1) == [5]  # two before it are gone
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_leave_one_out_is_the_loss_without(self, family, make_checkpoint):
+        policy = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
+        order = plan_of(policy, criterion_of(layers="leave_one_out"), engine.Cut(0, 2)).layer_order
+        gone: list[int] = []
+        for found in order:
+            losses = {}
+            for layer in {0, 1, 2, 3} - set(gone):
+                with skipped(policy.model, policy.family, [*gone, layer]):
+                    batches = batches_for_rank(sequences(), 8, 0, 1, 0, 0.3)
+                    losses[layer] = mean_loss(policy.model, batches, CPU)
+            assert found == min(losses, key=lambda layer: losses[layer])
+            gone.append(found)
+
+    @pytest.mark.parametrize("layers", ["block_influence", "cosine"])
+    def test_measured_influence_of_the_second_is_without_the_first(self, layers, make_checkpoint):
+        folder = make_checkpoint("qwen2", num_hidden_layers=4)
+        criterion = criterion_of("activation", layers=layers)
+        both = plan_of(policy_of(folder, "qwen2"), criterion, engine.Cut(0, 2)).layer_order
+        first = plan_of(policy_of(folder, "qwen2"), criterion, engine.Cut(0, 1)).layer_order
+        assert both[:1] == first
+        shorter = folder.with_name(folder.name + "-shorter")
+        slice_checkpoint(folder, plan_of(policy_of(folder, "qwen2"), criterion, engine.Cut(0, 1)), shorter)
+        then = plan_of(policy_of(shorter, "qwen2"), criterion, engine.Cut(0, 1)).layer_order[0]
+        assert both[1] == then + (then >= first[0])
+
+
+def contribution(model, removed: int, predecessor: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, weighted: what goes into the predecessor's two projections, and what the removed block adds."""
+    x_parts, y_parts = [], []
+    seen: dict[str, torch.Tensor] = {}
+    layers = model.model.layers
+    handles = [
+        layers[predecessor].self_attn.o_proj.register_forward_pre_hook(lambda _m, x: seen.__setitem__("o", x[0][0])),
+        layers[predecessor].mlp.down_proj.register_forward_pre_hook(lambda _m, x: seen.__setitem__("d", x[0][0])),
+        layers[removed].register_forward_hook(
+            lambda _m, x, out: seen.__setitem__("y", ((out[0] if isinstance(out, tuple) else out) - x[0])[0])
+        ),
+    ]
+    for sequence in sequences():
+        reading = max(sequence.prompt_tokens - 1, 0)
+        weight_N = torch.tensor([0.3] * reading + [1.0] * (len(sequence.ids) - reading)).sqrt()[:, None]
+        model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
+        x_parts.append(torch.cat([seen["o"], seen["d"]], dim=1) * weight_N)
+        y_parts.append(seen["y"] * weight_N)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(x_parts).double(), torch.cat(y_parts).double(), torch.cat(y_parts).square().sum().double()
+
+
+@pytest.mark.parametrize("family", [name for name in sorted(FAMILIES) if blocks.can_absorb(FAMILIES[name])])
+def test_block_compensation_is_the_regression(family, make_checkpoint):
+    folder = make_checkpoint(family)
+    policy = policy_of(folder, family)
+    moments = blocks.BlockMoments(removed=2, predecessor=1)
+    stream(policy.model, policy.family, policy.batches(sequences()), [moments], CPU)
+    gain_o, gain_down, lost = moments.solve(32, 1e-9)
+    x_NX, y_NH, total = contribution(policy.model, 2, 1)
+    expected_XH = torch.linalg.lstsq(x_NX, y_NH).solution
+    residual = (x_NX @ torch.cat([gain_o, gain_down], dim=1).T.double() - y_NH).square().sum() / total
+    best = (x_NX @ expected_XH - y_NH).square().sum() / total
+    assert lost == pytest.approx(float(residual), abs=1e-4)
+    assert float(residual) == pytest.approx(float(best), rel=1e-3)
+    assert lost < 0.9  # of 1, which is what removing it plainly loses
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("cut", [engine.Cut(18, 0), engine.Cut(0, 2), engine.Cut(18, 1)], ids=str)
+def test_compensated_export_computes_what_the_reference_computes(family, cut, make_checkpoint, tmp_path):
+    folder = make_checkpoint(family, num_hidden_layers=4)
+    policy = policy_of(folder, family)
+    # Neighbours, so that the second is absorbed by what the first was absorbed by.
+    ids = {0: [], 1: [2], 2: [2, 1]}[cut.layers]
+    criterion = criterion_of(layers="explicit", layer_ids=ids) if ids else criterion_of()
+    plan = plan_of(policy, criterion, cut)
+    if plan.compensate == "none":
+        pytest.skip("this family's blocks cannot be absorbed")
+    new_weights, out = tmp_path / "new", tmp_path / "sliced"
+    losses = engine.compensate(policy, plan, sequences(), new_weights)
+    slice_checkpoint(folder, plan, out, new_weights=new_weights)
+    ids_BT = torch.randint(0, 290, (2, 40))
+    sliced = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        with masked(policy.model, policy.family, plan):
+            plain_BTV = policy.model(input_ids=ids_BT).logits
+        with masked(policy.model, policy.family, plan, lambda layer, name: load_new_weight(new_weights, layer, name)):
+            expected_BTV = policy.model(input_ids=ids_BT).logits
+        actual_BTV = sliced(input_ids=ids_BT).logits
+    torch.testing.assert_close(actual_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
+    assert (actual_BTV - plain_BTV).abs().max() > 1e-4
+    if cut.channels:
+        assert losses.channels < losses.channels_plain < 1
+    if cut.layers and blocks.can_absorb(policy.family):
+        assert 0 < losses.blocks < 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["How many apples are left?", "Tom has 3 boxes."]
+
+    def load(path: Path):
+        return AutoModelForCausalLM.from_pretrained(path).eval()
+
+    assert logit_difference(load, policy.family, folder, plan, out, tokenizer, texts) < 1e-5
+    # The check can fail: against another plan's channels, or without the new weights.
+    other = plan.model_copy(update={"compensate": "none"})
+    assert logit_difference(load, policy.family, folder, other, out, tokenizer, texts) > 1e-4
+
+
+CUTS = {"obs": engine.Cut(18, 0), "taylor": engine.Cut(18, 2), "ptl_reference": engine.Cut(18, 0)}
+LAYERS = {"obs": "block_influence", "taylor": "leave_one_out", "ptl_reference": "cosine"}
+
+
+def _plans_and_weights(policy: engine.Policy, out: Path) -> None:
+    for name, cut in CUTS.items():
+        plan = plan_of(policy, criterion_of(name, layers=LAYERS[name]), cut)
+        losses = engine.compensate(policy, plan, sequences(), out / name)
+        if policy.rank == 0:
+            plan.save(out / f"{name}.json")
+            (out / f"{name}.txt").write_text(" ".join(str(value) for value in vars(losses).values()))
+
+
+def _engine_on_ranks(rank: int, ranks: int, folder: Path, family: str, out: Path) -> None:
+    model = load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32)
+    # Sixteen sequences' worth of rows in all, so that batches are shared out differently by every number of ranks.
+    _plans_and_weights(policy_of(folder, family, model, batch_size=2), out)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("qwen2", 4), ("mistral", 2)])
+def test_any_number_of_ranks_gives_the_same_plans_and_weights(family, ranks, make_checkpoint, tmp_path):
+    folder = make_checkpoint(family, num_hidden_layers=4)
+    one, several = tmp_path / "one", tmp_path / "several"
+    for path in (one, several):
+        path.mkdir()
+    _plans_and_weights(policy_of(folder, family), one)
+    run_ranks(_engine_on_ranks, ranks, folder, family, several)
+    for name in CUTS:
+        assert (several / f"{name}.json").read_text() == (one / f"{name}.json").read_text()
+        expected, found = (
+            [float(v) for v in (p / f"{name}.txt").read_text().split() if v != "None"] for p in (one, several)
+        )
+        assert found == pytest.approx(expected, rel=1e-3)
+        files = sorted(path.name for path in (one / name).iterdir())
+        assert files and files == sorted(path.name for path in (several / name).iterdir())
+        for file in files:
+            layer, projection, _ = file.split(".")
+            weights = [load_new_weight(p / name, int(layer), projection) for p in (one, several)]
+            torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
