@@ -21,6 +21,11 @@ def run(repository, tmp_path, *settings):
         (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
         (["schedule.channels_per_cycle=[700,700]"], "removes 1400 channels per layer, but intermediate_size is 1280"),
         (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
+        (
+            ["schedule.layers_total=1", "criterion.layers=explicit", "criterion.layer_ids=[4]"],
+            "criterion.layer_ids: 4, but the model's 4 blocks are 0..3",
+        ),
+        (["criterion.path=REWARD", "criterion.channels=mine"], "my_reward.py has no function mine"),
         (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
         (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
         (["reward.path=REWARD", "reward.name=scroe"], "scroe"),

@@ -42,9 +42,14 @@ def test_flops_are_two_per_weight_of_every_matrix():
 
 
 def test_unsupported_models_are_refused_with_the_list(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral' is not supported; supported are gemma2, .*qwen3"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported are gemma2, .*qwen3"):
         read_shape(tmp_path)
+    for model_type, key in (("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, key: 8}))
+        message = rf"'{model_type}' is a mixture of experts \({key} is 8\).* only dense models are supported: gemma2"
+        with pytest.raises(UnsupportedModelError, match=message):
+            read_shape(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(UnsupportedModelError, match="lacks 'num_attention_heads'"):
         read_shape(tmp_path)

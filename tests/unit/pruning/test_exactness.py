@@ -53,12 +53,51 @@ class TestExport:
         assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(AutoTokenizer.from_pretrained(source))
 
 
-def test_kept_blocks_keep_their_attention_kind(make_checkpoint, tmp_path):
-    source = make_checkpoint("gemma2", sliding_window=16)
-    kinds = AutoModelForCausalLM.from_pretrained(source).config.layer_types
-    plan = random_plan(0, 48, 3).model_copy(update={"keep_layers": [0, 2], "layer_order": [1]})
+WINDOWED = {
+    "gemma2": {"sliding_window": 16},
+    "gemma3_text": {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+}
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWED))
+@pytest.mark.parametrize("removed", range(BLOCKS))
+def test_kept_blocks_keep_their_attention_kind(family, removed, make_checkpoint, tmp_path):
+    source = make_checkpoint(family, **WINDOWED[family])
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    kinds = original.config.layer_types
+    assert len(set(kinds)) == 2
+    kept = [layer for layer in range(BLOCKS) if layer != removed]
+    plan = random_plan(0, 48, 3).model_copy(update={"keep_layers": kept, "layer_order": [removed]})
     slice_checkpoint(source, plan, tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.layer_types == [kinds[0], kinds[2]]
+    sliced = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert sliced.config.layer_types == [kinds[layer] for layer in kept]
+    if family.startswith("qwen"):  # what engines read instead of layer_types
+        assert sliced.config.max_window_layers == sliced.config.layer_types.count("full_attention")
+    ids_BT = torch.randint(0, 300, (2, 60))
+    with torch.no_grad(), masked(original, FAMILIES[family], plan):
+        torch.testing.assert_close(
+            sliced(input_ids=ids_BT).logits, original(input_ids=ids_BT).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_biases_survive(make_checkpoint, tmp_path):
+    source, plan = make_checkpoint("llama", attention_bias=True, mlp_bias=True), random_plan(1, 20, 2)
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    biases = {name: p for name, p in original.named_parameters() if name.endswith(".bias")}
+    assert {name.split(".")[-2] for name in biases} >= {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    with torch.no_grad():
+        for bias in biases.values():  # they begin as zeros
+            bias.normal_(std=0.2)
+    original.save_pretrained(source)
+    slice_checkpoint(source, plan, tmp_path / "out")
+    sliced = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids_BT = torch.randint(0, 300, (2, 30))
+    with torch.no_grad(), masked(original, FAMILIES["llama"], plan):
+        torch.testing.assert_close(
+            sliced(input_ids=ids_BT).logits, original(input_ids=ids_BT).logits, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_checkpoint_in_several_files(make_checkpoint, tmp_path):
