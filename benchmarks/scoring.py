@@ -1,8 +1,8 @@
 """What scoring costs beside a bare forward pass over the same batches, in one process, interleaved.
 
-``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: all sums, the second moments that
-``obs`` needs, the solve for all blocks, and the way of the paper's released code (one prompt at a time, sets of ids on the
-host), extrapolated from a few prompts to the same number of tokens.
+``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: all sums, the second moments
+that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one prompt at a time, sets of
+ids on the host), extrapolated from a few prompts to the same number of tokens.
 """
 
 import statistics

@@ -111,9 +111,8 @@ def ranks(folder: Path, plan: PruningPlan, place: Path, size: float) -> None:
     for rank, process in enumerate(started):
         assert process.stdout is not None
         added = float(process.stdout.read())
-        print(
-            f"rank {rank}: {added:.0f} MiB added; its shard of the source and two layers: {size / 2 + 2 * layer:.0f} MiB"
-        )
+        allowed = size / 2 + 2 * layer
+        print(f"rank {rank}: {added:.0f} MiB added; its shard of the source and two layers: {allowed:.0f} MiB")
     print(f"both wrote {written:.0f} MiB")
 
 
