@@ -26,7 +26,6 @@ from ptl_rl.pruning.calibration import Sequence, batches_for_rank, encode_sequen
 from ptl_rl.pruning.choice import make_plan
 from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.streaming import mean_loss
-from ptl_rl.pruning.texts import REFERENCE_LINES, REFERENCE_PROMPTS
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
 
@@ -90,14 +89,12 @@ class Bench:
 
     def after(self, way: Way, cut: engine.Cut, seed: int) -> float:
         """What is measured once ``cut`` is made."""
-        is_reference = way.criterion.channels == "ptl_reference"
-        chosen = self.sequences[:REFERENCE_PROMPTS] if is_reference else self.sequences
         scores = engine.score(
             self.policy(),
             way.criterion,
             cut,
-            chosen,
-            general=self.general[:REFERENCE_LINES] if way.criterion.contrast else [],
+            self.sequences,
+            general=self.general if way.criterion.contrast else [],
             sensitivity=way.sensitivity,
             seed=seed,
         )

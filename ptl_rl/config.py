@@ -117,17 +117,25 @@ class CriterionConfig(_Section):
         1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
     )
 
+    @property
+    def is_obs(self) -> bool:
+        return self.channels == "obs" and self.path is None
+
+    @property
+    def is_ptl_reference(self) -> bool:
+        return self.channels == "ptl_reference" and self.path is None
+
     @model_validator(mode="after")
     def _check(self) -> "CriterionConfig":
         if self.path is None and self.channels not in CHANNEL_CRITERIA:
             close = difflib.get_close_matches(self.channels, CHANNEL_CRITERIA, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(CHANNEL_CRITERIA)}"
             raise ValueError(f"channels {self.channels!r} is no criterion; {hint} (your own: set criterion.path)")
-        if self.channels == "obs" and self.path is None:
+        if self.is_obs:
             for name in ("threshold", "contrast"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs scores that stand alone, but obs gives an order; choose another")
-        if self.channels == "ptl_reference" and self.path is None and self.contrast is None:
+        if self.is_ptl_reference and self.contrast is None:
             raise ValueError("channels ptl_reference compares with general text; set contrast.data")
         if (self.layers == "explicit") != bool(self.layer_ids):
             raise ValueError(f"layers is {self.layers} and layer_ids {self.layer_ids}; explicit needs ids, and only it")

@@ -21,6 +21,10 @@ class CriterionError(ValueError):
     """A criterion that cannot be had, or that returned something else than importances; names file and function."""
 
 
+REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
+"""How many reasoning sequences and lines of general text the released code of the paper reads."""
+
+
 def _mean(sum_LC: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
     return sum_LC / weight_L[:, None]
 

@@ -14,7 +14,15 @@ from ptl_rl.pruning import blocks
 from ptl_rl.pruning.calibration import Batch, Sequence, batches_for_rank
 from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
-from ptl_rl.pruning.criteria import LAYER_CRITERIA, NEEDS, channel_importance, load_criterion, rms_contribution
+from ptl_rl.pruning.criteria import (
+    LAYER_CRITERIA,
+    NEEDS,
+    REFERENCE_LINES,
+    REFERENCE_PROMPTS,
+    channel_importance,
+    load_criterion,
+    rms_contribution,
+)
 from ptl_rl.pruning.masking import masked, skipped
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
@@ -93,8 +101,10 @@ def batches_to_read(
         passes = sum(policy.layers - gone for gone in range(cut.layers))
     elif criterion.layers in LAYER_CRITERIA:
         passes = max(0, cut.layers - 1)
-    once = policy.rounds(sequences) + policy.rounds(general)
-    return once + passes * policy.rounds(sequences[: criterion.layer_sequences])
+    for_layers = passes * policy.rounds(sequences[: criterion.layer_sequences])
+    if criterion.is_ptl_reference:
+        sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
+    return policy.rounds(sequences) + policy.rounds(general) + for_layers
 
 
 def score(
@@ -114,13 +124,15 @@ def score(
         sensitivity: weigh positions by the gradient that reaches them.
         seed: of the criterion ``random``.
     """
-    is_obs = criterion.path is None and criterion.channels == "obs"
-    function = rms_contribution if is_obs else load_criterion(criterion.channels, criterion.path)
+    every = sequences
+    if criterion.is_ptl_reference:
+        sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
+    function = rms_contribution if criterion.is_obs else load_criterion(criterion.channels, criterion.path)
     needs = Needs() if criterion.path else NEEDS.get(criterion.channels, Needs())
     collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
     listeners: list[Listener] = [collector]
     moments = None
-    if is_obs and cut.channels:
+    if criterion.is_obs and cut.channels:
         moments = SecondMoments(policy.model, policy.family, policy.channels, policy.device)
         listeners.append(moments)
     policy.read(sequences, listeners, sensitivity)
@@ -133,7 +145,7 @@ def score(
         importance_LC = _obs(policy, moments, cut.channels, criterion.ridge)
     else:
         importance_LC = channel_importance(function, statistics, criterion.contrast.weight if criterion.contrast else 0)
-    order = _layer_order(policy, criterion, cut, sequences[: criterion.layer_sequences], statistics)
+    order = _layer_order(policy, criterion, cut, every[: criterion.layer_sequences], statistics)
     influence_L = LAYER_CRITERIA.get(criterion.layers, LAYER_CRITERIA["block_influence"])(statistics)
     return Scores(importance_LC, influence_L, order)
 

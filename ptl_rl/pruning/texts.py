@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from ptl_rl.config import CriterionConfig, RunConfig
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record, load_corpus
+from ptl_rl.pruning.criteria import REFERENCE_LINES
 from ptl_rl.stage import StageSpec
-
-REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
-"""How many reasoning sequences and lines of general text the released code of the paper reads."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,13 @@ def texts_of(records: list[Record], suffix: str) -> Texts:
     return Texts(questions, [record.solution for record in records], [1.0] * len(records))
 
 
-def sequences_of(config: RunConfig) -> int:
-    """How many sequences a cycle reads."""
-    if config.criterion.channels == "ptl_reference" and config.criterion.path is None:
-        return min(REFERENCE_PROMPTS, config.calibration.sequences)
-    return config.calibration.sequences
-
-
 def calibration_texts(config: RunConfig, spec: StageSpec, records: list[Record]) -> Texts:
     """The sequences that a cycle is scored on, at most ``calibration.sequences``.
 
     With ``calibration.source`` rollouts or both, the latest responses that earned a reward, weighted by it; worked
     solutions make up the number where there are too few, as in the first cycle.
     """
-    count, source = sequences_of(config), config.calibration.source
+    count, source = config.calibration.sequences, config.calibration.source
     wanted = {"corpus": 0, "rollouts": count, "both": count // 2}[source]
     own = rollouts.load(spec.source)[:wanted] if wanted else []
     corpus = texts_of(records[: count - len(own)], config.data.prompt_suffix)
@@ -61,6 +52,5 @@ def general_texts(criterion: CriterionConfig, seed: int) -> Texts:
     """
     if criterion.contrast is None:
         return Texts()
-    is_reference = criterion.channels == "ptl_reference" and criterion.path is None
-    count = REFERENCE_LINES if is_reference else criterion.contrast.sequences
+    count = REFERENCE_LINES if criterion.is_ptl_reference else criterion.contrast.sequences
     return texts_of(load_corpus(criterion.contrast.data, seed).records[:count], "")

@@ -96,6 +96,8 @@ class Display:
         self.state = state
         if not self.live:
             self.console.print(f"{self.title}: {self._outcome(entry)}", highlight=False)
+        for text in entry.metrics.get("notes") or []:
+            self.note(f"cycle {entry.cycle}: {text}")
         self._refresh()
 
     def _where(self, stage: Stage) -> str:
