@@ -87,7 +87,7 @@ class Bench:
             prompt_weight=self.prompt_weight,
         )
 
-    def after(self, way: Way, cut: engine.Cut, seed: int) -> float:
+    def after(self, way: Way, cut: engine.Removal, seed: int) -> float:
         """What is measured once ``cut`` is made."""
         scores = engine.score(
             self.policy(),
@@ -105,7 +105,7 @@ class Bench:
             alignment=1,
             family=self.shape.family,
             subset_hash="",
-            source=str(self.folder),
+            source=self.folder,
         )
         with tempfile.TemporaryDirectory() as out:
             new_weights = None
@@ -182,7 +182,7 @@ def perplexity(
     print(f"{model}: {read} calibration tokens, perplexity on {judged} others; {torch.get_num_threads()} threads")
     print(f"unpruned: {measure(bench.model):.3f}\n", flush=True)
     width = bench.shape.intermediate_size
-    cuts = [engine.Cut(round(width * share), 0) for share in SHARES]
+    cuts = [engine.Removal(round(width * share), 0) for share in SHARES]
     ways = [way for way in channel_ways(general, ridge, sensitivity) if not only or way.criterion.channels in only]
     table(
         ["channels", *(f"{share:.1%} removed" for share in SHARES)],
@@ -198,7 +198,7 @@ def block_rows(bench: Bench, ridge: float) -> Iterator[tuple[str, list[str]]]:
     for layers in ("block_influence", "cosine", "leave_one_out"):
         criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate="none")
         order = engine.score(
-            bench.policy(), criterion, engine.Cut(0, max(BLOCKS)), bench.sequences, general=[]
+            bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
         ).layer_order
         console.print(f"{layers}: {order}")
         for compensate in ("none", "least_squares"):
@@ -207,11 +207,11 @@ def block_rows(bench: Bench, ridge: float) -> Iterator[tuple[str, list[str]]]:
                 explicit = CriterionConfig(
                     channels="magnitude", layers="explicit", layer_ids=order[:count], compensate=compensate, ridge=ridge
                 )
-                found.append(timed(bench, Way(explicit), engine.Cut(0, count)))
+                found.append(timed(bench, Way(explicit), engine.Removal(0, count)))
             yield layers + (" + least squares" if compensate != "none" else ""), found
 
 
-def timed(bench: Bench, way: Way, cut: engine.Cut) -> str:
+def timed(bench: Bench, way: Way, cut: engine.Removal) -> str:
     started = time.monotonic()
     found = bench.after(way, cut, seed=0)
     console.print(f"{way.name}, {cut}: {found:.3f} in {time.monotonic() - started:.0f} s")
@@ -254,7 +254,7 @@ def demo(
                 continue
             cells = []
             for share in shares:
-                cut = engine.Cut(round(width * share), 0)
+                cut = engine.Removal(round(width * share), 0)
                 found = [bench.after(way, cut, seed) for seed, bench in enumerate(benches)]
                 console.print(f"{way.name}, {share:.0%}: {found}")
                 cells.append(f"{sum(found) / len(found):.1%} ({min(found):.1%}-{max(found):.1%})")

@@ -111,7 +111,7 @@ def main(
         policy.read(chosen, [collector])
         collector.reduce()
 
-    moments = SecondMoments(policy_model, shape.family, shape.intermediate_size, cpu)
+    moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
 
     def second_moments() -> None:
         for moment_CC in moments.own_CC.values():

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.pruning.calibration import encode_sequences
-from ptl_rl.pruning.engine import Cut
+from ptl_rl.pruning.engine import Removal
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
 from ptl_rl.testbed.word_problems import problems
@@ -78,7 +78,7 @@ def main(
             CriterionConfig(channels=criterion, compensate="least_squares" if compensate else "none"),
             sensitivity=prompt_weight is None,
         )
-        found = [f"{bench.after(way, Cut(round(width * share), 0), seed=0):.1%}" for share in shares]
+        found = [f"{bench.after(way, Removal(round(width * share), 0), seed=0):.1%}" for share in shares]
         tokens = "sensitivity" if prompt_weight is None else f"prompt weight {prompt_weight:g}"
         name = f"{criterion}, {'least squares' if compensate else 'plain'}, {tokens}"
         print(f"{name} | " + " | ".join(found), flush=True)

@@ -180,7 +180,11 @@ def score(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that will share the sliced model.")] = 1,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="data.*, calibration.*, criterion.* of a recipe; dtype; seed."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="data.*, calibration.*, criterion.* as in a recipe; prompt_suffix, max_bad_fraction, dtype, seed.",
+        ),
     ] = None,
 ) -> None:
     """Score channels and blocks of a model folder and plan a cut, without Ray; `ptl slice` makes it."""
@@ -206,10 +210,10 @@ def score(
             )
         finally:
             bar.stop()
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         _refuse(error)
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     kept = f"{plan.num_hidden_layers} blocks of {plan.intermediate_size} channels"
     console.print(f"keeps {kept}, of {len(plan.keep_channels)} of {plan.source_intermediate_size}", highlight=False)
     if losses.channels is not None and losses.channels_plain is not None:
@@ -220,7 +224,7 @@ def score(
         )
     if losses.blocks is not None:
         console.print(f"of what the removed blocks added {losses.blocks:.2%} is lost", highlight=False)
-    console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True)
+    console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("slice")
@@ -244,11 +248,11 @@ def slice_model(
             difference = slice_folder(model, plan, out, check=check, progress=progress)
         finally:
             bar.stop()
-    except ConfigError as error:
+    except (ConfigError, ValueError, OSError) as error:
         _refuse(error)
     if difference is not None:
         console.print(f"logits differ from the masked original's by {difference:.1e} of the largest", highlight=False)
-    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True)
+    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

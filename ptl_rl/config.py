@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -71,7 +71,10 @@ class CalibrationConfig(_Section):
         "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
     )
     prompt_weight: float = Field(
-        0.2, ge=0, le=1, description="How much a question's token counts, if uniform; 0: response only, 1: all alike."
+        0.2,
+        ge=0,
+        le=1,
+        description="How much a question's token counts: 0 response only, 1 all alike; channels if uniform.",
     )
 
 
@@ -117,6 +120,11 @@ class CriterionConfig(_Section):
         1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
     )
 
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())  # workers may run elsewhere
+
     @property
     def is_obs(self) -> bool:
         return self.channels == "obs" and self.path is None
@@ -135,6 +143,8 @@ class CriterionConfig(_Section):
             for name in ("threshold", "contrast"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs scores that stand alone, but obs gives an order; choose another")
+        if self.threshold is not None and self.contrast is not None:
+            raise ValueError("threshold is relative to the mean importance, which contrast moves; choose one of them")
         if self.is_ptl_reference and self.contrast is None:
             raise ValueError("channels ptl_reference compares with general text; set contrast.data")
         if (self.layers == "explicit") != bool(self.layer_ids):
@@ -142,6 +152,11 @@ class CriterionConfig(_Section):
         if len(set(self.layer_ids)) != len(self.layer_ids) or min(self.layer_ids, default=0) < 0:
             raise ValueError(f"layer_ids {self.layer_ids} must be different and not negative")
         return self
+
+
+def _check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) -> None:
+    if criterion.channels == "taylor" and criterion.path is None and calibration.token_weights == "sensitivity":
+        raise ValueError("criterion.channels taylor has gradients of its own; set calibration.token_weights to uniform")
 
 
 class ScheduleConfig(_Section):
@@ -317,6 +332,13 @@ class ScoreConfig(_Section):
     criterion: CriterionConfig = CriterionConfig()
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreConfig":
+        _check_gradients(self.criterion, self.calibration)
+        if self.calibration.source != "corpus":
+            raise ValueError("calibration.source: only a run has rollouts, those of its recoveries; set it to corpus")
+        return self
+
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -385,7 +407,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {section} is a single value, not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(recipe: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -59,7 +59,7 @@ def _record(row: Any, fields: FieldMap, source: str, where: str) -> Record:
         if value is None:
             raise DataError(
                 f"{where}: no column {column!r} for the {'text' if fields.text else part}; the row has "
-                f"{', '.join(map(str, row)) or 'none'} (set data.<split>.fields)"
+                f"{', '.join(map(str, row)) or 'none'} (set the fields of this source)"
             )
         values[part] = str(value).strip()
         if not values[part]:
@@ -156,7 +156,7 @@ def _read_rows(rows: Iterable[tuple[str, Any]], source: SourceConfig, max_bad_fr
     if len(corpus.bad_rows) > max_bad_fraction * total:
         more = f" (and {len(corpus.bad_rows) - 1} more)" if len(corpus.bad_rows) > 1 else ""
         raise DataError(
-            f"{corpus.bad_rows[0]}{more}; {len(corpus.bad_rows)} of {total} rows are bad, data.max_bad_fraction "
+            f"{corpus.bad_rows[0]}{more}; {len(corpus.bad_rows)} of {total} rows are bad, max_bad_fraction "
             f"allows {max_bad_fraction:g}"
         )
     return corpus

@@ -1,5 +1,6 @@
 """The policy's own responses of a recovery, kept beside its checkpoint for the next cycle's scoring."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ def keep_latest(
 ) -> list[Rollout]:
     """The latest ``rows`` whole responses that earned something, from the files that verl wrote into ``dump``.
 
+    Of one step, each question's first such response comes before any question's second.
+
     Args:
         dump: folder of ``STEP.jsonl`` files with ``input``, ``output`` and ``score``.
         records: of the recovery.
@@ -33,14 +36,18 @@ def keep_latest(
     question_of = {prompt_of(record): record.question for record in records}
     kept: list[Rollout] = []
     for path in sorted(dump.glob("*.jsonl"), key=lambda path: int(path.stem), reverse=True):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            question = question_of.get(row["input"])
-            if question is not None and row["score"] > 0 and is_whole(row["output"]):
-                kept.append(Rollout(question, row["output"], float(row["score"])))
-                if len(kept) == rows:
-                    return kept
-    return kept
+        of_question: dict[str, list[Rollout]] = {}
+        with path.open() as file:  # not splitlines: responses hold other line separators as they are
+            for row in map(json.loads, file):
+                question = question_of.get(row["input"])
+                if question is not None and row["score"] > 0 and is_whole(row["output"]):
+                    rollout = Rollout(question, row["output"], float(row["score"]))
+                    of_question.setdefault(question, []).append(rollout)
+        for nth in itertools.zip_longest(*of_question.values()):
+            kept += [rollout for rollout in nth if rollout is not None]
+        if len(kept) >= rows:
+            break
+    return kept[:rows]
 
 
 def save(rollouts: list[Rollout], folder: Path) -> None:

@@ -123,14 +123,14 @@ def check_criterion(config: RunConfig, shape: ModelShape) -> None:
         )
     if criterion.contrast is not None:
         try:
-            load_corpus(criterion.contrast.data, config.seed)
+            load_corpus(criterion.contrast.data, config.seed, config.data.max_bad_fraction)
         except DataError as error:
             raise ConfigError(f"criterion.contrast.data: {error}") from None
     if criterion.path is not None:
-        from ptl_rl.pruning.criteria import CriterionError, load_criterion
+        from ptl_rl.pruning.criteria import CriterionError, load_criterion, try_out
 
         try:
-            load_criterion(criterion.channels, criterion.path)
+            try_out(load_criterion(criterion.channels, criterion.path))
         except CriterionError as error:
             raise ConfigError(str(error)) from None
 

@@ -1,6 +1,7 @@
 """From scores to a plan: how many channels can go, which they are, and what had to be rounded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -8,6 +9,7 @@ from ptl_rl.config import CriterionConfig
 from ptl_rl.families import Family
 from ptl_rl.pruning.blocks import can_absorb
 from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.sharded import checkpoint_hash
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,22 @@ def aligned(width: int, remove: int, alignment: int) -> tuple[int, list[str]]:
     ]
 
 
-def below_threshold(importance_LC: torch.Tensor, remove: int, threshold: float | None) -> tuple[int, list[str]]:
+def below_threshold(
+    importance_LC: torch.Tensor, layers: list[int], remove: int, threshold: float | None
+) -> tuple[int, list[str]]:
     """How many channels can go from every block if each must lie below ``threshold`` times its block's mean importance.
 
-    All blocks lose equally many, so the one with the fewest decides. Returns that number, at most ``remove``, and a
-    note where it is smaller.
+    All blocks lose equally many, so of ``layers``, those that stay, the one with the fewest decides. Returns that
+    number, at most ``remove``, and a note where it is smaller.
     """
     if threshold is None:
         return remove, []
-    below_L = (importance_LC < threshold * importance_LC.mean(dim=1, keepdim=True)).sum(1)
+    below_L = (importance_LC < threshold * importance_LC.mean(dim=1, keepdim=True))[layers].sum(1)
     fewest = int(below_L.min())
     if fewest >= remove:
         return remove, []
     return fewest, [
-        f"{fewest} instead of {remove} channels per block go: block {int(below_L.argmin())} has no more below "
+        f"{fewest} instead of {remove} channels per block go: block {layers[int(below_L.argmin())]} has no more below "
         f"criterion.threshold ({threshold:g} times its mean importance)"
     ]
 
@@ -80,15 +84,15 @@ def make_plan(
     alignment: int,
     family: Family,
     subset_hash: str,
-    source: str,
+    source: Path,
 ) -> PruningPlan:
     """What goes, given the scores; ``notes`` say what was rounded or cannot be compensated."""
     width = scores.importance_LC.shape[1]
-    remove, notes = below_threshold(scores.importance_LC, remove_channels, criterion.threshold)
+    keep_layers = [layer for layer in range(len(scores.importance_LC)) if layer not in scores.layer_order]
+    remove, notes = below_threshold(scores.importance_LC, keep_layers, remove_channels, criterion.threshold)
     if remove:
         remove, rounded = aligned(width, remove, alignment)
         notes = notes + rounded
-    keep_layers = [layer for layer in range(len(scores.importance_LC)) if layer not in scores.layer_order]
     absorbed = [layer for layer in scores.layer_order if can_absorb(family) and layer > keep_layers[0]]
     if criterion.compensate != "none":
         notes += _not_absorbed(scores.layer_order, absorbed, family)
@@ -104,7 +108,8 @@ def make_plan(
         compensate=compensate,
         ridge=criterion.ridge,
         subset_hash=subset_hash,
-        source=source,
+        source=str(source),
+        source_hash=checkpoint_hash(source),
         notes=notes,
     )
 

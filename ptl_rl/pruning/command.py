@@ -15,7 +15,7 @@ from ptl_rl.pruning.calibration import Sequence, encode_sequences
 from ptl_rl.pruning.choice import aligned, make_plan
 from ptl_rl.pruning.criteria import CriterionError
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import checkpoint_files
+from ptl_rl.pruning.sharded import checkpoint_files, checkpoint_hash
 from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.texts import Texts, general_texts, texts_of
 from ptl_rl.pruning.verify import EXPORT_TOLERANCE, logit_difference
@@ -44,7 +44,7 @@ def channels_to_remove(amount: str, width: int) -> int:
     """
     try:
         count = round(width * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"--remove-channels {amount}: give a number of channels, or a percentage as 25%") from None
     if not 0 <= count < width:
         raise ConfigError(f"--remove-channels {amount}: each block has {width} channels, so 0 to {width - 1} can go")
@@ -86,13 +86,13 @@ def score_folder(
     try:
         shape = read_shape(model_folder)
         _check(model_folder, config, shape.num_hidden_layers, remove_layers)
-        cut = engine.Cut(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
+        cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
         possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
         if cut.channels and not possible:
             raise ConfigError(f"--remove-channels {remove_channels}: {notes[0]}")
         records = load_corpus(config.data, config.seed, config.max_bad_fraction).records
         texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
-        general = general_texts(config.criterion, config.seed)
+        general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
         policy, sequences, general_sequences = _policy(model_folder, config, texts, general)
         out.mkdir(parents=True, exist_ok=True)
         total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
@@ -116,10 +116,11 @@ def score_folder(
             alignment=alignment,
             family=shape.family,
             subset_hash="",
-            source=str(model_folder.resolve()),
+            source=model_folder.resolve(),
         )
     except (UnsupportedModelError, DataError, CriterionError) as error:
         raise ConfigError(str(error)) from None
+    (out / PLAN).unlink(missing_ok=True)  # an earlier one would not go with what is written now
     save_file(scores.tensors(), out / SCORES)
     losses = engine.Losses()
     if plan.compensate != "none":
@@ -210,16 +211,28 @@ def slice_folder(
             f"{plan_path}: the plan is of a model with {planned[0]} blocks of {planned[1]} channels, but "
             f"{model_folder} has {found[0]} of {found[1]}"
         )
+    if plan.compensate != "none" and checkpoint_hash(model_folder) != plan.source_hash:
+        raise ConfigError(
+            f"{plan_path}: its compensated weights belong to {plan.source}, and {model_folder} is another model; score "
+            "that one"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     weights = new_weights if plan.compensate != "none" else None
     slice_checkpoint(model_folder, plan, out, new_weights=weights, progress=progress)
     plan.save(out / PLAN)
     if not check:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     difference = logit_difference(
-        lambda folder: load_model(folder, torch.float32), shape.family, model_folder, plan, out, tokenizer, CHECK_TEXTS
+        lambda folder: load_model(folder, torch.float32),
+        shape.family,
+        model_folder,
+        plan,
+        out,
+        tokenizer,
+        CHECK_TEXTS,
+        weights,
     )
     if not difference <= EXPORT_TOLERANCE:
         raise ConfigError(

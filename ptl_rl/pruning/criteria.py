@@ -1,13 +1,15 @@
 """Importance criteria: pure functions from calibration statistics to scores. Large means: keep.
 
 A criterion of one's own is such a function in one's own file; ``criterion.path`` names the file, ``criterion.channels``
-the function. ``obs`` needs more than sums and stands in :mod:`ptl_rl.pruning.compensation`; ``leave_one_out`` and
-``explicit`` need no statistics and stand in :mod:`ptl_rl.pruning.blocks`.
+the function; :func:`reads` says if it needs gradients or last tokens. ``obs`` needs more than sums and stands in
+:mod:`ptl_rl.pruning.compensation`; ``leave_one_out`` and ``explicit`` need none: :mod:`ptl_rl.pruning.blocks`.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,16 @@ class CriterionError(ValueError):
 
 REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
 """How many reasoning sequences and lines of general text the released code of the paper reads."""
+
+
+def reads(*, gradients: bool = False, last_tokens: bool = False) -> Callable[[ChannelCriterion], ChannelCriterion]:
+    """Decorator: says which of the dearer statistics a criterion reads; without it they are None."""
+
+    def mark(criterion: ChannelCriterion) -> ChannelCriterion:
+        criterion.needs = Needs(gradients, last_tokens)  # type: ignore[attr-defined]
+        return criterion
+
+    return mark
 
 
 def _mean(sum_LC: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
@@ -53,6 +65,7 @@ def wanda(statistics: Statistics) -> torch.Tensor:
     return (mean_square_LC.sqrt() * statistics.down_abs_LC).float()
 
 
+@reads(gradients=True)
 def taylor(statistics: Statistics) -> torch.Tensor:
     """``E|h_j * dL/dh_j|``, the first order of the loss's change without the channel (Molchanov et al. 2017)."""
     assert statistics.gradient_sum_LC is not None
@@ -70,13 +83,14 @@ def random(statistics: Statistics) -> torch.Tensor:
     return torch.rand(statistics.sum_LC.shape, generator=torch.Generator().manual_seed(statistics.seed))
 
 
+@reads(last_tokens=True)
 def ptl_reference(statistics: Statistics) -> torch.Tensor:
     """The rule of the paper's released code, for comparison.
 
     A channel may go if the last token's signed ``h_j`` is among its block's ``n`` lowest in every reasoning sequence,
     and not among the ``n`` highest in every line of general text; of these, the first by index go. ``n`` is the
     smallest number that gives as many as are to be removed; where none does, the one that gives most, and then those
-    go that are lowest. Returns 0 for the channels that go and 1 for the others.
+    go that are lowest. Returns numbers below 1 for the channels that go, in their order, and 1 for the others.
     """
     general = statistics.general
     if statistics.last_lowest_LC is None or general is None or general.last_highest_LC is None:
@@ -86,7 +100,7 @@ def ptl_reference(statistics: Statistics) -> torch.Tensor:
     importance_LC = torch.ones(statistics.last_lowest_LC.shape)
     for layer, (lowest_C, highest_C) in enumerate(zip(statistics.last_lowest_LC, general.last_highest_LC, strict=True)):
         gone = _first_by_index(lowest_C, highest_C, statistics.remove_channels)
-        importance_LC[layer, gone] = 0
+        importance_LC[layer, gone] = torch.arange(len(gone)) / (len(gone) + 1)
     return importance_LC
 
 
@@ -124,8 +138,11 @@ LAYER_CRITERIA: dict[str, Callable[[Statistics], torch.Tensor]] = {
     "block_influence": block_influence,
     "cosine": cosine,
 }
-NEEDS = {"taylor": Needs(gradients=True), "ptl_reference": Needs(last_tokens=True)}
-"""What criteria need beside the cheapest sums."""
+
+
+def needs_of(criterion: ChannelCriterion) -> Needs:
+    """What a criterion reads beside the cheapest sums: its attribute ``needs``, as :func:`reads` sets it."""
+    return getattr(criterion, "needs", Needs())
 
 
 def load_criterion(name: str, path: str | None) -> ChannelCriterion:
@@ -139,18 +156,41 @@ def load_criterion(name: str, path: str | None) -> ChannelCriterion:
     file = Path(path)
     if not file.is_file():
         raise CriterionError(f"criterion.path: {file}: no such file")
-    spec = importlib.util.spec_from_file_location(f"ptl_user_criterion_{file.stem}", file)
+    module_name = f"ptl_user_criterion_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
     if spec is None or spec.loader is None:
-        raise CriterionError(f"criterion.path: {file}: not a Python file")
+        raise CriterionError(f"criterion.path: {file}: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise CriterionError(f"criterion.path: {file}: cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise CriterionError(f"criterion.channels: {file} has no function {name}")
     return function
+
+
+def try_out(criterion: ChannelCriterion) -> None:
+    """Call a criterion on made-up statistics of a small model; raises :class:`CriterionError` if that fails."""
+    layers, channels = 2, 8
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1
+
+    places = torch.arange(channels).expand(layers, channels)
+    of_channels = ("sum", "abs_sum", "square_sum", "gate_norm", "up_norm", "down_norm", "down_abs")
+    of_blocks = ("channel_weight", "change_sum", "cosine_sum", "block_weight")
+    values: dict[str, Any] = {f"{name}_LC": numbers(layers, channels) for name in of_channels}
+    values |= {f"{name}_L": numbers(layers) for name in of_blocks}
+    if needs_of(criterion).gradients:
+        values["gradient_sum_LC"] = numbers(layers, channels)
+    if needs_of(criterion).last_tokens:
+        values |= dict.fromkeys(("last_lowest_LC", "last_highest_LC"), places)
+    made_up = Statistics(**values, remove_channels=2)
+    _checked(criterion, made_up)
 
 
 def channel_importance(criterion: ChannelCriterion, statistics: Statistics, contrast: float) -> torch.Tensor:
@@ -169,13 +209,19 @@ def channel_importance(criterion: ChannelCriterion, statistics: Statistics, cont
 
 
 def _checked(criterion: ChannelCriterion, statistics: Statistics) -> torch.Tensor:
-    importance_LC = criterion(statistics)
+    name = getattr(criterion, "__name__", repr(criterion))
+    try:
+        importance_LC = criterion(statistics)
+    except CriterionError:
+        raise
+    except Exception as error:  # a user's criterion may raise anything
+        raise CriterionError(f"criterion {name} raised {type(error).__name__}: {error}") from error
     wanted = tuple(statistics.sum_LC.shape)
     if not isinstance(importance_LC, torch.Tensor) or tuple(importance_LC.shape) != wanted:
         found = tuple(importance_LC.shape) if isinstance(importance_LC, torch.Tensor) else type(importance_LC).__name__
-        raise CriterionError(f"criterion {criterion.__name__} must return a tensor of shape {wanted}, not {found}")
+        raise CriterionError(f"criterion {name} must return a tensor of shape {wanted}, not {found}")
     if not importance_LC.isfinite().all():
-        raise CriterionError(f"criterion {criterion.__name__} returned numbers that are not finite")
+        raise CriterionError(f"criterion {name} returned numbers that are not finite")
     return importance_LC.float().cpu()
 
 

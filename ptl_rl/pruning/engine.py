@@ -1,5 +1,6 @@
 """Scoring and compensation of one model: on every rank of the pruning worker, or in one process."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import (
     LAYER_CRITERIA,
-    NEEDS,
     REFERENCE_LINES,
     REFERENCE_PROMPTS,
     channel_importance,
     load_criterion,
+    needs_of,
     rms_contribution,
 )
 from ptl_rl.pruning.masking import masked, skipped
@@ -28,7 +29,7 @@ from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import read_tensor
 from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
-from ptl_rl.pruning.statistics import Collector, Needs, Statistics
+from ptl_rl.pruning.statistics import Collector, Statistics
 from ptl_rl.pruning.streaming import Listener, mean_loss, stream
 
 
@@ -84,7 +85,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Removal:
     """What is to go now, and what went before."""
 
     channels: int
@@ -93,24 +94,23 @@ class Cut:
 
 
 def batches_to_read(
-    policy: Policy, criterion: CriterionConfig, cut: Cut, sequences: list[Sequence], general: list[Sequence]
+    policy: Policy, criterion: CriterionConfig, cut: Removal, sequences: list[Sequence], general: list[Sequence]
 ) -> int:
     """How many batches :func:`score` reads on every rank."""
-    passes = 0
+    for_layers, passes = sequences[: criterion.layer_sequences], 0
+    if criterion.is_ptl_reference:
+        sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     if criterion.layers == "leave_one_out":
         passes = sum(policy.layers - gone for gone in range(cut.layers))
     elif criterion.layers in LAYER_CRITERIA:
-        passes = max(0, cut.layers - 1)
-    for_layers = passes * policy.rounds(sequences[: criterion.layer_sequences])
-    if criterion.is_ptl_reference:
-        sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
-    return policy.rounds(sequences) + policy.rounds(general) + for_layers
+        passes = max(0, cut.layers - (for_layers == sequences))
+    return policy.rounds(sequences) + policy.rounds(general) + passes * policy.rounds(for_layers)
 
 
 def score(
     policy: Policy,
     criterion: CriterionConfig,
-    cut: Cut,
+    cut: Removal,
     sequences: list[Sequence],
     *,
     general: list[Sequence],
@@ -128,12 +128,12 @@ def score(
     if criterion.is_ptl_reference:
         sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     function = rms_contribution if criterion.is_obs else load_criterion(criterion.channels, criterion.path)
-    needs = Needs() if criterion.path else NEEDS.get(criterion.channels, Needs())
+    needs = needs_of(function)
     collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
     listeners: list[Listener] = [collector]
     moments = None
     if criterion.is_obs and cut.channels:
-        moments = SecondMoments(policy.model, policy.family, policy.channels, policy.device)
+        moments = SecondMoments(policy.layers, policy.channels, policy.device)
         listeners.append(moments)
     policy.read(sequences, listeners, sensitivity)
     statistics = collector.reduce(remove_channels=cut.channels, seed=seed)
@@ -143,9 +143,11 @@ def score(
         statistics.general = of_general.reduce(remove_channels=cut.channels, seed=seed)
     if moments is not None:
         importance_LC = _obs(policy, moments, cut.channels, criterion.ridge)
+        moments.own_CC.clear()  # what follows needs the memory
     else:
         importance_LC = channel_importance(function, statistics, criterion.contrast.weight if criterion.contrast else 0)
-    order = _layer_order(policy, criterion, cut, every[: criterion.layer_sequences], statistics)
+    for_layers = every[: criterion.layer_sequences]
+    order = _layer_order(policy, criterion, cut, for_layers, statistics if for_layers == sequences else None)
     influence_L = LAYER_CRITERIA.get(criterion.layers, LAYER_CRITERIA["block_influence"])(statistics)
     return Scores(importance_LC, influence_L, order)
 
@@ -161,16 +163,17 @@ def _obs(policy: Policy, moments: SecondMoments, remove: int, ridge: float) -> t
 
 
 def _layer_order(
-    policy: Policy, criterion: CriterionConfig, cut: Cut, sequences: list[Sequence], statistics: Statistics
+    policy: Policy, criterion: CriterionConfig, cut: Removal, sequences: list[Sequence], statistics: Statistics | None
 ) -> list[int]:
+    """Which blocks go; ``statistics`` are those of ``sequences`` and the whole model, if they are known already."""
     if criterion.layers == "explicit":
         return blocks.explicit(criterion.layer_ids, cut.layers_before, cut.layers)
 
     def measured(gone: list[int]) -> torch.Tensor:
         if criterion.layers == "leave_one_out":
             return _losses_without(policy, gone, sequences)
-        found = statistics
-        if gone:
+        found = None if gone else statistics
+        if found is None:
             collector = Collector(policy.model, policy.family, policy.channels, policy.device)
             with skipped(policy.model, policy.family, gone):
                 policy.read(sequences, [collector])
@@ -210,27 +213,27 @@ def compensate(
     Blocks first, one at a time in the order of removal, each with the earlier ones gone and absorbed; then channels.
     """
     if policy.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier plan's weights are not this one's
+        folder.mkdir(parents=True)
     _barrier()
     lost_blocks = [_absorb_block(policy, plan, index, sequences, folder) for index in range(len(plan.layer_order))]
     known = [lost for lost in lost_blocks if lost is not None]
     blocks_lost = sum(known) / len(known) if known else None
     if plan.intermediate_size == plan.source_intermediate_size:
         return Losses(blocks=blocks_lost)
-    moments = SecondMoments(policy.model, policy.family, policy.channels, policy.device)
+    moments = SecondMoments(policy.layers, policy.channels, policy.device, plan.keep_layers)
     whole = plan.without_channel_cut(plan.keep_layers)
     with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
         policy.read(sequences, [moments], sensitivity)
     shares = torch.zeros(2, dtype=torch.float64)
     _barrier()  # every rank has read the whole weights that the loop replaces
     for layer, moment_CC in moments.own_CC.items():
-        if layer in plan.keep_layers:
-            weight_HC = load_new_weight(folder, layer, "down_proj")
-            if weight_HC is None:
-                weight_HC = policy.weight(layer, "down_proj")
-            fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
-            save_new_weight(folder, layer, "down_proj", fit.weight_HK)
-            shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
+        weight_HC = load_new_weight(folder, layer, "down_proj")
+        if weight_HC is None:
+            weight_HC = policy.weight(layer, "down_proj")
+        fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
+        save_new_weight(folder, layer, "down_proj", fit.weight_HK)
+        shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
     if dist.is_initialized():
         shares = shares.to(policy.device)
         dist.all_reduce(shares)

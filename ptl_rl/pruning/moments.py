@@ -5,25 +5,28 @@ rank l modulo ranks, every rank adds its tokens' share to it batch by batch, and
 its matrix is. What a rank holds beside its own is one matrix, while it is being reduced.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ptl_rl.families import Family
 from ptl_rl.pruning.streaming import Listener
 
 
 class SecondMoments(Listener):
     """Sums up this rank's matrices."""
 
-    def __init__(self, model: nn.Module, family: Family, channels: int, device: torch.device) -> None:
-        self.layers = len(list(model.get_submodule(family.layers).children()))
+    def __init__(self, layers: int, channels: int, device: torch.device, wanted: Collection[int] | None = None) -> None:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        own = range(self.rank, self.layers, self.ranks)
+        self.wanted = set(range(layers) if wanted is None else wanted)
+        """Blocks that are summed up."""
+        own = [layer for layer in sorted(self.wanted) if layer % self.ranks == self.rank]
         self.own_CC = {layer: torch.zeros(channels, channels, device=device) for layer in own}
         """Block to its float32 sum over all tokens of all ranks, for the blocks that this rank owns."""
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
+        if layer not in self.wanted:
+            return
         hidden_NC = hidden_NC.float() * weight_N.sqrt()[:, None]
         if self.ranks == 1:
             self.own_CC[layer].addmm_(hidden_NC.T, hidden_NC)

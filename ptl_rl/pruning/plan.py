@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class PruningPlan(BaseModel):
@@ -20,13 +20,15 @@ class PruningPlan(BaseModel):
     layer_order: list[int]
     """Ids of the blocks that go, first removed first."""
     source_intermediate_size: int
-    alignment: int
+    alignment: int = Field(ge=1)
     channel_criterion: str
     layer_criterion: str
     compensate: Literal["none", "least_squares"] = "none"
     ridge: float = 1e-3
     subset_hash: str
     source: str
+    source_hash: str = ""
+    """Of :func:`ptl_rl.pruning.sharded.checkpoint_hash`."""
     notes: list[str] = []
     """What was rounded or left out, and why."""
 

@@ -4,6 +4,7 @@ No rank ever holds the whole model: parameters are created on the meta device, s
 ranges of the safetensors files. Peak memory is the shard plus the blocks that FSDP2 has unsharded.
 """
 
+import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,19 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a checkpoint, whole, on the CPU."""
     with safe_open(checkpoint_files(folder)[name], "pt") as file:
         return file.get_tensor(name)
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Tells checkpoints of the same shape apart: hash over every tensor's name, type, shape and first row."""
+    digest = hashlib.sha256()
+    files = checkpoint_files(folder)
+    with ExitStack() as stack:
+        handles = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(files.values()))}
+        for name in sorted(files):
+            view = handles[files[name]].get_slice(name)
+            digest.update(f"{name} {view.get_dtype()} {view.get_shape()}".encode())
+            digest.update(view[:1].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _shard_range(size: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -33,6 +33,10 @@ COMPANIONS = (
 """Files beside the weights that belong to the model and are copied as they are."""
 
 
+class MissingWeightError(ValueError):
+    """A compensated weight that the plan promises is not there."""
+
+
 @dataclass(frozen=True)
 class _Piece:
     """One tensor of the output: where it comes from and how it is cut."""
@@ -108,6 +112,9 @@ def slice_weights(
     Args:
         new_weights: folder of :func:`save_new_weight` files, which replace what would be copied or cut.
         progress: called with tensors written and tensors to write by this rank.
+
+    Raises:
+        MissingWeightError: ``new_weights`` lacks a block whose channels are cut.
     """
     family = read_shape(source).family
     new_index = {old: new for new, old in enumerate(plan.keep_layers)}
@@ -130,6 +137,10 @@ def slice_weights(
                 new = load_new_weight(new_weights, piece.layer, piece.projection) if new_weights else None
                 if new is not None:
                     tensor = new.to(tensor.dtype)
+                elif new_weights and piece.dim == 1 and plan.intermediate_size != plan.source_intermediate_size:
+                    raise MissingWeightError(
+                        f"{new_weights}: the weight of block {piece.layer} is missing; score again"
+                    )
                 elif piece.dim is not None:
                     tensor = tensor.index_select(piece.dim, torch.tensor(plan.keep_channels[piece.layer]))
                 tensors[piece.name] = tensor.contiguous()

@@ -40,7 +40,7 @@ def score(context: StageContext) -> dict:
     context.connect_ray()
     records = subset_records(context)
     texts = calibration_texts(context.config, context.spec, records)
-    general = general_texts(context.config.criterion, context.config.seed)
+    general = general_texts(context.config.criterion, context.config.seed, context.config.data.max_bad_fraction)
     workers = _worker_group(context)
     metrics = workers.score(texts, general)[0]
     return {
@@ -67,7 +67,7 @@ def slice(context: StageContext) -> dict:
         alignment=spec.alignment,
         family=read_shape(spec.source).family,
         subset_hash=subset_hash(records),
-        source=str(spec.source),
+        source=spec.source,
     )
     context.connect_ray()
     workers = _worker_group(context)

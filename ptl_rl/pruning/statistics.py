@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ptl_rl.families import Family
-from ptl_rl.pruning.streaming import Listener
+from ptl_rl.pruning.streaming import NOTHING_COUNTS, Listener
 
 CPU_ROWS = 256
 """Rows that a CPU adds up at a time, so that the temporaries stay in its cache."""
@@ -154,11 +154,7 @@ class Collector(Listener):
             if dist.is_initialized():
                 dist.all_reduce(totals[name], dist.ReduceOp.SUM if name in sums else dist.ReduceOp.MAX)
         if not (totals["channel_weight_L"].min() > 0 and totals["block_weight_L"].min() > 0):
-            raise ValueError(
-                "no token of the calibration sequences counts: calibration.max_tokens cuts every one of them before "
-                "its solution begins, or their solutions are empty; raise it, or set calibration.token_weights to "
-                "uniform and calibration.prompt_weight above 0"
-            )
+            raise ValueError(NOTHING_COUNTS)
         unused = [] if self.needs.gradients else ["gradient_sum_LC"]
         unused += [] if self.needs.last_tokens else places
         found: dict[str, Any] = {name: total.cpu() for name, total in totals.items() if name not in unused}

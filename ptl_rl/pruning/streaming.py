@@ -45,6 +45,11 @@ class Listener:
         """The residual stream before and after a block."""
 
 
+NOTHING_COUNTS = (
+    "no token of the calibration sequences counts: calibration.max_tokens cuts every one of them before its solution "
+    "begins, or their solutions are empty; raise it, or set calibration.token_weights to uniform and "
+    "calibration.prompt_weight above 0"
+)
 SENSITIVITY_TEMPERATURE = 2.0
 """Flattens the policy's distribution before :func:`_surprise` draws from it."""
 
@@ -67,7 +72,7 @@ def negative_log_likelihood(logits_BTV: torch.Tensor, batch: Batch) -> tuple[tor
     """Weighted sum of ``-log p`` of the sequences' own tokens, and the sum of the weights."""
     weight_BS = batch.weight_BT[:, :-1] * batch.mask_BT[:, 1:]
     losses_B = [
-        # One sequence at a time: float32 copies of the logits are the largest tensors of all.
+        # One sequence at a time: without gradients, no more than one float32 copy of its logits is held.
         nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none") @ weight_S
         for logits_TV, ids_T, weight_S in zip(logits_BTV, batch.ids_BT, weight_BS, strict=True)
     ]
@@ -221,11 +226,17 @@ def stream(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
-    """Weighted mean ``-log p`` of the sequences' tokens over all ranks, in nats."""
+    """Weighted mean ``-log p`` of the sequences' tokens over all ranks, in nats.
+
+    Raises:
+        ValueError: no position of any sequence has any weight.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in _on_device(batches, device):
         loss, weight = negative_log_likelihood(model(**_inputs(batch)).logits, batch)
         sums += torch.stack([loss, weight]).double()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
+    if not sums[1] > 0:
+        raise ValueError(NOTHING_COUNTS)
     return float(sums[0] / sums[1])

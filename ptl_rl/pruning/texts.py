@@ -1,5 +1,6 @@
 """Which texts a cycle is scored on: worked solutions of its own subset, the policy's rollouts, general text."""
 
+import itertools
 from dataclasses import dataclass, field
 
 from ptl_rl.config import CriterionConfig, RunConfig
@@ -36,15 +37,15 @@ def calibration_texts(config: RunConfig, spec: StageSpec, records: list[Record])
     wanted = {"corpus": 0, "rollouts": count, "both": count // 2}[source]
     own = rollouts.load(spec.source)[:wanted] if wanted else []
     corpus = texts_of(records[: count - len(own)], config.data.prompt_suffix)
-    return Texts(
-        [rollout.question + config.data.prompt_suffix for rollout in own] + corpus.questions,
-        [rollout.response for rollout in own] + corpus.solutions,
-        [rollout.reward for rollout in own] + corpus.weights,
-        len(own),
-    )
+    of_corpus = list(zip(corpus.questions, corpus.solutions, corpus.weights, strict=True))
+    of_policy = [(r.question + config.data.prompt_suffix, r.response, r.reward) for r in own]
+    # In turns, so that whoever reads only the first few reads both.
+    pairs = itertools.chain.from_iterable(itertools.zip_longest(of_policy, of_corpus))
+    questions, solutions, weights = zip(*(pair for pair in pairs if pair is not None), strict=True)
+    return Texts(list(questions), list(solutions), list(weights), len(own))
 
 
-def general_texts(criterion: CriterionConfig, seed: int) -> Texts:
+def general_texts(criterion: CriterionConfig, seed: int, max_bad_fraction: float) -> Texts:
     """The general text that importance is contrasted with; none if the criterion asks for none.
 
     Raises:
@@ -53,4 +54,4 @@ def general_texts(criterion: CriterionConfig, seed: int) -> Texts:
     if criterion.contrast is None:
         return Texts()
     count = REFERENCE_LINES if criterion.is_ptl_reference else criterion.contrast.sequences
-    return texts_of(load_corpus(criterion.contrast.data, seed).records[:count], "")
+    return texts_of(load_corpus(criterion.contrast.data, seed, max_bad_fraction).records[:count], "")

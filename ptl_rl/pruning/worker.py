@@ -46,9 +46,9 @@ class PruningWorker(Worker):
 
     def _load(self, folder: Path, dtype: torch.dtype):
         model = self.context.config.model
-        return load_sharded(
-            folder, self.mesh, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
-        )
+        # Flash attention takes 16 bits only.
+        attention = "sdpa" if dtype == torch.float32 and model.attention.startswith("flash") else model.attention
+        return load_sharded(folder, self.mesh, dtype, attention=attention, trust_remote_code=model.trust_remote_code)
 
     def _policy(self) -> engine.Policy:
         config, source = self.context.config, self.context.spec.source
@@ -73,7 +73,7 @@ class PruningWorker(Worker):
         """Read the texts with the policy; rank 0 writes ``scores.safetensors``. Returns token counts."""
         config, spec = self.context.config, self.context.spec
         policy, sequences, general_sequences = self._policy(), self._sequences(texts), self._sequences(general)
-        cut = engine.Cut(spec.remove_channels, spec.remove_layers, spec.removed_layers)
+        cut = engine.Removal(spec.remove_channels, spec.remove_layers, spec.removed_layers)
         total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
         policy.progress = self._progress(total)
         scores = engine.score(
@@ -135,8 +135,6 @@ class PruningWorker(Worker):
         dist.barrier()
         if self.rank == 0:
             write_companions(spec.source, plan, spec.out, weight_map)
-            if new_weights is not None:
-                shutil.rmtree(new_weights)
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -146,7 +144,8 @@ class PruningWorker(Worker):
         Returns the largest difference relative to the largest logit.
         """
         spec = self.context.spec
-        return logit_difference(
+        new_weights = spec.out / NEW_WEIGHTS if plan.compensate == "least_squares" else None
+        difference = logit_difference(
             lambda folder: self._load(folder, torch.float32),
             self.family,
             spec.source,
@@ -154,7 +153,12 @@ class PruningWorker(Worker):
             spec.out,
             self.tokenizer,
             texts,
+            new_weights,
         )
+        dist.barrier()
+        if self.rank == 0 and new_weights is not None:
+            shutil.rmtree(new_weights)
+        return difference
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def peak_memory_gib(self) -> float:

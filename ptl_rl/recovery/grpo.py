@@ -133,8 +133,16 @@ def _keep_rollouts(context: StageContext, records: list[Record]) -> None:
     def is_whole(response: str) -> bool:
         return len(tokenizer.encode(response, add_special_tokens=False)) < config.data.max_response_tokens
 
-    dump = spec.work / ROLLOUTS
-    rollouts.save(rollouts.keep_latest(dump, records, prompt_of, is_whole, config.calibration.sequences), spec.out)
+    try:
+        kept = rollouts.keep_latest(spec.work / ROLLOUTS, records, prompt_of, is_whole, config.calibration.sequences)
+    except (OSError, ValueError, KeyError) as error:  # what was trained counts more than what is scored on next
+        print(f"the rollouts of this recovery cannot be kept, worked solutions take their place: {error!r}")
+        return
+    if not kept:
+        print(
+            "no rollout of this recovery was whole, rewarded and to a known prompt; worked solutions take their place"
+        )
+    rollouts.save(kept, spec.out)
 
 
 def recover(context: StageContext) -> dict:

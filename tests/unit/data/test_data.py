@@ -46,7 +46,7 @@ def test_jsonl_and_parquet_give_the_same_records(tmp_path):
 )
 def test_bad_rows_are_named(bad, message, tmp_path):
     source = write(tmp_path / "a.jsonl", [row(0), bad, row(2)])
-    with pytest.raises(DataError, match=message + r".*; 1 of 3 rows are bad, data.max_bad_fraction allows 0\.1"):
+    with pytest.raises(DataError, match=message + r".*; 1 of 3 rows are bad, max_bad_fraction allows 0\.1"):
         load_corpus(source, seed=0, max_bad_fraction=0.1)
     tolerant = load_corpus(source, seed=0, max_bad_fraction=0.5)
     assert len(tolerant.records) == 2 and len(tolerant.bad_rows) == 1

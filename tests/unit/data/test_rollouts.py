@@ -16,7 +16,7 @@ RECORDS = [Record(f"question {i}", f"solution {i}", str(i), "here", str(i)) for 
 def dump(folder, step: int, rows: list[tuple[int, str, float]]) -> None:
     folder.mkdir(exist_ok=True)
     lines = [{"input": f"user question {i}", "output": text, "score": score} for i, text, score in rows]
-    (folder / f"{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{step}.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def latest(folder, rows: int) -> list[rollouts.Rollout]:
@@ -27,17 +27,22 @@ def latest(folder, rows: int) -> list[rollouts.Rollout]:
 
 
 def test_the_latest_whole_and_rewarded_responses_are_kept(tmp_path):
-    dump(tmp_path / "d", 9, [(0, "older", 1.0)])
-    dump(
-        tmp_path / "d",
-        10,
-        [(1, "right", 1.0), (2, "wrong", 0.0), (3, "cut off", 0.9), (4, "half", 0.1), (99, "?", 1.0)],
-    )
-    found = latest(tmp_path / "d", 3)
+    dump(tmp_path / "d", 9, [(0, "older\u2028\x85 lines", 1.0)])
+    rows = [
+        (1, "right", 1.0),
+        (1, "again", 1.0),
+        (2, "wrong", 0.0),
+        (3, "cut off", 0.9),
+        (4, "half", 0.1),
+        (99, "?", 1),
+    ]
+    dump(tmp_path / "d", 10, rows)
+    found = latest(tmp_path / "d", 4)
     assert [(r.question, r.response, r.reward) for r in found] == [
         ("question 1", "right", 1.0),
         ("question 4", "half", 0.1),
-        ("question 0", "older", 1.0),
+        ("question 1", "again", 1.0),
+        ("question 0", "older\u2028\x85 lines", 1.0),
     ]
     assert latest(tmp_path / "d", 1) == found[:1]
     rollouts.save(found, tmp_path)
@@ -61,7 +66,9 @@ def test_worked_solutions_make_up_the_number(source, own, expected, repository, 
         rollouts.save([rollouts.Rollout(f"own {i}", f"response {i}", 0.5) for i in range(own)], tmp_path)
     texts = calibration_texts(config, StageSpec.model_construct(source=tmp_path), RECORDS)
     assert texts.rollouts == expected and len(texts.questions) == 4
-    assert texts.weights == [0.5] * expected + [1.0] * (4 - expected)
-    assert texts.questions == [f"own {i} Think." for i in range(expected)] + [
-        f"question {i} Think." for i in range(4 - expected)
-    ]
+    assert sorted(texts.weights) == [0.5] * expected + [1.0] * (4 - expected)
+    own_questions = [question for question in texts.questions if question.startswith("own")]
+    assert own_questions == [f"own {i} Think." for i in range(expected)]
+    assert set(texts.questions) - set(own_questions) == {f"question {i} Think." for i in range(4 - expected)}
+    if source == "both":  # whoever reads only the first two reads both kinds
+        assert texts.weights[:2] == [0.5, 1.0]

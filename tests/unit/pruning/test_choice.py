@@ -1,11 +1,18 @@
 """From scores to a plan: ranks, rounding, thresholds, and notes on all that is not as asked."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.choice import Scores, aligned, below_threshold, make_plan, most_important
+
+
+@pytest.fixture(autouse=True)
+def _any_checkpoint(monkeypatch):
+    monkeypatch.setattr("ptl_rl.pruning.choice.checkpoint_hash", lambda folder: "a hash")
 
 
 def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), family: str = "qwen2", **criterion):
@@ -18,7 +25,7 @@ def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), family: st
         alignment=alignment,
         family=FAMILIES[family],
         subset_hash="",
-        source="here",
+        source=Path("here"),
     )
 
 
@@ -55,10 +62,11 @@ def test_rounding_says_what_and_why():
 
 def test_threshold_spares_what_lies_above_it():
     importance_LC = torch.tensor([[0.1, 0.2, 0.3, 9.0], [0.1, 2.0, 2.0, 2.0]])
-    assert below_threshold(importance_LC, 3, None) == (3, [])
-    assert below_threshold(importance_LC, 1, 0.5) == (1, [])
-    fewest, notes = below_threshold(importance_LC, 3, 0.5)
+    assert below_threshold(importance_LC, [0, 1], 3, None) == (3, [])
+    assert below_threshold(importance_LC, [0, 1], 1, 0.5) == (1, [])
+    fewest, notes = below_threshold(importance_LC, [0, 1], 3, 0.5)
     assert fewest == 1 and "block 1 has no more below criterion.threshold (0.5 times" in notes[0]
+    assert below_threshold(importance_LC, [0], 3, 0.5) == (3, [])  # a block that goes does not decide
     plan = plan_of(importance_LC, 3, threshold=0.5)
     assert plan.keep_channels == [[1, 2, 3], [1, 2, 3]]
 

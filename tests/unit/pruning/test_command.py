@@ -34,6 +34,8 @@ def test_score_and_slice(family, make_checkpoint, tmp_path):
     assert sliced(input_ids=torch.arange(8)[None]).logits.isfinite().all()
     status, output = ptl("slice", source, scores, out)
     assert status == 2 and "exists and is not an empty folder" in output
+    status, output = ptl("slice", make_checkpoint(family, seed=1), scores, tmp_path / "other")
+    assert status == 2 and "is another model; score that one" in output
 
 
 def test_general_text_and_another_criterion(make_checkpoint, tmp_path):
@@ -62,6 +64,9 @@ def test_general_text_and_another_criterion(make_checkpoint, tmp_path):
             "names 1 blocks, but --remove-layers",
         ),
         (["--set", "criterion.channels=obs", "--set", "criterion.threshold=0.5"], "obs gives an order; choose another"),
+        (["--set", "criterion={"], "--set 'criterion={': not valid YAML"),
+        (["--set", "calibration.source=both"], "only a run has rollouts"),
+        (["--remove-channels", "inf%"], "give a number of channels, or a percentage"),
         (["--set", "data.rows=null"], "the test bed is endless; set rows"),
         (["--remove-channels", "24", "--alignment", "64"], "--remove-channels 24: no channels go: between 24 and 48"),
     ],
@@ -107,6 +112,7 @@ def _plan(folder, **changes):
     [
         ({}, "the plan is of a model with 3 blocks of 64 channels, but"),
         ({"compensate": "least_squares"}, "is missing; score again, or set its compensate to none"),
+        ({"alignment": 0}, "not a pruning plan: alignment: Input should be greater than or equal to 1"),
         ({"keep_layers": "all"}, "not a pruning plan: keep_layers: Input should be a valid array"),
     ],
 )

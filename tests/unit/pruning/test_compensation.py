@@ -116,7 +116,7 @@ def sequences() -> list[Sequence]:
 
 
 def moments_of(model, family: str, rank: int = 0, ranks: int = 1) -> dict[int, torch.Tensor]:
-    moments = SecondMoments(model, FAMILIES[family], 48, torch.device("cpu"))
+    moments = SecondMoments(3, 48, torch.device("cpu"))
     batches = batches_for_rank(sequences(), 2, rank, ranks, 0, 0.3)
     stream(model, FAMILIES[family], batches, [moments], torch.device("cpu"))
     return moments.own_CC
@@ -146,7 +146,7 @@ def _moments_on_ranks(rank: int, ranks: int, folder: str, out: str) -> None:
     torch.save(moments_of(model, "qwen2", rank, ranks), f"{out}.{rank}")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [4])
 def test_every_block_is_summed_on_one_rank(ranks, make_checkpoint, tmp_path):
     folder = make_checkpoint("qwen2")
     run_ranks(_moments_on_ranks, ranks, folder, str(tmp_path / "out"))

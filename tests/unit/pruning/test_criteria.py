@@ -201,7 +201,7 @@ def _collect_on_ranks(rank: int, ranks: int, folder: str, family: str, out: str)
         torch.save({**found, "logits": logits_BTV.detach(), "local": local}, out)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen2", 1), ("qwen2", 2), ("llama", 4), ("gemma3_text", 2)])
+@pytest.mark.parametrize(("family", "ranks"), [("qwen2", 2), ("llama", 4), ("gemma3_text", 2)])
 def test_any_number_of_ranks_gives_the_same_statistics(family, ranks, make_checkpoint, tmp_path):
     folder = make_checkpoint(family)
     run_ranks(_collect_on_ranks, ranks, folder, family, str(tmp_path / "out.pt"))
