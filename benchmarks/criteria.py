@@ -23,8 +23,10 @@ from ptl_rl.data.corpora import Record, load_corpus
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.calibration import Sequence, batches_for_rank, encode_sequences
-from ptl_rl.pruning.choice import make_plan
-from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.choice import Scores, make_plan
+from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.moments import SecondMoments
+from ptl_rl.pruning.slicing import save_new_weight, slice_checkpoint
 from ptl_rl.pruning.streaming import mean_loss
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
@@ -33,6 +35,8 @@ app = typer.Typer(add_completion=False, help=__doc__)
 console = Console(stderr=True)
 BATCH, RIDGE = 8, 1e-3
 SHARES = (0.125, 0.25, 0.5)
+LARGEST = 0.75
+"""Share of the channels that the order of removal is worked out for."""
 BLOCKS = (1, 2, 4)
 Ridge = Annotated[float, typer.Option(help="Of compensation and obs.")]
 
@@ -75,6 +79,8 @@ class Bench:
         self.shape, self.prompt_weight = read_shape(folder), prompt_weight
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = load(folder)
+        self._moments: dict[bool, dict[int, torch.Tensor]] = {}
+        self._scores: dict[tuple, Scores] = {}
 
     def policy(self) -> engine.Policy:
         return engine.Policy(
@@ -87,19 +93,44 @@ class Bench:
             prompt_weight=self.prompt_weight,
         )
 
+    def moments(self, sensitivity: bool) -> dict[int, torch.Tensor]:
+        """``C`` of every block, read once."""
+        if sensitivity not in self._moments:
+            moments = SecondMoments(self.shape.num_hidden_layers, self.shape.intermediate_size, torch.device("cpu"))
+            self.policy().read(self.sequences, [moments], sensitivity)
+            self._moments[sensitivity] = moments.own_CC
+        return self._moments[sensitivity]
+
+    def scores(self, way: Way, cut: engine.Removal, seed: int) -> Scores:
+        """As :func:`engine.score` gives them; where a smaller cut removes a part of what a larger one does, once."""
+        criterion, largest = way.criterion, round(self.shape.intermediate_size * LARGEST)
+        key = (criterion.channels, way.sensitivity, seed)
+        if cut.layers or criterion.is_ptl_reference:
+            general = self.general if criterion.contrast else []
+            return engine.score(self.policy(), criterion, cut, self.sequences, general=general, seed=seed)
+        if key not in self._scores and criterion.is_obs:
+            importance = [
+                obs_importance(self.policy().weight(layer, "down_proj"), moment_CC, largest, criterion.ridge)
+                for layer, moment_CC in self.moments(way.sensitivity).items()
+            ]
+            self._scores[key] = Scores(torch.stack(importance), torch.ones(len(importance)), [])
+        elif key not in self._scores:
+            cut = engine.Removal(largest, 0)
+            self._scores[key] = engine.score(
+                self.policy(),
+                criterion,
+                cut,
+                self.sequences,
+                general=[],
+                sensitivity=way.sensitivity,
+                seed=seed,
+            )
+        return self._scores[key]
+
     def after(self, way: Way, cut: engine.Removal, seed: int) -> float:
         """What is measured once ``cut`` is made."""
-        scores = engine.score(
-            self.policy(),
-            way.criterion,
-            cut,
-            self.sequences,
-            general=self.general if way.criterion.contrast else [],
-            sensitivity=way.sensitivity,
-            seed=seed,
-        )
         plan = make_plan(
-            scores,
+            self.scores(way, cut, seed),
             way.criterion,
             remove_channels=cut.channels,
             alignment=1,
@@ -108,10 +139,14 @@ class Bench:
             source=self.folder,
         )
         with tempfile.TemporaryDirectory() as out:
-            new_weights = None
-            if plan.compensate != "none":
-                new_weights = Path(out, "new_weights")
-                engine.compensate(self.policy(), plan, self.sequences, new_weights, sensitivity=way.sensitivity)
+            new_weights = Path(out, "new_weights") if plan.compensate != "none" else None
+            if new_weights and cut.layers:
+                engine.compensate(self.policy(), plan, self.sequences, new_weights)
+            elif new_weights:
+                for layer, moment_CC in self.moments(way.sensitivity).items():
+                    weight_HC = self.policy().weight(layer, "down_proj")
+                    fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
+                    save_new_weight(new_weights, layer, "down_proj", fit.weight_HK)
             sliced = Path(out, "sliced")
             slice_checkpoint(self.folder, plan, sliced, new_weights=new_weights)
             return self.measure(load(sliced))
