@@ -163,14 +163,18 @@ def table(head: list[str], rows: Iterator[tuple[str, list[str]]]) -> None:
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
-def sequences_of(tokenizer, records: list[Record], tokens: int, max_tokens: int) -> list[Sequence]:
-    """The first records that make up ``tokens`` tokens."""
+def sequences_of(tokenizer, records: list[Record], tokens: int, max_tokens: int, plain: bool = True) -> list[Sequence]:
+    """The first records that make up ``tokens`` tokens; ``plain``: question, line break, solution, no chat template."""
     found: list[Sequence] = []
     total = 0
     for record in records:
         if total >= tokens:
             break
-        sequence = encode_sequences(tokenizer, [record.question], [record.solution], max_tokens)[0]
+        if plain:
+            ids = tokenizer.encode(f"{record.question}\n{record.solution}" if record.question else record.solution)
+            sequence = Sequence(ids[:max_tokens], 0)
+        else:
+            sequence = encode_sequences(tokenizer, [record.question], [record.solution], max_tokens)[0]
         found.append(sequence)
         total += len(sequence.ids)
     return found

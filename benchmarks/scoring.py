@@ -6,16 +6,15 @@ ids on the host), extrapolated from a few prompts to the same number of tokens.
 """
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import torch
 import typer
 from criteria import load, split
+from peak_memory import PeakMemory
 from real_models import folder_of
 from transformers import AutoTokenizer
 
@@ -25,31 +24,6 @@ from ptl_rl.pruning.calibration import Sequence
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.statistics import Collector
-
-MIB = 2**20
-
-
-class PeakMemory:
-    """Largest resident memory of this process within the context, above what it was at its start; MiB."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.process, self.stopped = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stopped.wait(0.005):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.thread.join()
-
-    @property
-    def added_mib(self) -> float:
-        return (self.peak - self.start) / MIB
 
 
 def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Sequence]:

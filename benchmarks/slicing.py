@@ -22,15 +22,18 @@ from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_files
 from ptl_rl.pruning.slicing import slice_checkpoint
 
+HERE = Path(__file__).resolve().parent
 RANK_SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[5])
+from peak_memory import PeakMemory
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.slicing import slice_weights
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source, plan, out, rank = Path(sys.argv[1]), PruningPlan.load(Path(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4])
-slice_weights(source, plan, out, rank=rank, ranks=2)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+with PeakMemory() as peak:
+    slice_weights(source, plan, out, rank=rank, ranks=2)
+print(peak.added_mib)
 """
 
 
@@ -100,7 +103,7 @@ def ranks(folder: Path, plan: PruningPlan, place: Path, size: float) -> None:
     out.mkdir()
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK_SCRIPT, str(folder), str(place / "plan.json"), str(out), str(rank)],
+            [sys.executable, "-c", RANK_SCRIPT, *map(str, (folder, place / "plan.json", out, rank, HERE))],
             stdout=subprocess.PIPE,
             text=True,
         )
