@@ -1,8 +1,14 @@
 """Shared fixtures: small checkpoints of every family, and recipes."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # As the driver sets it for its stages: a torch that was built for CUDA is no proof of a machine without it.
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
