@@ -61,8 +61,8 @@ def _drive(run_dir: Path) -> None:
 
 
 def _finish(run_dir: Path, console, stopped: bool) -> None:
-    from ptl_rl.config import read_saved_config
     from ptl_rl.driver.journal import Journal
+    from ptl_rl.recipe import read_saved_config
     from ptl_rl.reporting import summary
 
     entries = Journal(run_dir / "journal.jsonl").entries()
@@ -95,7 +95,8 @@ def run(
     settings: Settings = None,
 ) -> None:
     """Check a recipe, then prune, recover, evaluate and repeat until its target."""
-    from ptl_rl.config import ConfigError, load_config
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import load_config
 
     try:
         config = load_config(recipe, settings)
@@ -125,8 +126,9 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
     """Show shapes, parameters and FLOPs of every cycle, without loading torch."""
     from rich.console import Console
 
-    from ptl_rl.config import ConfigError, load_config
+    from ptl_rl.config import ConfigError
     from ptl_rl.driver.preflight import check_model
+    from ptl_rl.recipe import load_config
     from ptl_rl.reporting.forecast import forecast_table
 
     try:
@@ -190,7 +192,8 @@ def score(
     """Score channels and blocks of a model folder and plan a cut, without Ray; `ptl slice` makes it."""
     from rich.console import Console
 
-    from ptl_rl.config import ConfigError, score_config
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import score_config
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

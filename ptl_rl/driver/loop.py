@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ptl_rl.config import ConfigError, RunConfig, read_saved_config
+from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.preflight import check_model
@@ -24,6 +24,7 @@ from ptl_rl.driver.run_folder import RunFolder
 from ptl_rl.driver.schedule import halved
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage
 from ptl_rl.driver.watchdog import StageStalled, watch
+from ptl_rl.recipe import read_saved_config
 from ptl_rl.reporting.live import Display
 from ptl_rl.stage import StageSpec
 
@@ -264,7 +265,7 @@ class Driver:
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     """Make the run folder; refuses one that already holds a run."""
-    from ptl_rl.config import save_config
+    from ptl_rl.recipe import save_config
 
     folder = RunFolder(run_dir)
     if folder.config.exists():

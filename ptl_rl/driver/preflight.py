@@ -127,12 +127,18 @@ def check_criterion(config: RunConfig, shape: ModelShape) -> None:
         except DataError as error:
             raise ConfigError(f"criterion.contrast.data: {error}") from None
     if criterion.path is not None:
-        from ptl_rl.pruning.criteria import CriterionError, load_criterion, try_out
+        from ptl_rl.pruning.criteria import CriterionError, load_criterion, needs_of, try_out
 
         try:
-            try_out(load_criterion(criterion.channels, criterion.path))
+            function = load_criterion(criterion.channels, criterion.path)
+            try_out(function)
         except CriterionError as error:
             raise ConfigError(str(error)) from None
+        if needs_of(function).gradients and config.calibration.token_weights == "sensitivity":
+            raise ConfigError(
+                f"criterion.channels: {criterion.channels} reads gradients of its own; set calibration.token_weights "
+                "to uniform, not sensitivity"
+            )
 
 
 def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:

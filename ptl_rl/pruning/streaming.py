@@ -205,7 +205,7 @@ def stream(
     taps = _Taps(listeners, sensitivity)
     if sensitivity and taps.for_gradient:
         raise ValueError(
-            "calibration.token_weights: sensitivity cannot be had together with criterion.channels: taylor"
+            "criterion.channels reads gradients of its own; set calibration.token_weights to uniform, not sensitivity"
         )
     with taps.on(model, family):
         for done, batch in enumerate(_on_device(batches, device), 1):

@@ -25,6 +25,10 @@ def run(repository, tmp_path, *settings):
             ["schedule.layers_total=1", "criterion.layers=explicit", "criterion.layer_ids=[4]"],
             "criterion.layer_ids: 4, but the model's 4 blocks are 0..3",
         ),
+        (
+            ["criterion.path=CRITERION", "criterion.channels=mine"],
+            "mine reads gradients of its own; set calibration.token",
+        ),
         (["criterion.path=REWARD", "criterion.channels=mine"], "my_reward.py has no function mine"),
         (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
         (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
@@ -37,8 +41,12 @@ def test_one_line_and_status_2(settings, message, repository, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"question": \n')
     function = "def score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
     (tmp_path / "my_reward.py").write_text(function)
-    places = {"BAD": str(tmp_path / "bad.jsonl"), "REWARD": str(tmp_path / "my_reward.py")}
-    settings = [s.replace("BAD", places["BAD"]).replace("REWARD", places["REWARD"]) for s in settings]
+    (tmp_path / "my_criterion.py").write_text(
+        "from ptl_rl.pruning.criteria import reads\n\n\n@reads(gradients=True)\n"
+        "def mine(statistics):\n    return statistics.gradient_sum_LC\n"
+    )
+    for word, name in (("BAD", "bad.jsonl"), ("REWARD", "my_reward.py"), ("CRITERION", "my_criterion.py")):
+        settings = [setting.replace(word, str(tmp_path / name)) for setting in settings]
     result = run(repository, tmp_path, *settings)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()

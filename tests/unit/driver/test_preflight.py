@@ -4,8 +4,9 @@ from collections import namedtuple
 
 import pytest
 
-from ptl_rl.config import ConfigError, load_config
+from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
+from ptl_rl.recipe import load_config
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -1,9 +1,9 @@
 """The loop as arithmetic: what comes next follows from the journal alone, at every instant."""
 
-from ptl_rl.config import parse_config
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import ORIGINAL, Stage, data_subsets, fold, next_stage
+from ptl_rl.recipe import parse_config
 
 
 def config(**gate):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ptl_rl.config import ConfigError, load_config
+from ptl_rl.config import ConfigError
+from ptl_rl.recipe import load_config
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec
 
