@@ -38,6 +38,7 @@ SHARES = (0.125, 0.25, 0.5)
 LARGEST = 0.75
 """Share of the channels that the order of removal is worked out for."""
 BLOCKS = (1, 2, 4)
+LAYER_CRITERIA = ("block_influence", "cosine", "leave_one_out")
 Ridge = Annotated[float, typer.Option(help="Of compensation and obs.")]
 
 
@@ -199,8 +200,7 @@ def perplexity(
     max_tokens: Annotated[int, typer.Option(help="Longest sequence.")] = 512,
     prompt_weight: Annotated[float, typer.Option(help="How much a question's token counts in calibration.")] = 1.0,
     ridge: Ridge = RIDGE,
-    only: Annotated[list[str] | None, typer.Option(help="Only these criteria.")] = None,
-    blocks: Annotated[bool, typer.Option(help="Also remove blocks.")] = True,
+    only: Annotated[list[str] | None, typer.Option(help="Only these criteria, of channels and of blocks.")] = None,
     sensitivity: Annotated[bool, typer.Option(help="Also weigh tokens by sensitivity.")] = False,
 ) -> None:
     """Perplexity after one cut of channels, and after removing blocks."""
@@ -223,18 +223,20 @@ def perplexity(
     width = bench.shape.intermediate_size
     cuts = [engine.Removal(round(width * share), 0) for share in SHARES]
     ways = [way for way in channel_ways(general, ridge, sensitivity) if not only or way.criterion.channels in only]
-    table(
-        ["channels", *(f"{share:.1%} removed" for share in SHARES)],
-        ((way.name, [timed(bench, way, cut) for cut in cuts]) for way in ways),
-    )
-    if blocks:
+    if ways:
+        table(
+            ["channels", *(f"{share:.1%} removed" for share in SHARES)],
+            ((way.name, [timed(bench, way, cut) for cut in cuts]) for way in ways),
+        )
+    of_blocks = [layers for layers in LAYER_CRITERIA if not only or layers in only]
+    if of_blocks:
         print()
-        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, ridge))
+        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, of_blocks, ridge))
 
 
-def block_rows(bench: Bench, ridge: float) -> Iterator[tuple[str, list[str]]]:
+def block_rows(bench: Bench, of_blocks: list[str], ridge: float) -> Iterator[tuple[str, list[str]]]:
     """The layer criteria, each plain and compensated; one greedy order of removal serves all counts."""
-    for layers in ("block_influence", "cosine", "leave_one_out"):
+    for layers in of_blocks:
         criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate="none")
         order = engine.score(
             bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]

@@ -2,10 +2,14 @@
 
 ``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: all sums, the second moments
 that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one prompt at a time, sets of
-ids on the host), extrapolated from a few prompts to the same number of tokens.
+ids on the host), extrapolated from a few prompts to the same number of tokens. Peaks of memory come from processes of
+their own, as what one pass leaves in the allocator would hide another's.
 """
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from criteria import load, split
-from peak_memory import PeakMemory
+from peak_memory import MIB, PeakMemory
 from real_models import folder_of
 from transformers import AutoTokenizer
 
@@ -62,6 +66,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 3,
+    peak_of: Annotated[str | None, typer.Option(help="Only print this pass's peak, in MiB.", hidden=True)] = None,
 ) -> None:
     """Time and memory of scoring against a bare forward pass."""
     if model == "testbed":
@@ -113,28 +118,43 @@ def main(
         "order of removal and new weights, all blocks": (solve, 1),
         "the released code's way": (released, sequences / few),
     }
+    if peak_of is not None:
+        with PeakMemory() as peak:
+            work[peak_of][0]()
+        print(peak.added_mib)
+        return
     report(work, repeats, sequences * length, model)
+    held_mib = sum(weight.nbytes for weight in policy_model.parameters()) / MIB
+    passes = list(work)[:3]
+    for name in passes:
+        peaks = [peak_in_own_process(name) for _ in range(repeats)]
+        print(f"{name}: peak {statistics.median(peaks):.1f} MiB above the model's {held_mib:.0f} MiB")
+
+
+def peak_in_own_process(name: str) -> float:
+    """MiB that a pass adds to a process that runs nothing else, and whose allocator returns what is freed."""
+    command = [sys.executable, *sys.argv, "--peak-of", name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024), "MALLOC_TRIM_THRESHOLD_": str(64 * 1024)}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def report(work: dict[str, tuple[Callable[[], None], float]], repeats: int, tokens: int, model: str) -> None:
-    """Run everything in turns and print medians and their ratios to the first."""
+    """Run everything in turns and print medians, and medians of each round's ratio to its first."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    memory: dict[str, float] = {}
     next(iter(work.values()))[0]()  # warm up
     for _ in range(repeats):
         for name, (function, factor) in work.items():
-            with PeakMemory() as peak:
-                started = time.perf_counter()
-                function()
-                seconds[name].append((time.perf_counter() - started) * factor)
-            memory[name] = max(memory.get(name, 0.0), peak.added_mib)
-    first = statistics.median(next(iter(seconds.values())))
+            started = time.perf_counter()
+            function()
+            seconds[name].append((time.perf_counter() - started) * factor)
+    firsts = next(iter(seconds.values()))
     print(f"{model}, {tokens} tokens, {torch.get_num_threads()} threads; medians of {repeats}")
-    print("| | seconds | of the bare pass | lowest-highest | added memory, MiB |\n|---|---|---|---|---|")
+    print("| | seconds | of the bare pass | lowest-highest |\n|---|---|---|---|")
     for name, values in seconds.items():
-        median = statistics.median(values)
-        spread = f"{min(values) / first:.3f}-{max(values) / first:.3f}"
-        print(f"| {name} | {median:.2f} | {median / first:.3f} | {spread} | {memory[name]:.0f} |")
+        ratios = [value / first for value, first in zip(values, firsts, strict=True)]
+        spread = f"{min(ratios):.3f}-{max(ratios):.3f}"
+        print(f"| {name} | {statistics.median(values):.2f} | {statistics.median(ratios):.3f} | {spread} |")
 
 
 if __name__ == "__main__":

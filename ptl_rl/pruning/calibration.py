@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
-    """1 for real tokens; the attention mask."""
+    """1 for real tokens, and for the first of a row without any; the attention mask."""
     weight_BT: torch.Tensor
     """How much each position counts: the sequence's weight where the next token is the response's, less in the prompt,
     0 for padding."""
@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """The sequence's weight where the next token is the response's, and there is one."""
     uniform_BT: torch.Tensor
     """Random numbers in [0, 1) that belong to the sequence, whatever batch and rank it comes to."""
+    is_sequence_B: torch.Tensor
+    """False for rows that only fill the batch up."""
 
 
 def _prompt(tokenizer, question: str) -> list[int]:
@@ -66,7 +68,8 @@ def batches_for_rank(
 ) -> Iterator[Batch]:
     """Batches of this rank's share; every rank gets equally many, the last may be all padding.
 
-    FSDP2's collectives need the same number of forward passes on every rank; padded rows count nothing.
+    FSDP2's collectives need the same number of forward passes on every rank. Rows that fill up count nothing, but
+    attend to one token: attention over none is no number on some devices, and no weight makes that zero.
     """
     ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))
     rounds = -(-len(ordered) // (batch_size * ranks))
@@ -76,7 +79,9 @@ def batches_for_rank(
         ids_BT = torch.full((batch_size, width), pad_token_id)
         mask_BT = torch.zeros((batch_size, width), dtype=torch.long)
         weight_BT, writes_BT, uniform_BT = (torch.zeros(batch_size, width) for _ in range(3))
-        for row, sequence in enumerate(window[rank::ranks]):
+        own = window[rank::ranks]
+        mask_BT[len(own) :, 0] = 1
+        for row, sequence in enumerate(own):
             length, reading = len(sequence.ids), max(sequence.prompt_tokens - 1, 0)
             ids_BT[row, :length] = torch.tensor(sequence.ids)
             mask_BT[row, :length] = 1
@@ -86,4 +91,4 @@ def batches_for_rank(
             writes_BT[row, reading : length - 1] = sequence.weight
             seed = zlib.crc32(ids_BT[row, :length].numpy().tobytes())
             uniform_BT[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(seed))
-        yield Batch(ids_BT, mask_BT, weight_BT, writes_BT, uniform_BT)
+        yield Batch(ids_BT, mask_BT, weight_BT, writes_BT, uniform_BT, torch.arange(batch_size) < len(own))

@@ -1,5 +1,6 @@
 """Sums over calibration tokens, from which criteria are computed: vectors per block, whatever the corpus."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.linalg import vector_norm
 
 from ptl_rl.families import Family
 from ptl_rl.pruning.streaming import NOTHING_COUNTS, Listener
@@ -74,6 +76,12 @@ def _norms(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return square.sqrt(), absolute
 
 
+def _rows(*tensors_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all, as many at a time as suit the device."""
+    rows = CPU_ROWS if tensors_N[0].device.type == "cpu" else len(tensors_N[0])
+    return zip(*(tensor_N.split(rows) for tensor_N in tensors_N), strict=True)
+
+
 @dataclass
 class Collector(Listener):
     """Adds up the sums that :class:`Statistics` consist of."""
@@ -103,9 +111,8 @@ class Collector(Listener):
         self.last_lowest_LC, self.last_highest_LC = (zeros(layers, self.channels, dtype=torch.int64) for _ in range(2))
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
-        rows = CPU_ROWS if hidden_NC.device.type == "cpu" else len(hidden_NC)
-        for start in range(0, len(hidden_NC), rows):
-            hidden_RC, weight_R = hidden_NC[start : start + rows].float(), weight_N[start : start + rows]
+        for hidden_RC, weight_R in _rows(hidden_NC, weight_N):
+            hidden_RC = hidden_RC.float()
             self.sum_LC[layer] += weight_R @ hidden_RC
             self.abs_sum_LC[layer] += weight_R @ hidden_RC.abs()
             self.square_sum_LC[layer] += weight_R @ hidden_RC.square()
@@ -122,9 +129,15 @@ class Collector(Listener):
             self.last_highest_LC[layer] = torch.maximum(self.last_highest_LC[layer], highest_C)
 
     def on_block(self, layer: int, inputs_NH: torch.Tensor, outputs_NH: torch.Tensor, weight_N: torch.Tensor) -> None:
-        before_NH, after_NH = inputs_NH.float(), outputs_NH.float()
-        self.change_sum_L[layer] += (after_NH - before_NH).norm(dim=-1) @ weight_N
-        self.cosine_sum_L[layer] += nn.functional.cosine_similarity(before_NH, after_NH, dim=-1) @ weight_N
+        for before_RH, after_RH, weight_R in _rows(inputs_NH, outputs_NH, weight_N):
+            before_RH, after_RH, weight_R = before_RH.float(), after_RH.float(), weight_R.double()
+            before_R, after_R, change_R = (
+                vector_norm(x_RH, dim=-1).double() for x_RH in (before_RH, after_RH, after_RH - before_RH)
+            )
+            self.change_sum_L[layer] += change_R @ weight_R
+            # By the law of cosines: three norms are cheaper than two norms and a product. Padding may be all zero.
+            product_R = (before_R.square() + after_R.square() - change_R.square()) / 2
+            self.cosine_sum_L[layer] += (product_R / (before_R * after_R).clamp_min(1e-12)) @ weight_R
         self.block_weight_L[layer] += weight_N.sum()
 
     def _weight_norms(self) -> dict[str, torch.Tensor]:

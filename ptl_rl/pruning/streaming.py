@@ -97,7 +97,7 @@ class _Taps:
         self.weight_N = batch.weight_BT.flatten()
         length_B = batch.mask_BT.sum(-1)
         start_B = torch.arange(len(length_B), device=length_B.device) * batch.mask_BT.shape[1]
-        self.last_B = (start_B + length_B - 1)[length_B > 0]
+        self.last_B = (start_B + length_B - 1)[batch.is_sequence_B]
 
     def on_down_proj(self, layer: int, inputs: tuple, output: torch.Tensor) -> None:
         hidden_NC = inputs[0].detach().flatten(0, -2)
