@@ -7,7 +7,7 @@ anything heavy begins. verl's own keys appear nowhere here except verbatim under
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -192,42 +192,99 @@ class ScheduleConfig(_Section):
 
 
 class RecoveryConfig(_Section):
-    """GRPO recovery through verl."""
+    """What every way of recovery has."""
 
-    method: Literal["grpo"] = "grpo"
     steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or one number per cycle.")
-    prompts_per_step: int = Field(128, ge=1)
-    rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
-    temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(1e-6, gt=0)
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="After the warm-up; cosine: to 0."
     )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
-    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.3, gt=0)
-    mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
-    micro_batch_sequences: int = Field(8, ge=1, description="Sequences per backward pass on each worker.")
     gradient_checkpointing: bool = True
-    offload: bool = Field(False, description="Keep parameters and optimizer in host memory during rollouts.")
+    offload: bool = Field(False, description="Keep parameters and optimizer in host memory when not in use.")
     save_every_steps: int = Field(0, ge=0, description="verl checkpoint within a recovery; 0: at its end only.")
-    validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
+    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
 
     @model_validator(mode="after")
-    def _check(self) -> "RecoveryConfig":
+    def _check_steps(self) -> "RecoveryConfig":
         steps = self.steps if isinstance(self.steps, list) else [self.steps]
         if not steps or any(step < 1 for step in steps):
             raise ValueError(f"steps {self.steps}: each cycle needs at least 1")
-        mini = self.mini_batch_prompts
-        if mini and self.prompts_per_step % mini:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of mini_batch_prompts {mini}")
         return self
 
     def steps_of(self, cut: int) -> int:
         """Steps of the ``cut``-th planned cut (from 0); the last number of a list serves all later ones."""
         return self.steps if isinstance(self.steps, int) else self.steps[min(cut, len(self.steps) - 1)]
+
+
+class GrpoConfig(RecoveryConfig):
+    """RL from rewards with verl's GRPO trainer and vLLM rollouts."""
+
+    method: Literal["grpo"] = "grpo"
+    prompts_per_step: int = Field(128, ge=1)
+    rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
+    temperature: float = Field(1.0, gt=0)
+    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.3, gt=0)
+    mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
+    micro_batch_sequences: int = Field(8, ge=1, description="Sequences per backward pass on each worker.")
+    validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "GrpoConfig":
+        mini = self.mini_batch_prompts
+        if mini and self.prompts_per_step % mini:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of mini_batch_prompts {mini}")
+        return self
+
+
+class CptConfig(RecoveryConfig):
+    """Continued pre-training on worked solutions or plain text with verl's SFT trainer."""
+
+    method: Literal["cpt"] = "cpt"
+    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="After the warm-up; cosine: to 0."
+    )
+    warmup_ratio: float | None = Field(0.05, ge=0, lt=1, description="Share of the steps; null: warmup_steps.")
+    loss: Literal["all", "response"] = Field(
+        "all", description="Tokens that count: question and solution, or the latter."
+    )
+    sequences_per_step: int = Field(32, ge=1, description="Global batch; a longer document is several sequences.")
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="Global batch in tokens, on average; takes the place of sequences_per_step."
+    )
+    max_tokens: int = Field(1024, ge=8, description="A longer solution is cut, a longer text is several sequences.")
+    micro_batch_tokens: int = Field(
+        16384, ge=8, description="Tokens per backward pass on each worker: as many whole sequences as fit."
+    )
+    reshard_after_forward: bool = Field(
+        True, description="Free gathered parameters between forward and backward pass (as ZeRO-3); false: as ZeRO-2."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CptConfig":
+        if self.micro_batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"micro_batch_tokens {self.micro_batch_tokens} cannot hold a sequence of max_tokens {self.max_tokens}"
+            )
+        return self
+
+
+AnyRecovery = Annotated[GrpoConfig | CptConfig, Field(discriminator="method")]
+METHODS = ("grpo", "cpt")
+
+
+def _recovery_entry(entry: Any) -> Any:
+    """``{cpt: {...}}`` is short for ``{method: cpt, ...}``; without a method it is GRPO."""
+    if not isinstance(entry, dict):
+        return entry
+    if len(entry) == 1 and next(iter(entry)) in METHODS:
+        ((method, settings),) = entry.items()
+        return {"method": method, **(settings or {})} if isinstance(settings, dict | None) else entry
+    return {"method": "grpo", **entry}
 
 
 class RewardConfig(_Section):
@@ -288,25 +345,39 @@ class RunConfig(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     criterion: CriterionConfig = CriterionConfig()
     schedule: ScheduleConfig
-    recovery: RecoveryConfig = RecoveryConfig()
+    recovery: list[AnyRecovery] = Field(
+        [GrpoConfig()], min_length=1, description="Made one after the other; a single one needs no list."
+    )
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     resources: ResourcesConfig = ResourcesConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
-    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
+    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim, for all its RL trainers (not cpt).")
+
+    @field_validator("recovery", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [_recovery_entry(entry) for entry in entries]
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        rollouts = self.recovery.prompts_per_step * self.recovery.rollouts_per_prompt
-        if rollouts % self.resources.workers:
+        workers = self.resources.workers
+        for recovery in self.recovery:
+            if isinstance(recovery, GrpoConfig):
+                batch, what = (
+                    recovery.prompts_per_step * recovery.rollouts_per_prompt,
+                    "prompts_per_step x rollouts_per_prompt",
+                )
+            else:
+                batch, what = recovery.sequences_per_step, "sequences_per_step"
+            if batch % workers:
+                raise ValueError(f"recovery.{what} = {batch} sequences cannot be shared equally by {workers} workers")
+        _check_gradients(self.criterion, self.calibration)
+        if self.calibration.source != "corpus" and not any(isinstance(r, GrpoConfig) for r in self.recovery):
             raise ValueError(
-                f"recovery.prompts_per_step x rollouts_per_prompt = {rollouts} sequences cannot be shared equally by "
-                f"{self.resources.workers} workers"
-            )
-        if self.criterion.channels == "taylor" and self.calibration.token_weights == "sensitivity":
-            raise ValueError(
-                "criterion.channels taylor has gradients of its own; set calibration.token_weights to uniform"
+                f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
         if ids and len(ids) != total:

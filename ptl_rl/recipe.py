@@ -16,25 +16,38 @@ from ptl_rl.config import ConfigError, RunConfig, ScoreConfig
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+    origin = typing.get_origin(annotation)
+    if isinstance(annotation, types.UnionType) or origin in (typing.Union, typing.Annotated, list):
         return [m for part in typing.get_args(annotation) for m in _annotation_models(part)]
     return []
 
 
 def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    section = root
+    models = [root]
     for key in path:
-        models = _annotation_models(section.model_fields[key].annotation) if key in section.model_fields else []
+        if isinstance(key, int):  # of a list, whose entries are all of the same kinds
+            continue
+        tagged = [m for m in models if "method" in m.model_fields and m.model_fields["method"].default == key]
+        if tagged:
+            models = tagged
+        elif key in models[0].model_fields:
+            models = _annotation_models(models[0].model_fields[key].annotation)
         if not models:
             return None
-        section = models[0]
-    return section
+    return models[0]
 
 
-def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+def _key(path: tuple[int | str, ...], values: dict[str, Any]) -> str:
+    """Where in the recipe a value stands; a single recovery is written without a list and a method."""
+    if path[:1] == ("recovery",) and not isinstance(values.get("recovery"), list):
+        path = path[:1] + path[3:]
+    return ".".join(str(part) for part in path) or "recipe"
+
+
+def _explain(error: ValidationError, where: str, root: type[BaseModel], values: dict[str, Any]) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "recipe"
+        key = _key(item["loc"], values)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             section = _section_at(root, item["loc"][:-1])
@@ -54,7 +67,7 @@ def _parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where, model)) from None
+        raise ConfigError(_explain(error, where, model, values)) from None
 
 
 def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
@@ -76,14 +89,28 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     if sections and sections[0] == "verl":
         sections, last = ["verl"], key.removeprefix("verl.")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {override!r}: {section} is a single value, not a section")
+    container: Any = values
+    for depth, section in enumerate(sections):
+        container = _within(container, ".".join(sections[:depth]), section, override)
     try:
-        values[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+    _within(container, ".".join(sections), last, override)
+    container[int(last) if isinstance(container, list) else last] = value
+
+
+def _within(container: Any, where: str, name: str, override: str) -> Any:
+    """What stands at ``name`` in a section, a new section if nothing does, or in a list."""
+    if isinstance(container, list):
+        if not name.isdecimal() or int(name) >= len(container):
+            raise ConfigError(f"--set {override!r}: {where} is a list of {len(container)}; write its place, from 0")
+        return container[int(name)]
+    if not isinstance(container, dict):
+        raise ConfigError(f"--set {override!r}: {where} is a single value, not a section")
+    if container.get(name) is None:
+        container[name] = {}
+    return container[name]
 
 
 def load_config(recipe: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ptl_rl.config import RunConfig
+from ptl_rl.config import AnyRecovery, RunConfig
 
 
 class StageSpec(BaseModel):
@@ -25,6 +25,8 @@ class StageSpec(BaseModel):
     name: Literal["score", "slice", "recover", "evaluate"]
     cycle: int
     round: int
+    part: int = 0
+    """Which of the recipe's recoveries this is, from 0."""
     device: Literal["cpu", "cuda"]
     ray_address: str
     stage_id: str
@@ -61,6 +63,11 @@ class StageContext:
         line = json.dumps({"time": time.time(), "done": done, "total": total, "metrics": metrics})
         with self.spec.progress.open("a") as file:
             file.write(line + "\n")
+
+    @property
+    def recovery(self) -> AnyRecovery:
+        """What the recipe says of this recovery."""
+        return self.config.recovery[self.spec.part]
 
     @property
     def seed(self) -> int:

@@ -25,6 +25,8 @@ class Entry(BaseModel):
     cycle: int
     stage: str
     round: int = 0
+    part: int = 0
+    """Of several recoveries, which one; from 0."""
     time: float = 0.0
     seconds: float = 0.0
     artefact: str | None = None

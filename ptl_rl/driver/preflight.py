@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import Corpus, DataError, load_corpus
 from ptl_rl.data.partition import partition
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
@@ -86,10 +86,11 @@ def check_data(config: RunConfig) -> list[str]:
     except DataError as error:
         raise ConfigError(f"data.train: {error}") from None
     smallest = min(map(len, parts))
-    if smallest < config.recovery.prompts_per_step:
+    wanted = max((r.prompts_per_step for r in config.recovery if isinstance(r, GrpoConfig)), default=1)
+    if smallest < wanted:
         raise ConfigError(
             f"data.train: {len(corpora['train'].records)} rows in {len(parts)} subsets leave {smallest} in a subset, "
-            f"but recovery.prompts_per_step is {config.recovery.prompts_per_step}; give more rows or fewer prompts"
+            f"but recovery.prompts_per_step is {wanted}; give more rows or fewer prompts"
         )
     trained = {" ".join(r.question.split()).casefold() for r in corpora["train"].records}
     shared = sum(" ".join(r.question.split()).casefold() in trained for r in corpora["test"].records)

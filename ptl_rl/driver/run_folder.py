@@ -41,7 +41,7 @@ class RunFolder:
 
     def artefact(self, stage: Stage) -> Path:
         """Final folder of a stage's artefact."""
-        name = ARTEFACTS[stage.name][0] + (f"-{stage.round}" if stage.round else "")
+        name = ARTEFACTS[stage.name][0] + stage.suffix
         return self.cycle(stage.cycle) / name
 
     def temporary(self, stage: Stage) -> Path:

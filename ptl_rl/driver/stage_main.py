@@ -1,6 +1,7 @@
 """Entry point of a stage's own process: ``python -m ptl_rl.driver.stage_main SPEC.json``."""
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -19,16 +20,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
 
-def _function(name: str) -> Callable[[StageContext], dict]:
-    if name == "score":
-        from ptl_rl.pruning.stages import score as function
-    elif name == "slice":
-        from ptl_rl.pruning.stages import slice as function
-    elif name == "recover":
-        from ptl_rl.recovery.grpo import recover as function
-    else:
-        from ptl_rl.evaluation.runner import evaluate as function
-    return function
+def _function(context: StageContext) -> Callable[[StageContext], dict]:
+    name = context.spec.name
+    modules = {
+        "score": "ptl_rl.pruning.stages",
+        "slice": "ptl_rl.pruning.stages",
+        "recover": f"ptl_rl.recovery.{context.recovery.method}",
+        "evaluate": "ptl_rl.evaluation.runner",
+    }
+    return getattr(importlib.import_module(modules[name]), name)
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         assert_cpu_platform_active()
     context = StageContext(read_saved_config(spec_path.parent.parent / "config.json"), spec)
     started = time.time()
-    metrics = _function(spec.name)(context)
+    metrics = _function(context)(context)
     metrics["stage_seconds"] = time.time() - started
     temporary = spec.result.with_suffix(".tmp")
     temporary.write_text(json.dumps(metrics))

@@ -16,15 +16,23 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of work. Cycle 0 only evaluates the original model; ``round`` counts recoveries of one cycle."""
+    """One piece of work. Cycle 0 only evaluates the original model."""
 
     cycle: int
     name: str
     round: int = 0
+    """How often the cycle's recoveries were asked for again before."""
+    part: int = 0
+    """Which of the recipe's recoveries it is, from 0."""
+
+    @property
+    def suffix(self) -> str:
+        """Tells apart what the stages of one name in one cycle leave."""
+        return (f"-{self.round}" if self.round else "") + (f"-part{self.part + 1}" if self.part else "")
 
     @property
     def label(self) -> str:
-        return f"{self.cycle:03d}-{self.name}" + (f"-{self.round}" if self.round else "")
+        return f"{self.cycle:03d}-{self.name}{self.suffix}"
 
 
 @dataclass
@@ -34,11 +42,13 @@ class State:
     cuts: list[Cut]
     """Cuts still to be made, the current cycle's first."""
     alignment: int
+    parts: int = 1
+    """Recoveries of a round."""
     cycle: int = 0
     """The cycle in progress, or the last one."""
     round: int = 0
-    done: set[tuple[str, int]] = field(default_factory=set)
-    """(stage, round) pairs of the cycle in progress."""
+    done: set[Stage] = field(default_factory=set)
+    """Of the cycle in progress."""
     source: str = ORIGINAL
     """Checkpoint that the cycle in progress starts from, relative to the run folder."""
     recovered: str | None = None
@@ -73,9 +83,9 @@ def _apply_gate(state: State, decision: str) -> None:
 def fold(config: RunConfig, entries: list[Entry]) -> State:
     """The state after ``entries``."""
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
-    state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
+    state = State(cuts=planned_cuts(config.schedule), alignment=alignment, parts=len(config.recovery))
     for entry in entries:
-        state.done.add((entry.stage, entry.round))
+        state.done.add(Stage(entry.cycle, entry.stage, entry.round, entry.part))
         if entry.stage == "recover":
             state.recovered = entry.artefact
         elif entry.stage == "evaluate":
@@ -95,8 +105,10 @@ def next_stage(state: State) -> Stage | None:
         return None
     for name in CYCLE_STAGES:
         round_ = state.round if name in ("recover", "evaluate", "gate") else 0
-        if (name, round_) not in state.done:
-            return Stage(state.cycle, name, round_)
+        for part in range(state.parts if name == "recover" else 1):
+            stage = Stage(state.cycle, name, round_, part)
+            if stage not in state.done:
+                return stage
     raise AssertionError(f"cycle {state.cycle} has no open stage")  # the gate entry always closes a round
 
 

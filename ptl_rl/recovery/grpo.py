@@ -1,15 +1,14 @@
 """The stage ``recover`` with GRPO: verl's own trainer on this cycle's data, ending in an ordinary checkpoint."""
 
-import json
 import os
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record, load_corpus
 from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
 
@@ -52,44 +51,12 @@ def _select(data: dict[str, Any]) -> dict[str, float]:
     return chosen
 
 
-class MetricsFollower(threading.Thread):
-    """Turns lines of verl's metrics file into the stage's progress while the trainer blocks this process."""
-
-    def __init__(self, context: StageContext, path: Path) -> None:
-        super().__init__(daemon=True)
-        self.context, self.path = context, path
-        self.steps: dict[int, dict[str, float]] = {}
-        self._stop_asked = threading.Event()
-        self._read = 0
-
-    def _poll(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open() as file:
-            file.seek(self._read)
-            while (line := file.readline()).endswith("\n"):
-                self._read = file.tell()
-                row = json.loads(line)
-                metrics = _select(row["data"])
-                self.steps.setdefault(int(row["step"]), {}).update(metrics)
-                self.context.report(int(row["step"]), self.context.spec.steps, **metrics)
-
-    def run(self) -> None:
-        while not self._stop_asked.wait(0.5):
-            self._poll()
-
-    def finish(self) -> None:
-        self._stop_asked.set()
-        self.join()
-        self._poll()
-
-
 def _prepare(context: StageContext) -> tuple[list[Record], Path]:
     config, spec = context.config, context.spec
     corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
     records = partition(corpus.records, spec.subsets)[spec.subset]
     validation = load_corpus(config.data.validation, config.seed, config.data.max_bad_fraction).records
-    if not config.recovery.save_every_steps:
+    if not context.recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
     write_prompts(records, config.data.prompt_suffix, spec.work / "train.parquet")
@@ -157,7 +124,7 @@ def recover(context: StageContext) -> dict:
     verl_config = compose(render(context.config, spec, _user_keys(context, records[0])))
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
-    follower = MetricsFollower(context, metrics_path)
+    follower = MetricsFollower(context, metrics_path, _select)
     follower.start()
     try:
         run_ppo(verl_config, task_runner_class=TaskRunnerV1)
@@ -167,7 +134,7 @@ def recover(context: StageContext) -> dict:
     shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
         _keep_rollouts(context, records)
-    curve = [{"step": step, **values} for step, values in sorted(follower.steps.items())]
+    curve = follower.curve
     before = next(
         (row["validation_accuracy"] for row in curve if row["step"] == 0 and "validation_accuracy" in row),
         None,

@@ -1,9 +1,9 @@
-"""Render a run's configuration into verl's. The only module that knows verl's keys."""
+"""Render a run's configuration into that of verl's RL trainer; ``sft_config.py`` does so for its SFT trainer."""
 
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
@@ -11,8 +11,8 @@ ROLLOUTS = "rollouts"
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
 
 
-def _data(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
-    data, recovery = config.data, config.recovery
+def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
+    data = config.data
     return {
         "data.train_files": str(spec.work / "train.parquet"),
         "data.val_files": str(spec.work / "validation.parquet"),
@@ -26,8 +26,8 @@ def _data(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def _actor(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
-    recovery, seed = config.recovery, config.seed * 1009 + spec.cycle * 31 + spec.round
+def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
+    seed = config.seed * 1009 + spec.cycle * 31 + spec.round
     save = SAVE_ALL if recovery.save_every_steps else ["hf_model"]
     actor = {
         "strategy": "fsdp2",
@@ -63,16 +63,16 @@ def _actor(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def _rollout(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     rollout = {
         "name": "vllm",
-        "n": config.recovery.rollouts_per_prompt,
-        "temperature": config.recovery.temperature,
+        "n": recovery.rollouts_per_prompt,
+        "temperature": recovery.temperature,
         "dtype": config.model.dtype,
         "tensor_model_parallel_size": config.resources.tensor_parallel_size,
         "gpu_memory_utilization": config.resources.gpu_memory_utilization,
         "max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens,
-        "log_prob_micro_batch_size_per_gpu": config.recovery.micro_batch_sequences,
+        "log_prob_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
         "calculate_log_probs": True,
         "seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
         "val_kwargs.do_sample": False,
@@ -103,8 +103,8 @@ def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, An
     }
 
 
-def _trainer(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
-    recovery, resources = config.recovery, config.resources
+def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
+    resources = config.resources
     return {
         "trainer.device": spec.device,
         "trainer.nnodes": resources.nodes,
@@ -131,12 +131,14 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
     """
+    recovery = config.recovery[spec.part]
+    assert isinstance(recovery, GrpoConfig)
     settings = {
-        **_data(config, spec),
-        **_actor(config, spec),
-        **_rollout(config, spec),
+        **_data(config, recovery, spec),
+        **_actor(config, recovery, spec),
+        **_rollout(config, recovery, spec),
         **_reward(config, user_keys),
-        **_trainer(config, spec),
+        **_trainer(config, recovery, spec),
     }
     if spec.device == "cpu":
         from ptl_rl.platform.checks import verl_cpu_overrides
@@ -146,10 +148,24 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
             "trainer.nnodes": config.resources.nodes,
             "trainer.n_gpus_per_node": config.resources.workers_per_node,
         }
-        if any(key.startswith("algorithm.filter_groups") for key in config.verl):
+        if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.
             settings |= {f"trainer.v1.sampler.custom_sampler.{key}": None for key in ("path", "name")}
-    return {**settings, **config.verl}
+    return {**settings, **config.verl, **recovery.verl}
+
+
+def composed(name: str, settings: dict[str, Any]):
+    """verl's configuration ``name`` with ``settings`` applied."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from omegaconf import OmegaConf, open_dict
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra_compose(name)
+    with open_dict(config):
+        for key, value in settings.items():
+            OmegaConf.update(config, key, value, merge=True, force_add=True)
+    return config
 
 
 def compose(settings: dict[str, Any]):
@@ -158,17 +174,10 @@ def compose(settings: dict[str, Any]):
     Raises:
         ConfigError: verl refuses it; quotes verl's message.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from omegaconf import OmegaConf, open_dict
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra_compose("ppo_trainer")
-    with open_dict(config):
-        for key, value in settings.items():
-            OmegaConf.update(config, key, value, merge=True, force_add=True)
+    config = composed("ppo_trainer", settings)
     try:
         validate_config(
             config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)

@@ -4,13 +4,13 @@ On a terminal it redraws itself; elsewhere (a log file, ``ray job logs``) it pri
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ptl_rl.config import AnyRecovery
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
@@ -19,11 +19,11 @@ from ptl_rl.reporting.summary import table
 VERBS = {
     "score": "scoring",
     "slice": "slicing",
-    "recover": "recovering (GRPO)",
+    "recover": "recovering",
     "evaluate": "evaluating",
     "gate": "gate",
 }
-SHOWN = ("reward", "validation_accuracy", "response_tokens", "kl", "step_seconds")
+SHOWN = ("reward", "loss", "validation_accuracy", "response_tokens", "kl", "tokens_per_second", "step_seconds")
 
 
 def _time(seconds: float) -> str:
@@ -35,8 +35,8 @@ def _time(seconds: float) -> str:
 class Display:
     """Fed by the driver; knows nothing of processes."""
 
-    def __init__(self, console: Console, title: str, steps_of: Callable[[int], int]) -> None:
-        self.console, self.title, self.steps_of = console, title, steps_of
+    def __init__(self, console: Console, title: str, recoveries: list[AnyRecovery]) -> None:
+        self.console, self.title, self.recoveries = console, title, recoveries
         self.entries: list[Entry] = []
         self.state: State | None = None
         self.stage: Stage | None = None
@@ -104,7 +104,8 @@ class Display:
         if stage.cycle == 0:
             return "original model: evaluating"
         total = stage.cycle - 1 + len(self.state.cuts) if self.state else stage.cycle
-        extra = f", round {stage.round + 1}" if stage.round else ""
+        extra = f" ({self.recoveries[stage.part].method.upper()})" if stage.name == "recover" else ""
+        extra += f", round {stage.round + 1}" if stage.round else ""
         return f"cycle {stage.cycle}/{total}: {VERBS[stage.name]}{extra}"
 
     def _outcome(self, entry: Entry) -> str:
@@ -117,6 +118,8 @@ class Display:
             return (
                 f"{where}: {m['num_hidden_layers']} layers x {m['intermediate_size']} channels ({_time(entry.seconds)})"
             )
+        if entry.stage == "recover" and len(self.recoveries) > 1:
+            where += f" ({self.recoveries[entry.part].method})"
         return f"{where}: done ({_time(entry.seconds)})"
 
     def eta_seconds(self) -> float | None:
@@ -124,7 +127,8 @@ class Display:
         if self.state is None or self.stage is None:
             return None
         self.now.elapsed_seconds = time.monotonic() - self.stage_start
-        return remaining_seconds(self.entries, self.state, self.stage, self.now, self.steps_of)
+        steps_of = [recovery.steps_of for recovery in self.recoveries]
+        return remaining_seconds(self.entries, self.state, self.stage, self.now, steps_of)
 
     def _render(self) -> Group:
         eta = self.eta_seconds()

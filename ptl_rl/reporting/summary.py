@@ -47,7 +47,7 @@ def rows(entries: list[Entry]) -> list[Row]:
                 parameters=m["parameters"],
                 flops_per_token=m["flops_per_token"],
                 accuracy=m["accuracy"],
-                sliced_accuracy=recoveries[0].metrics.get("validation_accuracy_before") if recoveries else None,
+                sliced_accuracy=_sliced_accuracy(recoveries),
                 tokens_per_answer=m["tokens_per_answer"],
                 tokens_per_second=m["tokens_per_second"],
                 steps=sum(e.metrics["steps"] for e in recoveries),
@@ -56,6 +56,11 @@ def rows(entries: list[Entry]) -> list[Row]:
             )
         )
     return result
+
+
+def _sliced_accuracy(recoveries: list[Entry]) -> float | None:
+    """Only a cycle's first recovery starts from the sliced model, and only GRPO measures what it starts from."""
+    return recoveries[0].metrics.get("validation_accuracy_before") if recoveries else None
 
 
 HEADINGS = (
@@ -68,7 +73,7 @@ HEADINGS = (
     "after cut",
     "tokens/answer",
     "tokens/s",
-    "GRPO steps",
+    "steps",
     "time",
     "gate",
 )

@@ -29,7 +29,7 @@ def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
         ({"recovry": {}}, ["recovry", "did you mean 'recovery'"]),
         ({"recovery": {"stpes": 3}}, ["recovery.stpes", "did you mean 'steps'"]),
         ({"data": {"train": {"path": "x", "rowz": 1}}}, ["data.train.rowz", "did you mean 'rows'"]),
-        ({"recovery": {"xyzzy": 3}}, ["recovery.xyzzy", "there are method, steps"]),
+        ({"recovery": {"xyzzy": 3}}, ["recovery.xyzzy", "there are steps, learning_rate"]),
         ({"recovery": {"steps": 0}}, ["recovery", "steps 0"]),
         ({"recovery": {"learning_rate": -1}}, ["recovery.learning_rate", "greater than 0"]),
         ({"recovery": {"prompts_per_step": 32, "mini_batch_prompts": 5}}, ["32", "5"]),
@@ -80,7 +80,7 @@ def test_overrides(tmp_path):
     recipe.write_text("schedule: {channels_per_cycle: 64, channels_total: 128}\n")
     overrides = ["recovery.steps=3", "seed=7", "verl.actor_rollout_ref.actor.entropy_coeff=0.01"]
     config = load_config(recipe, overrides)
-    assert (config.recovery.steps, config.seed) == (3, 7)
+    assert (config.recovery[0].steps, config.seed) == (3, 7)
     assert config.verl == {"actor_rollout_ref.actor.entropy_coeff": 0.01}
     with pytest.raises(ConfigError, match="write it as key"):
         load_config(recipe, ["recovery.steps"])
@@ -89,5 +89,5 @@ def test_overrides(tmp_path):
 
 
 def test_steps_of_each_cut():
-    steps = parse_config({**MINIMAL, "recovery": {"steps": [4, 2]}}).recovery
+    steps = parse_config({**MINIMAL, "recovery": {"steps": [4, 2]}}).recovery[0]
     assert [steps.steps_of(i) for i in range(4)] == [4, 2, 2, 2]

@@ -43,9 +43,9 @@ def test_every_recipe_is_accepted_by_verl(recipe, tmp_path):
     rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
     assert verl.algorithm.adv_estimator == "grpo"
     assert verl.trainer.total_training_steps == 5
-    assert rollout.n == config.recovery.rollouts_per_prompt == 8
-    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (config.recovery.clip_low, config.recovery.clip_high)
-    assert (actor.use_kl_loss, actor.kl_loss_coef) == (config.recovery.kl_loss > 0, config.recovery.kl_loss)
+    assert rollout.n == config.recovery[0].rollouts_per_prompt == 8
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (config.recovery[0].clip_low, config.recovery[0].clip_high)
+    assert (actor.use_kl_loss, actor.kl_loss_coef) == (config.recovery[0].kl_loss > 0, config.recovery[0].kl_loss)
     assert "hf_model" in actor.checkpoint.save_contents
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
     assert Path(verl.reward.custom_reward_function.path).name == "user.py"

@@ -28,7 +28,7 @@ START_UP, PER_STEP, REST = 40, 10, 7 + 6 + 9
 
 def remaining(entries, cuts, stage, elapsed=0.0, steps=()) -> float | None:
     state = State(cuts=list(cuts), alignment=16, cycle=stage.cycle)
-    return remaining_seconds(entries, state, stage, StageProgress(elapsed, list(steps)), STEPS.__getitem__)
+    return remaining_seconds(entries, state, stage, StageProgress(elapsed, list(steps)), [STEPS.__getitem__])
 
 
 def test_later_cycles_count_their_own_steps():

@@ -1,0 +1,109 @@
+"""The stage ``recover`` with continued pre-training: verl's SFT trainer on this cycle's worked solutions."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.config import ConfigError, CptConfig
+from ptl_rl.data.corpora import load_corpus
+from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.recovery.follow import MetricsFollower
+from ptl_rl.recovery.sequences import Counts, write_sequences
+from ptl_rl.recovery.sft_config import compose_sft, render_sft
+from ptl_rl.stage import StageContext
+
+METRICS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/lr",
+    "tokens": "train/global_tokens",
+}
+"""Our names of what verl logs at every step."""
+
+
+def _select(data: dict[str, Any]) -> dict[str, float]:
+    return {name: float(data[key]) for name, key in METRICS.items() if key in data}
+
+
+def batch_sequences(recovery: CptConfig, counts: Counts, workers: int) -> int:
+    """Sequences of a step, a multiple of ``workers``.
+
+    Raises:
+        ConfigError: the subset has fewer.
+    """
+    batch = recovery.sequences_per_step
+    if recovery.tokens_per_step is not None:
+        mean = counts.tokens / max(1, counts.sequences)
+        batch = max(1, round(recovery.tokens_per_step / mean / workers)) * workers
+    if counts.sequences < batch:
+        raise ConfigError(
+            f"recovery: a step reads {batch} sequences, but this cycle's subset has {counts.sequences}; give more "
+            "data, fewer cycles or smaller steps"
+        )
+    return batch
+
+
+def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, str]:
+    from transformers import AutoTokenizer
+
+    config, spec = context.config, context.spec
+    if not recovery.save_every_steps:
+        shutil.rmtree(spec.work, ignore_errors=True)
+    spec.work.mkdir(parents=True, exist_ok=True)
+    corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
+    records = partition(corpus.records, spec.subsets)[spec.subset]
+    tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
+    path = spec.work / "sequences.arrow"
+    counts = write_sequences(
+        records,
+        tokenizer,
+        path,
+        suffix=config.data.prompt_suffix,
+        max_tokens=recovery.max_tokens,
+        response_only=recovery.loss == "response",
+    )
+    return path, counts, subset_hash(records)
+
+
+def recover(context: StageContext) -> dict:
+    """Train ``spec.steps`` steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
+
+    The metrics hold one list entry per step (``curve``) and what was read.
+    """
+    config, spec, recovery = context.config, context.spec, context.recovery
+    assert isinstance(recovery, CptConfig)
+    path, counts, data_hash = _prepare(context, recovery)
+    batch = batch_sequences(recovery, counts, config.resources.workers)
+    metrics_path = spec.work / "metrics.jsonl"
+    os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
+    context.connect_ray()
+    verl_config = compose_sft(render_sft(config, recovery, spec, path, batch))
+    verl_config.trainer.seed = context.seed % (1 << 31)
+    from ptl_rl.recovery.trainer import SequenceTrainer
+
+    follower = MetricsFollower(context, metrics_path, _select, timed=True)
+    follower.start()
+    try:
+        SequenceTrainer(config=verl_config).fit()
+    finally:
+        follower.finish()
+    folder = spec.work / "checkpoints" / f"global_step_{spec.steps}" / "huggingface"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: verl ended without writing the recovered checkpoint")
+    shutil.copytree(folder, spec.out, dirs_exist_ok=True)
+    shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
+    curve = follower.curve
+    notes = [f"{counts.cut} of {counts.documents} solutions were cut at max_tokens"] if counts.cut else []
+    return {
+        "steps": spec.steps,
+        "subset_hash": data_hash,
+        "sequences": counts.sequences,
+        "sequences_per_step": batch,
+        "epochs": spec.steps * batch / counts.sequences,
+        "tokens": sum(row.get("tokens", 0.0) for row in curve),
+        "loss_first": curve[0].get("loss") if curve else None,
+        "loss_last": curve[-1].get("loss") if curve else None,
+        "curve": curve,
+        "notes": notes,
+    }

@@ -1,0 +1,72 @@
+"""verl's trainers block the stage's process; a thread turns what they log into the stage's progress meanwhile."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.stage import StageContext
+
+POLL_SECONDS = 0.2
+
+
+class MetricsFollower(threading.Thread):
+    """Reads the lines of verl's metrics file as they come.
+
+    Args:
+        select: from what verl logs at a step to metrics under our names.
+        timed: add the seconds since the line before, where verl does not measure a step.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        path: Path,
+        select: Callable[[dict[str, Any]], dict[str, float]],
+        timed: bool = False,
+    ) -> None:
+        super().__init__(daemon=True)
+        self.context, self.path, self.select, self.timed = context, path, select, timed
+        self.steps: dict[int, dict[str, float]] = {}
+        self._last: float | None = None
+        self._stop_asked = threading.Event()
+        self._read = 0
+
+    def _poll(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            file.seek(self._read)
+            while (line := file.readline()).endswith("\n"):
+                self._read = file.tell()
+                row = json.loads(line)
+                step, metrics = int(row["step"]), self.select(row["data"])
+                if self.timed and step not in self.steps:
+                    self._time(metrics)
+                self.steps.setdefault(step, {}).update(metrics)
+                self.context.report(step, self.context.spec.steps, **metrics)
+
+    def _time(self, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if self._last is not None:  # the first step's includes the start
+            metrics["step_seconds"] = now - self._last
+            if "tokens" in metrics and now > self._last:
+                metrics["tokens_per_second"] = metrics["tokens"] / (now - self._last)
+        self._last = now
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """What was logged, by step."""
+        return [{"step": step, **values} for step, values in sorted(self.steps.items())]
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(POLL_SECONDS):
+            self._poll()
+
+    def finish(self) -> None:
+        """Read what is left and end."""
+        self._stop_asked.set()
+        self.join()
+        self._poll()
