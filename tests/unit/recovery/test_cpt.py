@@ -1,0 +1,200 @@
+"""What continued pre-training reads, and that verl trains on exactly that, on any number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_ranks import run_ranks
+
+from ptl_rl.config import ConfigError, CptConfig
+from ptl_rl.data.corpora import Record
+from ptl_rl.recipe import parse_config
+from ptl_rl.recovery.cpt import batch_sequences
+from ptl_rl.recovery.sequences import Counts, SequenceFile, document_ids, write_sequences
+from ptl_rl.recovery.sft_config import compose_sft, render_sft
+from ptl_rl.stage import StageSpec
+
+PROBLEM = Record("Ann has 3 marbles and buys 4. How many?", "3 + 4 = 7. \\boxed{7}", "7", "s", "1")
+LONGER = Record("Ben has 3 bags with 4 marbles each. How many?", "3 * 4 = 12, so \\boxed{12}", "12", "s", "2")
+TEXT = Record("", "The train leaves at noon. " * 8, "", "s", "3")
+
+
+def write(records, tokenizer, folder: Path, max_tokens=512, response_only=False) -> tuple[SequenceFile, Counts]:
+    path = folder / "s.arrow"
+    counts = write_sequences(
+        records, tokenizer, path, suffix=" Box it.", max_tokens=max_tokens, response_only=response_only
+    )
+    return SequenceFile(str(path)), counts
+
+
+def test_all_tokens_or_the_solutions_count(tokenizer, tmp_path):
+    everything, counts = write([PROBLEM, TEXT], tokenizer, tmp_path)
+    ids, prompt = document_ids(tokenizer, PROBLEM, " Box it.")
+    assert everything[0]["input_ids"].tolist() == ids
+    assert "Box it." in tokenizer.decode(ids[:prompt]) and "\\boxed{7}" in tokenizer.decode(ids[prompt:])
+    assert ids[-1] == tokenizer.eos_token_id
+    # Nothing predicts a document's first token; verl would take the document before it for its context.
+    assert everything[0]["loss_mask"].tolist() == [0] + [1] * (len(ids) - 1)
+    assert counts == Counts(2, 2, sum(len(everything[i]["input_ids"]) for i in range(2)), 0)
+    solutions, _ = write([PROBLEM, TEXT], tokenizer, tmp_path, response_only=True)
+    assert solutions[0]["loss_mask"].tolist() == [0] * prompt + [1] * (len(ids) - prompt)
+    assert solutions[1]["loss_mask"].tolist() == [0] + [1] * (len(solutions[1]["input_ids"]) - 1)
+
+
+def test_long_solutions_are_cut_and_long_texts_divided(tokenizer, tmp_path):
+    ids, _ = document_ids(tokenizer, TEXT, "")
+    found, counts = write([TEXT, PROBLEM], tokenizer, tmp_path, max_tokens=20)
+    assert counts.cut == 1 and counts.sequences == len(found) == -(-len(ids) // 20) + 1
+    pieces = [token for i in range(len(found) - 1) for token in found[i]["input_ids"].tolist()]
+    assert pieces == ids
+    assert len(found[len(found) - 1]["input_ids"]) == 20
+
+
+def test_sequences_without_a_token_that_counts_are_left_out(tokenizer, tmp_path):
+    _, prompt = document_ids(tokenizer, PROBLEM, " Box it.")
+    found, counts = write([PROBLEM], tokenizer, tmp_path, max_tokens=prompt, response_only=True)
+    assert len(found) == counts.sequences == 0 and counts.documents == 1
+
+
+def test_the_batch_in_tokens_becomes_sequences():
+    counts = Counts(documents=100, sequences=100, tokens=5000, cut=0)
+    assert batch_sequences(CptConfig(tokens_per_step=1010), counts, workers=4) == 20  # of 50 tokens on average
+    assert batch_sequences(CptConfig(sequences_per_step=32), counts, workers=4) == 32
+    with pytest.raises(ConfigError, match="a step reads 128 sequences, but this cycle's subset has 100"):
+        batch_sequences(CptConfig(sequences_per_step=128), counts, workers=4)
+
+
+def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recovery):
+    config = parse_config(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "schedule": {"channels_per_cycle": [16], "alignment": 16},
+            "recovery": [{"cpt": {"steps": 3, "learning_rate": 1e-3, "max_tokens": 64, "gradient_checkpointing": False}
+                          | {"micro_batch_tokens": 64, "sequences_per_step": 8} | recovery}],
+            "resources": {"workers_per_node": workers},
+        }
+    )  # fmt: skip
+    names = ("source", "out", "work", "progress", "result")
+    spec = StageSpec(
+        name="recover", cycle=1, round=0, device="cpu", ray_address="", stage_id="x", subset=0, subsets=1,
+        remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
+        **{name: model if name == "source" else folder / name for name in names},
+    )  # fmt: skip
+    return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
+
+
+def test_what_is_asked_for_reaches_verl(tmp_path, make_checkpoint):
+    verl = sft_config(
+        tmp_path, make_checkpoint("llama"), tmp_path / "s.arrow", 2, reshard_after_forward=False, save_every_steps=2,
+        verl={"optim.betas": [0.9, 0.95]},
+    )  # fmt: skip
+    assert verl.engine.reshard_after_forward is False and verl.engine.strategy == "fsdp2"
+    assert (verl.optim.lr_scheduler_type, verl.optim.lr_warmup_steps_ratio) == ("cosine", 0.05)
+    assert verl.optim.betas == [0.9, 0.95]
+    assert verl.data.train_batch_size == 8 and verl.trainer.total_training_steps == 3
+    assert verl.trainer.n_gpus_per_node == 2 and verl.trainer.resume_mode == "auto"
+    assert list(verl.checkpoint.save_contents) == ["hf_model", "model", "optimizer", "extra"]
+    assert verl.engine.mixed_precision.param_dtype == "fp32" and verl.model.use_remove_padding is False
+
+
+def _engine(verl):
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine import EngineRegistry
+
+    model, engine, optimizer, checkpoint = (
+        omega_conf_to_dataclass(verl[name]) for name in ("model", "engine", "optim", "checkpoint")
+    )
+    optimizer.total_training_steps = 3
+    engine.use_remove_padding = False
+    built = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=model,
+        engine_config=engine,
+        optimizer_config=optimizer,
+        checkpoint_config=checkpoint,
+    )
+    built.initialize()
+    return built
+
+
+def _batch(sequences: SequenceFile, indices, verl):
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import SFTTensorCollator
+
+    data = SFTTensorCollator("no_padding")([sequences[i] for i in indices])
+    settings = {"use_remove_padding": False, "use_dynamic_bsz": True, "temperature": 1.0, "pad_mode": "no_padding"}
+    settings |= {"max_token_len_per_gpu": verl.data.max_token_len_per_gpu, "global_batch_size": 8, "pad_token_id": 0}
+    return tu.get_tensordict(tensor_dict=data, non_tensor_dict=settings)
+
+
+def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> None:
+    from functools import partial
+
+    from verl.workers.utils.losses import sft_loss
+
+    verl = sft_config(Path(folder), Path(model), Path(sequences), ranks)
+    engine, file = _engine(verl), SequenceFile(sequences)
+    losses = []
+    for step in range(3):
+        order = torch.randperm(len(file), generator=torch.Generator().manual_seed(step)).tolist()[:8]
+        with engine.train_mode():
+            found = engine.train_batch(_batch(file, order[rank::ranks], verl), partial(sft_loss, config=None))
+            engine.lr_scheduler_step()
+        loss = torch.tensor(sum(found["loss"]))
+        torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
+        losses.append(float(loss))
+    parameters = {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
+    if rank == 0:
+        torch.save(parameters, Path(folder) / f"{ranks}.pt")
+        (Path(folder) / f"{ranks}.json").write_text(json.dumps(losses))
+
+
+def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
+    records = [PROBLEM, LONGER, TEXT] * 4
+    write(records, tokenizer, tmp_path, max_tokens=64)
+    arguments = (str(tmp_path), str(make_checkpoint("llama")), str(tmp_path / "s.arrow"))
+    for ranks in (1, 2):
+        run_ranks(_train, ranks, *arguments)
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert one[2] < one[0] - 0.01  # it learns
+    first, second = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text)
+
+
+def _log_probs(_rank: int, _ranks: int, folder: str, model: str, sequences: str) -> None:
+    from verl.utils import tensordict_utils as tu
+
+    verl = sft_config(Path(folder), Path(model), Path(sequences), 1, micro_batch_tokens=4096)
+    engine, file = _engine(verl), SequenceFile(sequences)
+
+    def read(indices) -> list[torch.Tensor]:
+        seen = []
+
+        def keep(model_output, data, dp_group=None):
+            lengths = data["input_ids"].offsets().diff().tolist()
+            seen.extend(model_output["log_probs"].values().split(lengths))
+            return torch.zeros((), requires_grad=True), {}
+
+        with engine.eval_mode():
+            batch = _batch(file, indices, verl)
+            tu.assign_non_tensor(batch, compute_loss=True)
+            engine.infer_batch(batch, keep)
+        return [log_p_T.detach()[:-1] for log_p_T in seen]  # the last one's label is the next document's
+
+    together = sorted(read([0, 1, 2]), key=len)
+    alone = sorted((read([i])[0] for i in range(3)), key=len)
+    torch.save({"together": together, "alone": alone}, Path(folder) / "log_probs.pt")
+
+
+def test_no_document_sees_another_of_its_micro_batch(tokenizer, make_checkpoint, tmp_path):
+    write([PROBLEM, LONGER, TEXT], tokenizer, tmp_path)
+    run_ranks(_log_probs, 1, str(tmp_path), str(make_checkpoint("qwen2")), str(tmp_path / "s.arrow"))
+    found = torch.load(tmp_path / "log_probs.pt", weights_only=True)
+    assert len(found["together"]) == len(found["alone"]) == 3
+    for together_T, alone_T in zip(found["together"], found["alone"], strict=True):
+        torch.testing.assert_close(together_T, alone_T, rtol=1e-4, atol=1e-5)
