@@ -47,7 +47,7 @@ def _drive(run_dir: Path) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     folder, console = RunFolder(run_dir), Console(width=None if sys.stdout.isatty() else 160)
     try:
-        driver = Driver(folder, lambda config: Display(console, folder.path.name, config.recovery))
+        driver = Driver(folder, lambda config: Display(console, folder.path.name, config.recoveries))
         state = driver.run()
     except (ConfigError, JournalError) as error:
         _refuse(error)

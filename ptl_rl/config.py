@@ -260,12 +260,18 @@ class CptConfig(RecoveryConfig):
     micro_batch_tokens: int = Field(
         16384, ge=8, description="Tokens per backward pass on each worker: as many whole sequences as fit."
     )
+    parent_kl: float = Field(
+        0.0, ge=0, description="Weight of KL(unpruned parent || policy) at every token; loads the parent, sharded, too."
+    )
+    cross_entropy: float = Field(1.0, ge=0, description="Weight of the data's own tokens beside parent_kl.")
     reshard_after_forward: bool = Field(
         True, description="Free gathered parameters between forward and backward pass (as ZeRO-3); false: as ZeRO-2."
     )
 
     @model_validator(mode="after")
     def _check(self) -> "CptConfig":
+        if not self.parent_kl and not self.cross_entropy:
+            raise ValueError("parent_kl and cross_entropy are both 0: there is nothing to learn")
         if self.micro_batch_tokens < self.max_tokens:
             raise ValueError(
                 f"micro_batch_tokens {self.micro_batch_tokens} cannot hold a sequence of max_tokens {self.max_tokens}"
@@ -273,8 +279,41 @@ class CptConfig(RecoveryConfig):
         return self
 
 
-AnyRecovery = Annotated[GrpoConfig | CptConfig, Field(discriminator="method")]
-METHODS = ("grpo", "cpt")
+class DistillConfig(GrpoConfig):
+    """On-policy distillation: the sliced policy answers, and learns what the unpruned parent would have said there.
+
+    The parent is served by vLLM on GPUs of its own.
+    """
+
+    method: Literal["distill"] = "distill"  # type: ignore[assignment]
+    rollouts_per_prompt: int = Field(1, ge=1, description="Responses to a prompt.")
+    kl_loss: float = Field(0.0, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    loss: Literal["forward_kl_topk", "k1"] = Field(
+        "forward_kl_topk",
+        description="KL over the parent's topk tokens, or (k1) the parent's log-probability as a reward of each token.",
+    )
+    topk: int = Field(32, ge=1, description="Of forward_kl_topk.")
+    rewards: bool = Field(False, description="Also learn from the reward function, as GRPO does.")
+    distillation_weight: float = Field(1.0, gt=0, description="Of the distillation loss beside that of rewards.")
+    teacher_workers_per_node: int = Field(
+        1, ge=1, description="GPUs per node for the parent, taken from resources.workers_per_node; extra on CPU."
+    )
+    teacher_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine of the parent.")
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> "DistillConfig":
+        if self.rewards and self.rollouts_per_prompt < 2:
+            raise ValueError("rewards compares the responses to one prompt; set rollouts_per_prompt to 2 or more")
+        if self.teacher_workers_per_node % self.teacher_tensor_parallel_size:
+            raise ValueError(
+                f"teacher_workers_per_node {self.teacher_workers_per_node} is not a multiple of "
+                f"teacher_tensor_parallel_size {self.teacher_tensor_parallel_size}"
+            )
+        return self
+
+
+AnyRecovery = Annotated[GrpoConfig | CptConfig | DistillConfig, Field(discriminator="method")]
+METHODS = ("grpo", "cpt", "distill")
 
 
 def _recovery_entry(entry: Any) -> Any:
@@ -348,6 +387,9 @@ class RunConfig(_Section):
     recovery: list[AnyRecovery] = Field(
         [GrpoConfig()], min_length=1, description="Made one after the other; a single one needs no list."
     )
+    recovery_of_cycle: dict[int, list[AnyRecovery]] = Field(
+        {}, description="Takes the place of recovery in these planned cycles, from 1."
+    )
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
@@ -361,10 +403,32 @@ class RunConfig(_Section):
         entries = value if isinstance(value, list) else [value]
         return [_recovery_entry(entry) for entry in entries]
 
+    @field_validator("recovery_of_cycle", mode="before")
+    @classmethod
+    def _as_lists(cls, value: Any) -> Any:
+        return {cycle: cls._as_list(entry) for cycle, entry in value.items()} if isinstance(value, dict) else value
+
+    def recoveries(self, planned: int) -> list[AnyRecovery]:
+        """What follows the ``planned``-th cut, from 0."""
+        return self.recovery_of_cycle.get(planned + 1, self.recovery)
+
+    @property
+    def all_recoveries(self) -> list[AnyRecovery]:
+        """Every recovery that the recipe names."""
+        return [*self.recovery, *(entry for entries in self.recovery_of_cycle.values() for entry in entries)]
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        workers = self.resources.workers
-        for recovery in self.recovery:
+        for recovery in self.all_recoveries:
+            workers = self.resources.workers
+            if isinstance(recovery, DistillConfig) and self.resources.device != "cpu":
+                per_node = self.resources.workers_per_node - recovery.teacher_workers_per_node
+                if per_node < 1 and self.resources.device == "cuda":
+                    raise ValueError(
+                        f"recovery.teacher_workers_per_node {recovery.teacher_workers_per_node} leaves none of "
+                        f"{self.resources.workers_per_node} workers_per_node to train"
+                    )
+                workers = self.resources.nodes * max(1, per_node)
             if isinstance(recovery, GrpoConfig):
                 batch, what = (
                     recovery.prompts_per_step * recovery.rollouts_per_prompt,
@@ -375,7 +439,7 @@ class RunConfig(_Section):
             if batch % workers:
                 raise ValueError(f"recovery.{what} = {batch} sequences cannot be shared equally by {workers} workers")
         _check_gradients(self.criterion, self.calibration)
-        if self.calibration.source != "corpus" and not any(isinstance(r, GrpoConfig) for r in self.recovery):
+        if self.calibration.source != "corpus" and not any(isinstance(r, GrpoConfig) for r in self.all_recoveries):
             raise ValueError(
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )

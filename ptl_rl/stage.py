@@ -26,13 +26,17 @@ class StageSpec(BaseModel):
     cycle: int
     round: int
     part: int = 0
-    """Which of the recipe's recoveries this is, from 0."""
+    """Which of the cycle's recoveries this is, from 0."""
+    planned: int = 0
+    """Which of the planned cuts the cycle makes, from 0."""
     device: Literal["cpu", "cuda"]
     ray_address: str
     stage_id: str
     """Unique per start; every process of the stage carries it in the environment as PTL_STAGE_ID."""
     source: Path
     """Checkpoint folder to read."""
+    original: Path
+    """Folder of the model that the run started from."""
     out: Path
     """Empty folder to fill; renamed to its final name once the stage is verified."""
     work: Path
@@ -67,7 +71,7 @@ class StageContext:
     @property
     def recovery(self) -> AnyRecovery:
         """What the recipe says of this recovery."""
-        return self.config.recovery[self.spec.part]
+        return self.config.recoveries(self.spec.planned)[self.spec.part]
 
     @property
     def seed(self) -> int:

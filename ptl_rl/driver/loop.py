@@ -142,6 +142,7 @@ class Driver:
             ray_address=session.address,
             stage_id=f"{self.run_id}-{label}",
             source=source,
+            original=self.original,
             out=folder.temporary(stage),
             work=folder.work(stage),
             progress=folder.logs / f"{label}.progress.jsonl",
@@ -151,7 +152,8 @@ class Driver:
             remove_channels=cut.channels,
             remove_layers=cut.layers,
             removed_layers=state.removed_layers,
-            steps=self.config.recovery[stage.part].steps_of(cut.planned),
+            planned=cut.planned,
+            steps=self.config.recoveries(cut.planned)[stage.part].steps_of(cut.planned),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
         )

@@ -62,8 +62,16 @@ def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelSha
             _check_weights(model)
     except UnsupportedModelError as error:
         raise ConfigError(f"model.path: {error}") from None
+    _check_cycles(config)
     check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
     return model, shape
+
+
+def _check_cycles(config: RunConfig) -> None:
+    cycles = len(planned_cuts(config.schedule))
+    beyond = [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]
+    if beyond:
+        raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")
 
 
 def _check_weights(model: Path) -> None:
@@ -86,7 +94,7 @@ def check_data(config: RunConfig) -> list[str]:
     except DataError as error:
         raise ConfigError(f"data.train: {error}") from None
     smallest = min(map(len, parts))
-    wanted = max((r.prompts_per_step for r in config.recovery if isinstance(r, GrpoConfig)), default=1)
+    wanted = max((r.prompts_per_step for r in config.all_recoveries if isinstance(r, GrpoConfig)), default=1)
     if smallest < wanted:
         raise ConfigError(
             f"data.train: {len(corpora['train'].records)} rows in {len(parts)} subsets leave {smallest} in a subset, "

@@ -3,7 +3,7 @@
 import os
 import time
 
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, DistillConfig, RunConfig
 
 
 class RaySession:
@@ -17,13 +17,13 @@ class RaySession:
     def __enter__(self) -> "RaySession":
         import ray
 
-        resources = self.config.resources
+        resources, workers = self.config.resources, self.workers
         self.started_here = not os.environ.get("RAY_ADDRESS")
         if self.started_here:
             logical = {"num_cpus": resources.ray_cpus} if self.device == "cpu" else {}
             ray.init(
                 address="local",  # another user's Ray on this machine is none of ours
-                num_gpus=resources.workers if self.device == "cpu" else None,
+                num_gpus=workers if self.device == "cpu" else None,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -33,24 +33,30 @@ class RaySession:
             ray.init(log_to_driver=False, logging_level="ERROR")
         self.address = ray.get_runtime_context().gcs_address
         gpus = ray.cluster_resources().get("GPU", 0)
-        if gpus < resources.workers:
+        if gpus < workers:
             remedy = (
-                f"ray start --head --num-gpus={resources.workers} --num-cpus={resources.ray_cpus} (logical on CPU)"
+                f"ray start --head --num-gpus={workers} --num-cpus={resources.ray_cpus} (logical on CPU)"
                 if self.device == "cpu"
                 else "add nodes, or lower resources.nodes or resources.workers_per_node"
             )
             self.__exit__()
-            raise ConfigError(
-                f"resources: the recipe wants {resources.workers} workers, but Ray has {gpus:g} GPUs; {remedy}"
-            )
+            raise ConfigError(f"resources: the recipe wants {workers} workers, but Ray has {gpus:g} GPUs; {remedy}")
         return self
+
+    @property
+    def workers(self) -> int:
+        """GPUs that the run uses at most, logical ones on CPU: there, a parent that teaches has workers of its own."""
+        resources = self.config.resources
+        teachers = [r.teacher_workers_per_node for r in self.config.all_recoveries if isinstance(r, DistillConfig)]
+        extra = max(teachers, default=0) if self.device == "cpu" else 0
+        return resources.nodes * (resources.workers_per_node + extra)
 
     def wait_for_workers(self, seconds: float = 60) -> bool:
         """Wait until every GPU that the run uses is free again; False if some are still held."""
         import ray
 
         deadline = time.monotonic() + seconds
-        while ray.available_resources().get("GPU", 0) < self.config.resources.workers:
+        while ray.available_resources().get("GPU", 0) < self.workers:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)

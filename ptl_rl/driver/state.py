@@ -3,6 +3,7 @@
 Pure: the same journal and configuration always give the same next stage, which is all that resuming needs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ptl_rl.config import RunConfig
@@ -42,8 +43,8 @@ class State:
     cuts: list[Cut]
     """Cuts still to be made, the current cycle's first."""
     alignment: int
-    parts: int = 1
-    """Recoveries of a round."""
+    parts_of: Callable[[int], int] = lambda planned: 1
+    """How many recoveries follow a planned cut."""
     cycle: int = 0
     """The cycle in progress, or the last one."""
     round: int = 0
@@ -83,7 +84,8 @@ def _apply_gate(state: State, decision: str) -> None:
 def fold(config: RunConfig, entries: list[Entry]) -> State:
     """The state after ``entries``."""
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
-    state = State(cuts=planned_cuts(config.schedule), alignment=alignment, parts=len(config.recovery))
+    state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
+    state.parts_of = lambda planned: len(config.recoveries(planned))
     for entry in entries:
         state.done.add(Stage(entry.cycle, entry.stage, entry.round, entry.part))
         if entry.stage == "recover":
@@ -105,7 +107,7 @@ def next_stage(state: State) -> Stage | None:
         return None
     for name in CYCLE_STAGES:
         round_ = state.round if name in ("recover", "evaluate", "gate") else 0
-        for part in range(state.parts if name == "recover" else 1):
+        for part in range(state.parts_of(state.cuts[0].planned) if name == "recover" else 1):
             stage = Stage(state.cycle, name, round_, part)
             if stage not in state.done:
                 return stage

@@ -18,12 +18,27 @@ METRICS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/lr",
     "tokens": "train/global_tokens",
+    "parent_kl": "parent_kl",
 }
 """Our names of what verl logs at every step."""
 
 
 def _select(data: dict[str, Any]) -> dict[str, float]:
-    return {name: float(data[key]) for name, key in METRICS.items() if key in data}
+    return {name: _mean(data[key]) for name, key in METRICS.items() if key in data}
+
+
+def _mean(value: Any) -> float:
+    """verl logs some metrics as lists, of micro-batches and of workers."""
+    if not isinstance(value, list):
+        return float(value)
+    return sum(map(_mean, value)) / len(value) if value else 0.0
+
+
+def _parent_loss(context: StageContext, recovery: CptConfig):
+    from ptl_rl.recovery.parent import ParentLoss
+
+    model = context.config.model
+    return ParentLoss(context.spec.original, recovery.parent_kl, recovery.cross_entropy, model.attention, model.dtype)
 
 
 def batch_sequences(recovery: CptConfig, counts: Counts, workers: int) -> int:
@@ -85,7 +100,7 @@ def recover(context: StageContext) -> dict:
     follower = MetricsFollower(context, metrics_path, _select, timed=True)
     follower.start()
     try:
-        SequenceTrainer(config=verl_config).fit()
+        SequenceTrainer(verl_config, _parent_loss(context, recovery) if recovery.parent_kl else None).fit()
     finally:
         follower.finish()
     folder = spec.work / "checkpoints" / f"global_step_{spec.steps}" / "huggingface"
@@ -96,6 +111,7 @@ def recover(context: StageContext) -> dict:
     curve = follower.curve
     notes = [f"{counts.cut} of {counts.documents} solutions were cut at max_tokens"] if counts.cut else []
     return {
+        "method": recovery.method,
         "steps": spec.steps,
         "subset_hash": data_hash,
         "sequences": counts.sequences,

@@ -18,6 +18,7 @@ METRICS = {
     "truncated": "response_length/clip_ratio",
     "entropy": "actor/entropy",
     "kl": "actor/kl_loss",
+    "distillation_loss": "actor/distillation/loss",
     "grad_norm": "actor/grad_norm",
     "step_seconds": "timing_s/step",
     "tokens_per_second": "perf/throughput",
@@ -141,6 +142,7 @@ def recover(context: StageContext) -> dict:
     )
     last = curve[-1] if curve else {}
     return {
+        "method": context.recovery.method,
         "steps": spec.steps,
         "subset_hash": subset_hash(records),
         "validation_accuracy_before": before,

@@ -3,12 +3,21 @@
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.sft_trainer_ray import SFTTrainer
 
+from ptl_rl.recovery.parent import ParentLoss, ask_for_logits
+
 
 class SequenceTrainer(SFTTrainer):
     """Reads from memory-mapped ids, so that the eight processes that verl starts for its dataset have nothing to do.
 
     ``config.trainer.seed`` orders the sequences.
+
+    Args:
+        parent_loss: takes the place of verl's loss.
     """
+
+    def __init__(self, config, parent_loss: ParentLoss | None = None) -> None:
+        self.parent_loss = parent_loss
+        super().__init__(config)
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()
@@ -21,3 +30,13 @@ class SequenceTrainer(SFTTrainer):
             num_workers=0,
             drop_last=True,
         )
+
+    def _build_engine(self) -> None:
+        super()._build_engine()
+        if self.parent_loss is not None:
+            self.training_client.set_loss_fn(loss_fn=self.parent_loss)
+
+    def _get_batch_seqlens(self, data):
+        if self.parent_loss is not None:
+            ask_for_logits(data)  # the one place between verl's making a batch and its sending it
+        return super()._get_batch_seqlens(data)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
+from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RunConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
@@ -108,7 +108,7 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
     return {
         "trainer.device": spec.device,
         "trainer.nnodes": resources.nodes,
-        "trainer.n_gpus_per_node": resources.workers_per_node,
+        "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "ptl-rl",
         "trainer.experiment_name": config.name,
@@ -125,13 +125,46 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
     }
 
 
+def _trainer_workers(config: RunConfig, recovery: GrpoConfig, device: str) -> int:
+    """GPUs per node that train; on GPUs, those of a parent that teaches are taken off."""
+    teachers = recovery.teacher_workers_per_node if isinstance(recovery, DistillConfig) and device != "cpu" else 0
+    return config.resources.workers_per_node - teachers
+
+
+def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -> dict[str, Any]:
+    teacher, length = "teacher_models.teacher_model", config.data.max_prompt_tokens + config.data.max_response_tokens
+    settings: dict[str, Any] = {
+        "enabled": True,
+        "n_gpus_per_node": recovery.teacher_workers_per_node,
+        "nnodes": config.resources.nodes,
+        f"{teacher}.model_path": str(spec.original),
+        f"{teacher}.inference.dtype": config.model.dtype,
+        f"{teacher}.inference.tensor_model_parallel_size": recovery.teacher_tensor_parallel_size,
+        f"{teacher}.inference.gpu_memory_utilization": 0.8,
+        f"{teacher}.inference.max_model_len": length + 1,
+        f"{teacher}.inference.temperature": 1.0,
+        "distillation_loss.loss_mode": recovery.loss,
+        "distillation_loss.topk": recovery.topk,
+        "distillation_loss.use_task_rewards": recovery.rewards,
+        "distillation_loss.use_policy_gradient": recovery.loss == "k1",
+        "distillation_loss.distillation_loss_coef": recovery.distillation_weight,
+    }
+    if spec.device == "cpu":
+        settings |= {
+            f"{teacher}.inference.enable_sleep_mode": False,
+            f"{teacher}.inference.free_cache_engine": False,
+            f"{teacher}.inference.enforce_eager": True,
+        }
+    return {f"distillation.{key}": value for key, value in settings.items()}
+
+
 def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None) -> dict[str, Any]:
     """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
     """
-    recovery = config.recovery[spec.part]
+    recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
     settings = {
         **_data(config, recovery, spec),
@@ -146,11 +179,13 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
         settings |= {
             **verl_cpu_overrides(config.resources.workers),
             "trainer.nnodes": config.resources.nodes,
-            "trainer.n_gpus_per_node": config.resources.workers_per_node,
+            "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
         }
         if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.
             settings |= {f"trainer.v1.sampler.custom_sampler.{key}": None for key in ("path", "name")}
+    if isinstance(recovery, DistillConfig):
+        settings |= _distillation(config, recovery, spec)
     return {**settings, **config.verl, **recovery.verl}
 
 

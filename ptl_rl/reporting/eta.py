@@ -1,6 +1,6 @@
 """How long a run still takes, from how long its stages took so far. Cycles may train different numbers of steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ptl_rl.driver.journal import Entry
@@ -22,11 +22,11 @@ def _fixed_seconds(entries: list[Entry]) -> dict[str, float]:
     return {**seconds, "gate": 0.0}
 
 
-def _pace(entries: list[Entry], part: int, now: StageProgress) -> tuple[float, float] | None:
-    """Seconds of start-up and seconds per step of one of a round's recoveries; ``now`` is it at work."""
+def _pace(entries: list[Entry], method: str, now: StageProgress) -> tuple[float, float] | None:
+    """Seconds of start-up and seconds per step of a way of recovery; ``now`` is it at work."""
     for entry in reversed(entries):
         steps = [row["step_seconds"] for row in entry.metrics.get("curve", []) if "step_seconds" in row]
-        if entry.stage == "recover" and entry.part == part and steps:
+        if entry.stage == "recover" and entry.metrics.get("method", "grpo") == method and steps:
             recent = now.step_seconds or steps
             return max(0.0, entry.seconds - sum(steps)), sum(recent) / len(recent)
     if now.step_seconds:
@@ -35,39 +35,68 @@ def _pace(entries: list[Entry], part: int, now: StageProgress) -> tuple[float, f
     return None
 
 
+class _Unknown(Exception):
+    """How long something takes has not been seen yet."""
+
+
 def remaining_seconds(
-    entries: list[Entry], state: State, stage: Stage, now: StageProgress, steps_of: Sequence[Callable[[int], int]]
+    entries: list[Entry],
+    state: State,
+    stage: Stage,
+    now: StageProgress,
+    recoveries: Callable[[int], list[tuple[str, int]]],
 ) -> float | None:
     """Estimate for the whole run, gates that ask for more apart; None until every kind of stage has been seen.
 
     Args:
-        steps_of: training steps of a planned cut, for every recovery of a round.
+        recoveries: method and training steps of every recovery that follows a planned cut.
     """
-    fixed, paces = _fixed_seconds(entries), []
-    for part in range(len(steps_of)):
-        at_work = stage.name == "recover" and stage.part == part
-        paces.append(_pace(entries, part, now if at_work else StageProgress()))
-    known = [pace for pace in paces if pace is not None]
-    if stage.cycle == 0 or len(known) < len(paces):
+    if stage.cycle == 0:
         return None
-    if any(name not in fixed for name in CYCLE_STAGES if name != "recover"):
+    try:
+        return _remaining(entries, state, stage, now, recoveries)
+    except _Unknown:
         return None
 
-    def recovery(part: int, planned: int) -> float:
-        start_up, per_step = known[part]
-        return start_up + steps_of[part](planned) * per_step
 
-    def from_stage(name: str, part: int, planned: int) -> list[float]:
-        """Seconds of all stages of a cycle from this one on."""
-        names = CYCLE_STAGES[CYCLE_STAGES.index(name) :]
-        seconds = [recovery(p, planned) for p in range(part, len(known))] if "recover" in names else []
-        before = [fixed[n] for n in names if n in ("score", "slice")]
-        return before + seconds + [fixed[n] for n in names if n in ("evaluate", "gate")]
+def _remaining(
+    entries: list[Entry],
+    state: State,
+    stage: Stage,
+    now: StageProgress,
+    recoveries: Callable[[int], list[tuple[str, int]]],
+) -> float:
+    fixed, cut = _fixed_seconds(entries), state.cuts[0]
+    at_work = recoveries(cut.planned)[stage.part][0] if stage.name == "recover" else None
 
-    cut, *later = state.cuts
+    def seconds(name: str, recovery: tuple[str, int] | None = None) -> float:
+        if recovery is None:
+            if name not in fixed:
+                raise _Unknown
+            return fixed[name]
+        method, steps = recovery
+        pace = _pace(entries, method, now if method == at_work else StageProgress())
+        if pace is None:
+            raise _Unknown
+        return pace[0] + steps * pace[1]
+
+    def from_stage(first: str, part: int, planned: int) -> list[float]:
+        """Of all stages of a cycle from this one on."""
+        found = []
+        for name in CYCLE_STAGES[CYCLE_STAGES.index(first) :]:
+            if name == "recover":
+                skip = part if first == "recover" else 0
+                found += [seconds(name, recovery) for recovery in recoveries(planned)[skip:]]
+            else:
+                found.append(seconds(name))
+        return found
+
     this, *rest = from_stage(stage.name, stage.part, cut.planned)
     if stage.name == "recover" and now.step_seconds:
-        left = (steps_of[stage.part](cut.planned) - len(now.step_seconds)) * known[stage.part][1]
+        method, steps = recoveries(cut.planned)[stage.part]
+        pace = _pace(entries, method, now)
+        assert pace is not None
+        left = (steps - len(now.step_seconds)) * pace[1]
     else:
         left = max(1.0, this - now.elapsed_seconds)
-    return left + sum(rest) + sum(sum(from_stage("score", 0, cut.planned)) for cut in later)
+    return left + sum(rest) + sum(sum(from_stage("score", 0, later.planned)) for later in state.cuts[1:])

@@ -29,7 +29,7 @@ def forecast_table(config: RunConfig, shape: ModelShape, model: str) -> Table:
     add("original", "", 0, 0)
     for cut in planned_cuts(config.schedule):
         current = current.sliced(cut.channels, cut.layers)
-        counts = [(recovery, recovery.steps_of(cut.planned)) for recovery in config.recovery]
+        counts = [(recovery, recovery.steps_of(cut.planned)) for recovery in config.recoveries(cut.planned)]
         rolled_out = sum(
             n * r.prompts_per_step * r.rollouts_per_prompt for r, n in counts if not isinstance(r, CptConfig)
         )
@@ -39,7 +39,7 @@ def forecast_table(config: RunConfig, shape: ModelShape, model: str) -> Table:
     captions = []
     if rollouts:
         captions.append(f"{rollouts:,} rollouts of at most {config.data.max_response_tokens:,} tokens in all")
-    if any(isinstance(recovery, CptConfig) for recovery in config.recovery):
+    if any(isinstance(recovery, CptConfig) for recovery in config.all_recoveries):
         captions.append("read tokens: at most; a sequence may be shorter")
     table.caption = "; ".join(captions)
     return table

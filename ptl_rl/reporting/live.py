@@ -4,6 +4,7 @@ On a terminal it redraws itself; elsewhere (a log file, ``ray job logs``) it pri
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -23,7 +24,17 @@ VERBS = {
     "evaluate": "evaluating",
     "gate": "gate",
 }
-SHOWN = ("reward", "loss", "validation_accuracy", "response_tokens", "kl", "tokens_per_second", "step_seconds")
+SHOWN = (
+    "reward",
+    "loss",
+    "parent_kl",
+    "distillation_loss",
+    "validation_accuracy",
+    "response_tokens",
+    "kl",
+    "tokens_per_second",
+    "step_seconds",
+)
 
 
 def _time(seconds: float) -> str:
@@ -35,7 +46,7 @@ def _time(seconds: float) -> str:
 class Display:
     """Fed by the driver; knows nothing of processes."""
 
-    def __init__(self, console: Console, title: str, recoveries: list[AnyRecovery]) -> None:
+    def __init__(self, console: Console, title: str, recoveries: Callable[[int], list[AnyRecovery]]) -> None:
         self.console, self.title, self.recoveries = console, title, recoveries
         self.entries: list[Entry] = []
         self.state: State | None = None
@@ -104,7 +115,9 @@ class Display:
         if stage.cycle == 0:
             return "original model: evaluating"
         total = stage.cycle - 1 + len(self.state.cuts) if self.state else stage.cycle
-        extra = f" ({self.recoveries[stage.part].method.upper()})" if stage.name == "recover" else ""
+        extra = ""
+        if stage.name == "recover" and self.state:
+            extra = f" ({self.recoveries(self.state.cuts[0].planned)[stage.part].method.upper()})"
         extra += f", round {stage.round + 1}" if stage.round else ""
         return f"cycle {stage.cycle}/{total}: {VERBS[stage.name]}{extra}"
 
@@ -118,8 +131,8 @@ class Display:
             return (
                 f"{where}: {m['num_hidden_layers']} layers x {m['intermediate_size']} channels ({_time(entry.seconds)})"
             )
-        if entry.stage == "recover" and len(self.recoveries) > 1:
-            where += f" ({self.recoveries[entry.part].method})"
+        if entry.stage == "recover":
+            where += f" ({entry.metrics.get('method', 'grpo')})"
         return f"{where}: done ({_time(entry.seconds)})"
 
     def eta_seconds(self) -> float | None:
@@ -127,8 +140,10 @@ class Display:
         if self.state is None or self.stage is None:
             return None
         self.now.elapsed_seconds = time.monotonic() - self.stage_start
-        steps_of = [recovery.steps_of for recovery in self.recoveries]
-        return remaining_seconds(self.entries, self.state, self.stage, self.now, steps_of)
+        return remaining_seconds(self.entries, self.state, self.stage, self.now, self._steps)
+
+    def _steps(self, planned: int) -> list[tuple[str, int]]:
+        return [(recovery.method, recovery.steps_of(planned)) for recovery in self.recoveries(planned)]
 
     def _render(self) -> Group:
         eta = self.eta_seconds()

@@ -91,3 +91,58 @@ def test_overrides(tmp_path):
 def test_steps_of_each_cut():
     steps = parse_config({**MINIMAL, "recovery": {"steps": [4, 2]}}).recovery[0]
     assert [steps.steps_of(i) for i in range(4)] == [4, 2, 2, 2]
+
+
+def test_recovery_is_one_or_a_list(tmp_path):
+    assert [r.method for r in parse_config(MINIMAL).recovery] == ["grpo"]
+    one = parse_config({**MINIMAL, "recovery": {"method": "cpt", "steps": 4}})
+    assert [(r.method, r.steps) for r in one.recovery] == [("cpt", 4)]
+    two = parse_config({**MINIMAL, "recovery": [{"cpt": {"steps": 4}}, {"grpo": None}, {"distill": {"topk": 8}}]})
+    assert [r.method for r in two.recovery] == ["cpt", "grpo", "distill"]
+    save_config(two, tmp_path / "config.json")
+    assert read_saved_config(tmp_path / "config.json") == two
+    other = parse_config({**MINIMAL, "recovery_of_cycle": {2: [{"cpt": {}}, {"grpo": {}}]}})
+    assert [[r.method for r in other.recoveries(cut)] for cut in (0, 1)] == [["grpo"], ["cpt", "grpo"]]
+    save_config(other, tmp_path / "config.json")
+    assert read_saved_config(tmp_path / "config.json") == other
+
+
+@pytest.mark.parametrize(
+    ("recovery", "parts"),
+    [
+        ([{"cpt": {"stpes": 3}}], ["recovery.0.cpt.stpes", "did you mean 'steps'"]),
+        ([{"grpo": {}}, {"cpt": {"prompts_per_step": 3}}], ["recovery.1.cpt.prompts_per_step", "unknown key"]),
+        ([{"method": "sft"}], ["recovery.0", "'grpo', 'cpt', 'distill'"]),
+        ([], ["recovery", "at least 1"]),
+        ([{"cpt": {"max_tokens": 512, "micro_batch_tokens": 256}}], ["micro_batch_tokens 256", "max_tokens 512"]),
+        ([{"cpt": {"cross_entropy": 0}}], ["parent_kl", "nothing to learn"]),
+        ([{"distill": {"rewards": True}}], ["rollouts_per_prompt"]),
+        ([{"distill": {"teacher_workers_per_node": 3, "teacher_tensor_parallel_size": 2}}], ["multiple", "3", "2"]),
+    ],
+)
+def test_a_wrong_recovery_is_named(recovery, parts):
+    message = refused({"recovery": recovery})
+    for part in parts:
+        assert part in message
+
+
+def test_a_parent_that_teaches_needs_gpus_of_its_own():
+    resources = {"device": "cuda", "workers_per_node": 8}
+    distill = {"distill": {"teacher_workers_per_node": 8}}
+    assert "leaves none of 8" in refused({"recovery": [distill], "resources": resources})
+    shared = {"distill": {"teacher_workers_per_node": 3, "prompts_per_step": 8}}
+    assert "shared equally by 5 workers" in refused({"recovery": [shared], "resources": resources})
+
+
+def test_rollouts_as_calibration_need_a_recovery_that_has_some():
+    message = refused({"recovery": [{"cpt": {}}], "calibration": {"source": "rollouts"}})
+    assert "no recovery is grpo" in message
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("schedule: {channels_per_cycle: [64]}\nrecovery: [{cpt: {steps: 2}}, {grpo: {}}]\n")
+    config = load_config(recipe, ["recovery.0.cpt.steps=7", "recovery.1.grpo.steps=3"])
+    assert [r.steps for r in config.recovery] == [7, 3]
+    with pytest.raises(ConfigError, match="recovery is a list of 2; write its place, from 0"):
+        load_config(recipe, ["recovery.steps=3"])

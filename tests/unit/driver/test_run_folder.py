@@ -42,6 +42,14 @@ def test_commit_replaces_what_a_killed_driver_renamed_but_did_not_journal(tmp_pa
     assert not (run.artefact(stage) / "stale").exists()
 
 
+def test_what_one_cycles_stages_leave_is_told_apart(tmp_path):
+    run = RunFolder(tmp_path)
+    stages = [Stage(1, "recover", round_, part) for round_ in (0, 1) for part in (0, 1)]
+    assert [run.artefact(stage).name for stage in stages] == [
+        "recovered", "recovered-part2", "recovered-1", "recovered-1-part2",
+    ]  # fmt: skip
+
+
 def test_missing_checkpoint_is_never_substituted(tmp_path):
     run = RunFolder(tmp_path)
     fill(tmp_path / "original", "config.json")

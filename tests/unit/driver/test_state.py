@@ -1,14 +1,16 @@
 """The loop as arithmetic: what comes next follows from the journal alone, at every instant."""
 
+import pytest
+
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import ORIGINAL, Stage, data_subsets, fold, next_stage
 from ptl_rl.recipe import parse_config
 
 
-def config(**gate):
+def config(recovery=None, **gate):
     schedule = {"channels_per_cycle": 128, "channels_total": 256, "alignment": 32}
-    return parse_config({"schedule": schedule, "gate": gate})
+    return parse_config({"schedule": schedule, "gate": gate, **(recovery or {})})
 
 
 def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list[Entry]:
@@ -38,6 +40,7 @@ def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list
                 cycle=stage.cycle,
                 stage=stage.name,
                 round=stage.round,
+                part=stage.part,
                 artefact=f"cycles/{stage.label}",
                 metrics=metrics,
             )
@@ -59,12 +62,26 @@ def test_straight_run():
     assert state.source == "cycles/002-recover"
 
 
-def test_every_prefix_continues_with_the_next_entry():
+def test_several_recoveries_follow_one_another():
+    schedule = {"channels_per_cycle": 128, "channels_total": 256, "alignment": 32}
+    recovery = {"recovery": [{"cpt": {}}, {"grpo": {}}], "recovery_of_cycle": {2: {"cpt": {}}}}
+    run_config = parse_config({"schedule": schedule, **recovery})
+    entries = simulate(run_config, [0.5, 0.79, 0.79])
+    recoveries = [(e.cycle, e.round, e.part) for e in entries if e.stage == "recover"]
+    assert recoveries == [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (2, 0, 0)]
+    after_cpt = fold(run_config, entries[: [e.stage for e in entries].index("recover") + 1])
+    assert after_cpt.recovered == "cycles/001-recover"  # what the second of them starts from
+    assert next_stage(after_cpt).label == "001-recover-part2"
+
+
+@pytest.mark.parametrize("recovery", [{}, {"recovery": [{"cpt": {}}, {"grpo": {}}]}])
+def test_every_prefix_continues_with_the_next_entry(recovery):
     """Killed after any journal line, the run goes on exactly where it would have."""
-    run_config = config(max_extensions=1, max_retries=1)
+    run_config = config(recovery, max_extensions=1, max_retries=1)
     entries = simulate(run_config, [0.5, 0.5, 0.79, 0.79, 0.6, 0.79])
     for length, entry in enumerate(entries):
-        assert next_stage(fold(run_config, entries[:length])) == Stage(entry.cycle, entry.stage, entry.round)
+        stage = Stage(entry.cycle, entry.stage, entry.round, entry.part)
+        assert next_stage(fold(run_config, entries[:length])) == stage
     assert next_stage(fold(run_config, entries)) is None
 
 

@@ -228,7 +228,7 @@ def test_sequences_in_which_nothing_counts_are_refused(sensitivity, make_checkpo
 
 def test_rows_that_fill_a_batch_up_attend_to_something_and_count_nothing():
     few = sequences()[:3]
-    batch = list(batches_for_rank(few, 2, 1, 2, 0, PROMPT_WEIGHT))[0]  # of three sequences, rank 1 of 2 gets one
+    batch = next(batches_for_rank(few, 2, 1, 2, 0, PROMPT_WEIGHT))  # of three sequences, rank 1 of 2 gets one
     assert batch.is_sequence_B.tolist() == [True, False]
     assert batch.mask_BT[1].sum() == 1
     assert not batch.weight_BT[1].any() and not batch.writes_BT[1].any()

@@ -75,11 +75,11 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
             "resources": {"workers_per_node": workers},
         }
     )  # fmt: skip
-    names = ("source", "out", "work", "progress", "result")
+    names = ("source", "original", "out", "work", "progress", "result")
     spec = StageSpec(
         name="recover", cycle=1, round=0, device="cpu", ray_address="", stage_id="x", subset=0, subsets=1,
         remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
-        **{name: model if name == "source" else folder / name for name in names},
+        **{name: model if name in ("source", "original") else folder / name for name in names},
     )  # fmt: skip
     return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
 
@@ -164,6 +164,47 @@ def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text)
+
+
+def _with_parent(_rank: int, _ranks: int, folder: str, model: str, parent: str, sequences: str) -> None:
+    """The loss and its gradient, by verl's engine and by the definition."""
+    from transformers import AutoModelForCausalLM
+
+    from ptl_rl.recovery.parent import ParentLoss, ask_for_logits
+
+    verl = sft_config(Path(folder), Path(model), Path(sequences), 1, micro_batch_tokens=4096)
+    engine, file = _engine(verl), SequenceFile(sequences)
+    loss_function = ParentLoss(Path(parent), 0.7, 0.4, "sdpa", "float32")
+    batch = _batch(file, range(3), verl)
+    ask_for_logits(batch)
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        found = engine.forward_backward_batch(batch, loss_function, forward_only=False)
+        gradients = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
+    policy, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, parent))
+    total, tokens = torch.zeros(()), 0
+    for i in range(3):
+        ids_T, mask_T = file[i]["input_ids"], file[i]["loss_mask"][1:]
+        log_q_TV = policy(input_ids=ids_T[None]).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad():
+            log_p_TV = teacher(input_ids=ids_T[None]).logits[0, :-1].log_softmax(-1)
+        own_T = -log_q_TV.gather(1, ids_T[1:, None])[:, 0]
+        apart_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
+        total = total + ((0.4 * own_T + 0.7 * apart_T) * mask_T).sum()
+        tokens += int(mask_T.sum())
+    (total / tokens).backward()
+    expected = {name: p.grad for name, p in policy.named_parameters()}
+    assert sum(found["loss"]) == pytest.approx(float(total / tokens), rel=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            gradients[name], value, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: name + text
+        )
+
+
+def test_the_parents_divergence_joins_the_loss(tokenizer, make_checkpoint, tmp_path):
+    write([PROBLEM, LONGER, TEXT], tokenizer, tmp_path, response_only=True)
+    model, parent = make_checkpoint("qwen2"), make_checkpoint("qwen2", seed=1, intermediate_size=64)
+    run_ranks(_with_parent, 1, str(tmp_path), str(model), str(parent), str(tmp_path / "s.arrow"))
 
 
 def _log_probs(_rank: int, _ranks: int, folder: str, model: str, sequences: str) -> None:

@@ -21,6 +21,7 @@ def spec(device: str, folder: Path) -> StageSpec:
         ray_address="127.0.0.1:1",
         stage_id="x",
         source=folder / "sliced",
+        original=folder / "original",
         out=folder / "out",
         work=folder / "work",
         progress=folder / "progress.jsonl",
@@ -79,3 +80,24 @@ def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):
     config = load_config(RECIPES[0], ["verl.algorithm.filter_groups.enable=true"])
     filtered = compose(render(config, spec("cpu", tmp_path)))
     assert filtered.trainer.v1.sampler.custom_sampler.name is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_unpruned_parent_teaches(device, tmp_path):
+    recipe = next(path for path in RECIPES if ("h200" in path.stem) == (device == "cuda"))
+    config = load_config(recipe, ["recovery={distill: {teacher_workers_per_node: 2, prompts_per_step: 96, topk: 16}}"])
+    if device == "cpu":
+        config = load_config(recipe, ["recovery={distill: {topk: 16}}"])
+    verl = compose(render(config, spec(device, tmp_path)))
+    teacher = verl.distillation.teacher_models.teacher_model
+    assert verl.distillation.enabled and teacher.model_path == str(tmp_path / "original")
+    assert verl.distillation.n_gpus_per_node == (2 if device == "cuda" else 1)
+    assert verl.trainer.n_gpus_per_node == (6 if device == "cuda" else 1)
+    loss = verl.distillation.distillation_loss
+    assert (loss.loss_mode, loss.topk, loss.use_task_rewards, loss.use_policy_gradient) == (
+        "forward_kl_topk", 16, False, False,
+    )  # fmt: skip
+    assert verl.actor_rollout_ref.rollout.n == 1
+    from verl.utils.config import omega_conf_to_dataclass
+
+    omega_conf_to_dataclass(verl.distillation)  # verl's own checks of the parent's share of the GPUs

@@ -28,7 +28,9 @@ START_UP, PER_STEP, REST = 40, 10, 7 + 6 + 9
 
 def remaining(entries, cuts, stage, elapsed=0.0, steps=()) -> float | None:
     state = State(cuts=list(cuts), alignment=16, cycle=stage.cycle)
-    return remaining_seconds(entries, state, stage, StageProgress(elapsed, list(steps)), [STEPS.__getitem__])
+    return remaining_seconds(
+        entries, state, stage, StageProgress(elapsed, list(steps)), lambda planned: [("grpo", STEPS[planned])]
+    )
 
 
 def test_later_cycles_count_their_own_steps():
@@ -57,3 +59,17 @@ def test_a_stage_that_takes_longer_than_before_has_at_least_a_second_left():
 def test_nothing_is_said_before_anything_is_known():
     assert remaining([], CUTS, Stage(0, "evaluate")) is None
     assert remaining(EARLIER[:1], CUTS, Stage(1, "score")) is None
+
+
+def test_each_way_of_recovery_has_its_own_pace():
+    cpt = entry(1, "recover", 25, method="cpt", curve=[{"step": n, "step_seconds": 2} for n in (1, 2)])
+    entries, cuts = [*EARLIER[:3], cpt, *EARLIER[3:]], CUTS[1:2]
+    state = State(cuts=cuts, alignment=16, cycle=2)
+
+    def seconds(stage, now, grpo_steps=5):
+        return remaining_seconds(entries, state, stage, now, lambda planned: [("cpt", 10), ("grpo", grpo_steps)])
+
+    whole = 7 + 6 + (21 + 10 * 2) + (START_UP + 5 * PER_STEP) + 9
+    assert seconds(Stage(2, "score"), StageProgress()) == whole
+    assert seconds(Stage(2, "recover"), StageProgress(30, [4, 4])) == 8 * 4 + START_UP + 5 * PER_STEP + 9
+    assert seconds(Stage(2, "recover", part=1), StageProgress(60, [20])) == 4 * 20 + 9
