@@ -7,7 +7,7 @@ demo model's greedy accuracy, over seeds. Both print one markdown table.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -164,7 +164,9 @@ def table(head: list[str], rows: Iterator[tuple[str, list[str]]]) -> None:
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
-def sequences_of(tokenizer, records: list[Record], tokens: int, max_tokens: int, plain: bool = True) -> list[Sequence]:
+def sequences_of(
+    tokenizer, records: Iterable[Record], tokens: int, max_tokens: int, plain: bool = True
+) -> list[Sequence]:
     """The first records that make up ``tokens`` tokens; ``plain``: question, line break, solution, no chat template."""
     found: list[Sequence] = []
     total = 0
@@ -183,8 +185,8 @@ def sequences_of(tokenizer, records: list[Record], tokens: int, max_tokens: int,
 
 def split(path: str, text: str | None, tokenizer, tokens: int, held_out: int, max_tokens: int):
     """Calibration and held-out sequences of one file, from different rows."""
-    source = SourceConfig(path=path, fields=FieldMap(text=text))
-    records = load_corpus(source, seed=0, max_bad_fraction=0.01).records
+    source = SourceConfig(path=path, fields=FieldMap(text=text) if text else None)
+    records = load_corpus(source, seed=0, max_bad_fraction=0.01)
     evaluated = sequences_of(tokenizer, records, held_out, max_tokens)
     return sequences_of(tokenizer, records[len(evaluated) :], tokens, max_tokens), evaluated
 
@@ -274,7 +276,7 @@ def demo(
     of_general = split(general, "text", tokenizer, 10**9, 0, 128)[0] if general else []
     benches = []
     for seed in range(seeds):
-        records = load_corpus(SourceConfig(path="testbed:rl", rows=sequences), seed).records
+        records = load_corpus(SourceConfig(path="testbed:rl", rows=sequences), seed)
         encoded = encode_sequences(tokenizer, [r.question for r in records], [r.solution for r in records], 160)
         benches.append(
             Bench(

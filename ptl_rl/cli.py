@@ -1,4 +1,4 @@
-"""The command line: ``ptl run``, ``ptl resume``, ``ptl plan``, ``ptl report``, ``ptl score``, ``ptl slice``.
+"""The command line: ``ptl run``, ``resume``, ``plan``, ``data``, ``report``, ``score``, ``slice``.
 
 Heavy modules are imported inside the commands, so that ``--help`` and ``plan`` answer at once.
 """
@@ -95,6 +95,8 @@ def run(
     settings: Settings = None,
 ) -> None:
     """Check a recipe, then prune, recover, evaluate and repeat until its target."""
+    from rich.console import Console
+
     from ptl_rl.config import ConfigError
     from ptl_rl.recipe import load_config
 
@@ -103,8 +105,11 @@ def run(
         run_dir = run_dir or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         from ptl_rl.driver.loop import start_run
         from ptl_rl.driver.preflight import check
+        from ptl_rl.reporting.data_table import reading_bars
 
-        for note in check(config, run_dir.resolve()).notes:
+        with reading_bars(Console(stderr=True)) as progress:
+            notes = check(config, run_dir.resolve(), progress).notes
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         start_run(config, run_dir)
     except ConfigError as error:
@@ -137,6 +142,39 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
     except ConfigError as error:
         _refuse(error)
     Console(width=None if sys.stdout.isatty() else 120).print(forecast_table(config, shape, str(model)))
+
+
+@app.command()
+def data(
+    recipe: Recipe,
+    settings: Settings = None,
+    samples: Annotated[int, typer.Option(min=0, help="Records of each set to show.")] = 3,
+    count_tokens: Annotated[
+        bool, typer.Option("--count-tokens", help="Read every record, do not estimate from 2000.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what a recipe reads: rows, what is left out and why, subsets, tokens, samples."""
+    import json
+
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import load_config
+    from ptl_rl.reporting.data_table import reading_bars, show
+
+    try:
+        config = load_config(recipe, settings)
+        from ptl_rl.driver.data_report import data_report
+
+        with reading_bars(Console(stderr=True)) as progress:
+            found = data_report(config, samples=samples, exact_tokens=count_tokens, progress=progress)
+    except ConfigError as error:
+        _refuse(error)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, Console(width=None if sys.stdout.isatty() else 160))
 
 
 @app.command()
@@ -174,7 +212,9 @@ Model = Annotated[Path, typer.Argument(help="Hugging Face folder with safetensor
 @app.command()
 def score(
     model: Model,
-    data: Annotated[str, typer.Option(help="Reasoning data: a .jsonl or .parquet file, testbed:SPLIT or hub:NAME.")],
+    data: Annotated[
+        str, typer.Option(help="Reasoning data: a .jsonl, .parquet or .arrow file, testbed:SPLIT or hub:NAME.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for scores, plan and compensated weights.")],
     remove_channels: Annotated[str, typer.Option(help="Channels that each block loses: a number, or e.g. 25%.")] = "0",
     remove_layers: Annotated[int, typer.Option(help="Blocks that go.")] = 0,

@@ -1,6 +1,7 @@
 """Shared fixtures: small checkpoints of every family, and recipes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory) -> Iterator[Path]:
+    """Prepared data goes to a folder of the tests, also in the processes that they start."""
+    folder = tmp_path_factory.mktemp("data-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTL_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

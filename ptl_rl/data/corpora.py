@@ -1,182 +1,188 @@
-"""Load problems from the test bed, local files or the hub into one record schema, and say which rows are bad."""
+"""What a run reads: records of one or several sources in a seeded order.
 
-import hashlib
+A corpus behaves as a list of records and holds none of them: it looks them up one at a time in memory-mapped tables.
+Its slices and subsets are corpora over the same tables.
+"""
+
+import array
+import bisect
 import itertools
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
-from ptl_rl.config import FieldMap, SourceConfig
+from ptl_rl.config import SourceConfig
+from ptl_rl.data.records import DataError, Progress, Record, RowError, no_progress
+from ptl_rl.data.sources import TESTBED
+from ptl_rl.data.store import Store, open_store
 
-TESTBED, HUB = "testbed:", "hub:"
+if TYPE_CHECKING:
+    import numpy
 
-
-class DataError(ValueError):
-    """Data that a run cannot use; the message names file, line and remedy."""
+__all__ = ["Corpus", "DataError", "Dropped", "Record", "RowError", "SourceUse", "load_corpus"]
 
 
 @dataclass(frozen=True)
-class Record:
-    """One problem: ``solution`` is the chain of thought, ``answer`` what the boxed result must equal.
+class Dropped:
+    """Rows that are left out for one reason, and where some of them stand."""
 
-    Plain text stands in ``solution``, and the others are empty.
-    """
-
-    question: str
-    solution: str
-    answer: str
-    source: str
-    id: str
-
-    def reward_sample(self) -> dict[str, Any]:
-        """Arguments of a reward function for the reference solution as the response."""
-        return {
-            "data_source": self.source,
-            "solution_str": self.solution,
-            "ground_truth": self.answer,
-            "extra_info": {"index": 0, "id": self.id},
-        }
+    count: int
+    examples: tuple[str, ...] = ()
 
 
-@dataclass
-class Corpus:
-    """Records of one source and the rows that were dropped, each with file, line and reason."""
+@dataclass(frozen=True)
+class SourceUse:
+    """What became of the rows of one source: ``read`` is ``kept`` and all that is ``dropped``."""
 
-    records: list[Record]
-    bad_rows: list[str] = field(default_factory=list)
-
-
-def _record(row: Any, fields: FieldMap, source: str, where: str) -> Record:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is a JSON object, this is {type(row).__name__}")
-    values = {"question": "", "solution": "", "answer": ""}
-    columns = {"solution": fields.text} if fields.text else fields.model_dump(exclude={"text"})
-    for part, column in columns.items():
-        value = row.get(column)
-        if value is None:
-            raise DataError(
-                f"{where}: no column {column!r} for the {'text' if fields.text else part}; the row has "
-                f"{', '.join(map(str, row)) or 'none'} (set the fields of this source)"
-            )
-        values[part] = str(value).strip()
-        if not values[part]:
-            raise DataError(f"{where}: column {column!r} ({part}) is empty")
-    content = values["question"] or values["solution"]
-    identity = str(row.get("id") or hashlib.sha256(content.encode()).hexdigest()[:16])
-    return Record(**values, source=source, id=identity)
+    path: str
+    read: int
+    kept: int
+    used: int
+    """Those within the source's ``rows``."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """By reason: bad, unanswered, duplicate, contaminated."""
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield where, DataError(f"{where}: not valid JSON: {error}")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from None
-
-
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
-        raise DataError(
-            f"hub data set {name!r} (split {split!r}) cannot be loaded: {error}. Offline? Set path to a local .jsonl "
-            "or .parquet file with the same rows."
-        ) from None
-    for number, row in enumerate(dataset, 1):
-        yield f"{name}[{split}] row {number}", row
-
-
-def _rows(source: SourceConfig) -> Iterator[tuple[str, Any]]:
-    if source.path.startswith(HUB):
-        return _hub_rows(source.path.removeprefix(HUB), source.split)
-    path = Path(source.path)
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _jsonl_rows,
-        ".parquet": _parquet_rows,
-    }
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of data; use a .jsonl or .parquet file, 'testbed:SPLIT' or 'hub:NAME'")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return reader(path)
-
-
-def _testbed(source: SourceConfig, seed: int) -> Corpus:
-    from ptl_rl.testbed.word_problems import SPLITS, problems
-
-    split = source.path.removeprefix(TESTBED)
-    if split not in SPLITS:
-        raise DataError(f"{source.path}: no such split of the test bed; there are {', '.join(SPLITS)}")
-    if source.rows is None:
-        raise DataError(f"{source.path}: the test bed is endless; set rows")
-    # Evaluation problems do not depend on the run's seed, so that seeds can be compared.
-    stream = problems(split, seed if split in ("rl", "pretrain") else 0)
-    rows = itertools.islice(stream, source.rows)
-    return Corpus([Record(p.question, p.solution, p.answer, "ptl_rl/word_problems", p.id) for p in rows])
-
-
-def _read_rows(rows: Iterable[tuple[str, Any]], source: SourceConfig, max_bad_fraction: float) -> Corpus:
-    corpus, total = Corpus([]), 0
-    name = source.path.removeprefix(HUB) if source.path.startswith(HUB) else Path(source.path).stem
-    for where, row in rows:
-        total += 1
-        try:
-            if isinstance(row, DataError):
-                raise row
-            corpus.records.append(_record(row, source.fields, name, where))
-        except DataError as error:
-            corpus.bad_rows.append(str(error))
-    if total == 0:
-        raise DataError(f"{source.path}: no rows")
-    if len(corpus.bad_rows) > max_bad_fraction * total:
-        more = f" (and {len(corpus.bad_rows) - 1} more)" if len(corpus.bad_rows) > 1 else ""
-        raise DataError(
-            f"{corpus.bad_rows[0]}{more}; {len(corpus.bad_rows)} of {total} rows are bad, max_bad_fraction "
-            f"allows {max_bad_fraction:g}"
-        )
-    return corpus
-
-
-def load_corpus(source: SourceConfig, seed: int, max_bad_fraction: float = 0.0) -> Corpus:
-    """Read a source, shuffle it with ``seed`` and keep its first ``source.rows`` records.
+class Corpus(Sequence[Record]):
+    """Records by place.
 
     Args:
-        max_bad_fraction: share of rows that may be malformed; they are dropped and listed in ``bad_rows``.
+        rows: for every record its place in ``stores``, counted through all of them.
+        sources: what became of the rows of each store.
+    """
+
+    def __init__(self, stores: list[Store], rows: "numpy.ndarray", sources: list[SourceUse]) -> None:
+        self._stores, self._rows, self.sources = stores, rows, sources
+        self._starts = list(itertools.accumulate(map(len, stores), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Corpus": ...
+    def __getitem__(self, place: int | slice) -> "Record | Corpus":
+        if isinstance(place, slice):
+            return self.select(self._rows[place])
+        return self._record(int(self._rows[place]))
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self._rows), 1024):
+            yield from map(self._record, self._rows[start : start + 1024].tolist())
+
+    def _record(self, row: int) -> Record:
+        store = bisect.bisect_right(self._starts, row) - 1
+        return self._stores[store].record(row - self._starts[store])
+
+    def select(self, rows: "numpy.ndarray") -> "Corpus":
+        return Corpus(self._stores, rows, self.sources)
+
+    def at(self, places: "numpy.ndarray") -> "Corpus":
+        """The records at ``places``, in that order."""
+        return self.select(self._rows[places])
+
+    def question_keys(self) -> "numpy.ndarray":
+        """Equal for records that share their question."""
+        import numpy
+
+        keys = [store.numbers("question_key") for store in self._stores]
+        return numpy.concatenate(keys)[self._rows] if keys else numpy.empty(0, numpy.uint64)
+
+    @property
+    def dropped(self) -> dict[str, Dropped]:
+        """Of all sources, by reason."""
+        found: dict[str, Dropped] = {}
+        for source in self.sources:
+            for reason, dropped in source.dropped.items():
+                before = found.get(reason, Dropped(0))
+                found[reason] = Dropped(before.count + dropped.count, before.examples + dropped.examples)
+        return found
+
+
+def check_bad_rows(store: Store, max_bad_fraction: float) -> None:
+    """Raise :class:`DataError` for a source without rows, or with too many malformed ones."""
+    if store.read == 0:
+        raise DataError(f"{store.path}: no rows")
+    if store.bad > max_bad_fraction * store.read:
+        more = f" (and {store.bad - 1} more)" if store.bad > 1 else ""
+        raise DataError(
+            f"{store.bad_examples[0]}{more}; {store.bad} of {store.read} rows are bad, max_bad_fraction "
+            f"allows {max_bad_fraction:g}"
+        )
+
+
+def chosen_rows(source: SourceConfig, kept: "numpy.ndarray", seed: int) -> "numpy.ndarray":
+    """The rows of a source that are used, in their order: those of a file are shuffled, then the first ones taken."""
+    import numpy
+
+    if source.path.startswith(TESTBED):
+        return kept
+    order = shuffled(len(kept), seed)
+    if source.rows is not None:
+        if source.rows > len(kept):
+            raise DataError(f"{source.path}: rows is {source.rows}, but there are only {len(kept)}")
+        order = order[: source.rows]
+    return numpy.asarray(kept)[order]
+
+
+def shuffled(count: int, seed: int) -> "numpy.ndarray":
+    """``range(count)`` in the order in which ``random.Random(seed).shuffle`` leaves a list of ``count``."""
+    import numpy
+
+    order = array.array("q", range(count))
+    random.Random(seed).shuffle(order)
+    return numpy.frombuffer(order, dtype=numpy.int64) if count else numpy.empty(0, numpy.int64)
+
+
+def load_corpus(
+    source: SourceConfig,
+    seed: int,
+    max_bad_fraction: float = 0.0,
+    *,
+    answers: bool = False,
+    progress: Progress = no_progress,
+) -> Corpus:
+    """Read one source, shuffle it with ``seed`` and keep its first ``source.rows`` records; nothing is compared.
+
+    Args:
+        max_bad_fraction: share of rows that may be malformed; they are dropped and counted.
+        answers: drop records without an answer.
 
     Raises:
         DataError: missing or unreadable file, unknown kind, or too many malformed rows; names file and line.
     """
-    if source.path.startswith(TESTBED):
-        return _testbed(source, seed)
-    corpus = _read_rows(_rows(source), source, max_bad_fraction)
-    random.Random(seed).shuffle(corpus.records)
-    if source.rows is not None:
-        if source.rows > len(corpus.records):
-            raise DataError(f"{source.path}: rows is {source.rows}, but there are only {len(corpus.records)}")
-        corpus.records = corpus.records[: source.rows]
-    return corpus
+    import numpy
+
+    store = open_store(source, seed, progress)
+    check_bad_rows(store, max_bad_fraction)
+    kept = numpy.arange(len(store))
+    dropped = bad_rows(store)
+    if answers:
+        kept = with_answer(store, kept, dropped)
+    rows = chosen_rows(source, kept, seed)
+    return Corpus([store], rows, [SourceUse(source.path, store.read, len(kept), len(rows), dropped)])
+
+
+def bad_rows(store: Store) -> dict[str, Dropped]:
+    return {"bad": Dropped(store.bad, store.bad_examples)} if store.bad else {}
+
+
+def with_answer(store: Store, kept: "numpy.ndarray", dropped: dict[str, Dropped]) -> "numpy.ndarray":
+    """Those of the rows ``kept`` that have an answer; notes in ``dropped`` how many have none.
+
+    Raises:
+        DataError: none has.
+    """
+    answered = store.has_answer()[kept]
+    if answered.all():
+        return kept
+    if not answered.any():
+        raise DataError(
+            f"{store.path}: no row has an answer, which rewards and evaluation compare with; use it as data.corpus, or "
+            "set fields.answer"
+        )
+    places = [store.place(int(row)) for row in kept[~answered][:3]]
+    dropped["unanswered"] = Dropped(int((~answered).sum()), tuple(f"{place}: no answer" for place in places))
+    return kept[answered]

@@ -2,11 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ptl_rl.data.corpora import DataError, Record
+from ptl_rl.data.records import DataError, Record
 
 FILE = "rollouts.jsonl"
 
@@ -21,7 +21,11 @@ class Rollout:
 
 
 def keep_latest(
-    dump: Path, records: list[Record], prompt_of: Callable[[Record], str], is_whole: Callable[[str], bool], rows: int
+    dump: Path,
+    records: Sequence[Record],
+    prompt_of: Callable[[Record], str],
+    is_whole: Callable[[str], bool],
+    rows: int,
 ) -> list[Rollout]:
     """The latest ``rows`` whole responses that earned something, from the files that verl wrote into ``dump``.
 

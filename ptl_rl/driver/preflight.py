@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
-from ptl_rl.data.corpora import Corpus, DataError, load_corpus
-from ptl_rl.data.partition import partition
+from ptl_rl.data.corpora import load_corpus
+from ptl_rl.data.prepare import RunData, run_data
+from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
@@ -79,49 +80,46 @@ def _check_weights(model: Path) -> None:
         raise UnsupportedModelError(f"{model}: no safetensors weights (model.safetensors or its index)")
 
 
-def _load(config: RunConfig, name: str) -> Corpus:
-    try:
-        return load_corpus(getattr(config.data, name), config.seed, config.data.max_bad_fraction)
-    except DataError as error:
-        raise ConfigError(f"data.{name}: {error}") from None
-
-
-def check_data(config: RunConfig) -> list[str]:
-    """Read every row that the run will use; returns notes on dropped rows."""
-    corpora = {name: _load(config, name) for name in ("train", "validation", "test")}
-    try:
-        parts = partition(corpora["train"].records, data_subsets(config))
-    except DataError as error:
-        raise ConfigError(f"data.train: {error}") from None
+def too_few(config: RunConfig, data: RunData) -> str | None:
+    """Why the subsets of the training data do not do for a step of RL, if they do not."""
+    if "train" not in data.subsets:
+        return None
+    parts = data.subsets["train"]
     smallest = min(map(len, parts))
     wanted = max((r.prompts_per_step for r in config.all_recoveries if isinstance(r, GrpoConfig)), default=1)
-    if smallest < wanted:
-        raise ConfigError(
-            f"data.train: {len(corpora['train'].records)} rows in {len(parts)} subsets leave {smallest} in a subset, "
-            f"but recovery.prompts_per_step is {wanted}; give more rows or fewer prompts"
-        )
-    trained = {" ".join(r.question.split()).casefold() for r in corpora["train"].records}
-    shared = sum(" ".join(r.question.split()).casefold() in trained for r in corpora["test"].records)
-    notes = [f"data.{name}: dropped {row}" for name, corpus in corpora.items() for row in corpus.bad_rows]
-    if shared:
-        notes.append(f"data.test: {shared} of its questions also stand in data.train")
-    return notes
+    if smallest >= wanted:
+        return None
+    return (
+        f"data.train: {len(data.sets['train'])} rows in {len(parts)} subsets leave {smallest} in a subset, "
+        f"but recovery.prompts_per_step is {wanted}; give more rows or fewer prompts"
+    )
 
 
-def check_reward(config: RunConfig) -> None:
+def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
+    """Read every row that the run will use."""
+    try:
+        data = run_data(config, data_subsets(config), progress)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    if problem := too_few(config, data):
+        raise ConfigError(problem)
+    return data
+
+
+def check_reward(config: RunConfig, data: RunData) -> None:
     """Load a user's reward function and call it once on a sample of the training data."""
-    if config.reward.path is None:
+    if config.reward.path is None or "train" not in data.sets:
         return
     from reward.check import RewardError, check_reward_function
 
-    sample = _load(config, "train").records[0].reward_sample()
+    sample = data.sets["train"][0].reward_sample()
     try:
         check_reward_function(config.reward.path, config.reward.name, sample)
     except RewardError as error:
         raise ConfigError(f"reward: {error}") from None
 
 
-def check_criterion(config: RunConfig, shape: ModelShape) -> None:
+def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = no_progress) -> None:
     """Load a user's criterion and the general text, and hold block ids against the model."""
     criterion = config.criterion
     beyond = [layer for layer in criterion.layer_ids if layer >= shape.num_hidden_layers]
@@ -132,7 +130,7 @@ def check_criterion(config: RunConfig, shape: ModelShape) -> None:
         )
     if criterion.contrast is not None:
         try:
-            load_corpus(criterion.contrast.data, config.seed, config.data.max_bad_fraction)
+            load_corpus(criterion.contrast.data, config.seed, config.data.max_bad_fraction, progress=progress)
         except DataError as error:
             raise ConfigError(f"criterion.contrast.data: {error}") from None
     if criterion.path is not None:
@@ -163,11 +161,11 @@ def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
         )
 
 
-def check(config: RunConfig, run_dir: Path) -> Checked:
+def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
     """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
     model, shape = check_model(config)
     check_disk(config, shape, run_dir)
-    notes = check_data(config)
-    check_reward(config)
-    check_criterion(config, shape)
-    return Checked(model, shape, notes)
+    data = check_data(config, progress)
+    check_reward(config, data)
+    check_criterion(config, shape, progress)
+    return Checked(model, shape, data.notes())

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ptl_rl.config import RunConfig
-from ptl_rl.data.corpora import load_corpus
+from ptl_rl.data.prepare import evaluation_data
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
 
@@ -132,7 +132,7 @@ def evaluate(context: StageContext) -> dict:
 
     config, spec = context.config, context.spec
     context.connect_ray()
-    records = load_corpus(config.data.test, config.seed, config.data.max_bad_fraction).records
+    records = list(evaluation_data(config, "test"))
     max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
     prompts = _prompt_ids(config, spec.source, [record.question for record in records])
     answers, seconds = _generate(context, prompts, max_tokens)

@@ -90,7 +90,7 @@ def score_folder(
         possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
         if cut.channels and not possible:
             raise ConfigError(f"--remove-channels {remove_channels}: {notes[0]}")
-        records = load_corpus(config.data, config.seed, config.max_bad_fraction).records
+        records = load_corpus(config.data, config.seed, config.max_bad_fraction)
         texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
         general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
         policy, sequences, general_sequences = _policy(model_folder, config, texts, general)

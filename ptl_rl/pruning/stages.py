@@ -1,9 +1,12 @@
 """The stages ``score`` and ``slice``: start the pruning workers, have them work, write the plan."""
 
+from collections.abc import Sequence
+
 from safetensors.torch import load_file
 
-from ptl_rl.data.corpora import Record, load_corpus
+from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.choice import Scores, make_plan
 from ptl_rl.pruning.engine import Losses
@@ -16,11 +19,9 @@ class ExportError(RuntimeError):
     """The written checkpoint does not compute what the masked model computes."""
 
 
-def subset_records(context: StageContext) -> list[Record]:
-    """The records of this cycle's own subset of the training data."""
-    config, spec = context.config, context.spec
-    corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
-    return partition(corpus.records, spec.subsets)[spec.subset]
+def subset_records(context: StageContext) -> Sequence[Record]:
+    """The records of this cycle's own subset of what is scored on."""
+    return partition(worked_solutions(context.config), context.spec.subsets)[context.spec.subset]
 
 
 def _worker_group(context: StageContext):

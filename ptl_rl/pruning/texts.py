@@ -1,6 +1,7 @@
 """Which texts a cycle is scored on: worked solutions of its own subset, the policy's rollouts, general text."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ptl_rl.config import CriterionConfig, RunConfig
@@ -21,13 +22,13 @@ class Texts:
     """How many of them are the policy's own."""
 
 
-def texts_of(records: list[Record], suffix: str) -> Texts:
+def texts_of(records: Sequence[Record], suffix: str) -> Texts:
     """Worked solutions, or plain text, each counting 1; ``suffix`` follows the questions."""
     questions = [record.question + suffix if record.question else "" for record in records]
     return Texts(questions, [record.solution for record in records], [1.0] * len(records))
 
 
-def calibration_texts(config: RunConfig, spec: StageSpec, records: list[Record]) -> Texts:
+def calibration_texts(config: RunConfig, spec: StageSpec, records: Sequence[Record]) -> Texts:
     """The sequences that a cycle is scored on, at most ``calibration.sequences``.
 
     With ``calibration.source`` rollouts or both, the latest responses that earned a reward, weighted by it; worked
@@ -54,4 +55,4 @@ def general_texts(criterion: CriterionConfig, seed: int, max_bad_fraction: float
     if criterion.contrast is None:
         return Texts()
     count = REFERENCE_LINES if criterion.is_ptl_reference else criterion.contrast.sequences
-    return texts_of(load_corpus(criterion.contrast.data, seed, max_bad_fraction).records[:count], "")
+    return texts_of(load_corpus(criterion.contrast.data, seed, max_bad_fraction)[:count], "")

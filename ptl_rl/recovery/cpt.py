@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError, CptConfig
-from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
@@ -66,8 +66,7 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
     if not recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
-    corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
-    records = partition(corpus.records, spec.subsets)[spec.subset]
+    records = partition(worked_solutions(config), spec.subsets)[spec.subset]
     tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
     path = spec.work / "sequences.arrow"
     counts = write_sequences(

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ptl_rl.data import rollouts
-from ptl_rl.data.corpora import Record, load_corpus
+from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.data.prepare import evaluation_data, training_data
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
@@ -26,7 +28,7 @@ METRICS = {
 """Our names of what verl logs at every step."""
 
 
-def write_prompts(records: list[Record], suffix: str, path: Path) -> None:
+def write_prompts(records: Sequence[Record], suffix: str, path: Path) -> None:
     """A parquet file in verl's prompt schema."""
     import pyarrow
     import pyarrow.parquet
@@ -52,11 +54,10 @@ def _select(data: dict[str, Any]) -> dict[str, float]:
     return chosen
 
 
-def _prepare(context: StageContext) -> tuple[list[Record], Path]:
+def _prepare(context: StageContext) -> tuple[Sequence[Record], Path]:
     config, spec = context.config, context.spec
-    corpus = load_corpus(config.data.train, config.seed, config.data.max_bad_fraction)
-    records = partition(corpus.records, spec.subsets)[spec.subset]
-    validation = load_corpus(config.data.validation, config.seed, config.data.max_bad_fraction).records
+    records = partition(training_data(config), spec.subsets)[spec.subset]
+    validation = evaluation_data(config, "validation")
     if not context.recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def _final_checkpoint(context: StageContext) -> Path:
     return folder
 
 
-def _keep_rollouts(context: StageContext, records: list[Record]) -> None:
+def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     """Leave the policy's latest rewarded responses beside its checkpoint, for the next cycle's scoring."""
     from transformers import AutoTokenizer
 

@@ -1,0 +1,134 @@
+"""How the rows of a corpus become records: by a field map, or, for corpora that everybody uses, by their name.
+
+A known corpus's answer is taken out of its worked solution where it has no column of its own; a row without one keeps
+an empty answer, and only those who need answers drop it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ptl_rl.config import FieldMap, SourceConfig
+from ptl_rl.data.records import DataError, RowError
+
+HUB = "hub:"
+
+
+class Parts(NamedTuple):
+    """A record's content."""
+
+    question: str
+    solution: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a row has and what they mean."""
+
+    name: str
+    """Changes whenever :attr:`parts` does: prepared copies of the rows are kept under it."""
+    columns: tuple[str, ...]
+    parts: Callable[[dict[str, Any]], Parts]
+    """Raises :class:`RowError` for a row that lacks something."""
+    config: str | None = None
+    split: str = "train"
+    data_dir: str | None = None
+
+
+def _text(row: dict[str, Any], column: str, part: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise RowError(
+            f"no column {column!r} for the {part}; the row has {', '.join(map(str, row)) or 'none'} (set the fields of "
+            "this source)"
+        )
+    text = str(value).strip()
+    if not text:
+        raise RowError(f"column {column!r} ({part}) is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"column {column!r} ({part}) holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def field_layout(fields: FieldMap, name: str = "", split: str = "train") -> Layout:
+    """The layout that a field map describes."""
+    if fields.text is not None:
+        text = fields.text
+        return _text_layout(name or f"text={text!r}", text)
+    question, solution, answer = fields.question, fields.solution, fields.answer
+
+    def parts(row: dict[str, Any]) -> Parts:
+        found = _text(row, question, "question"), _text(row, solution, "solution")
+        return Parts(*found, "" if answer is None else _text(row, answer, "answer"))
+
+    columns = (question, solution) if answer is None else (question, solution, answer)
+    return Layout(name or f"fields={question!r},{solution!r},{answer!r}", columns, parts, split=split)
+
+
+def _text_layout(name: str, column: str, data_dir: str | None = None) -> Layout:
+    return Layout(name, (column,), lambda row: Parts("", _text(row, column, "text"), ""), data_dir=data_dir)
+
+
+def _numina(row: dict[str, Any]) -> Parts:
+    from reward.accuracy import extract_boxed
+
+    solution = _text(row, "solution", "solution")
+    return Parts(_text(row, "problem", "question"), solution, extract_boxed(solution) or "")
+
+
+def _metamath(row: dict[str, Any]) -> Parts:
+    response = _text(row, "response", "solution")
+    _, said, answer = response.rpartition("The answer is:")
+    return Parts(_text(row, "query", "question"), response, answer.strip() if said else "")
+
+
+def _gsm8k(row: dict[str, Any]) -> Parts:
+    solution, _, answer = _text(row, "answer", "solution").partition("####")
+    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # a calculator's notes, which no model should write
+    if not solution:
+        raise RowError("column 'answer' (solution) is empty before ####")
+    return Parts(_text(row, "question", "question"), solution, answer.strip())
+
+
+def _opencoder(row: dict[str, Any]) -> Parts:
+    column = "code" if str(row.get("code") or "").strip() else "output"
+    return Parts(_text(row, "instruction", "question"), _text(row, column, "solution"), "")
+
+
+_MATH_500 = FieldMap(question="problem")
+_MATH_12K = FieldMap(question="problem", solution="answer")  # the hub's copy has no worked solutions
+KNOWN = {
+    "AI-MO/NuminaMath-CoT": Layout("numina", ("problem", "solution"), _numina),
+    "meta-math/MetaMathQA": Layout("metamath", ("query", "response"), _metamath),
+    "hiyouga/math12k": field_layout(_MATH_12K, "math12k"),
+    "openai/gsm8k": Layout("gsm8k", ("question", "answer"), _gsm8k, config="main"),
+    "HuggingFaceH4/MATH-500": field_layout(_MATH_500, "math500", split="test"),
+    "OpenCoder-LLM/opc-sft-stage2": Layout(
+        "opencoder", ("instruction", "code", "output"), _opencoder, config="educational_instruct"
+    ),
+    "bigcode/starcoderdata": _text_layout("starcoder", "content", data_dir="python"),
+}
+"""By their names on the hub."""
+
+
+def known_layout(source: SourceConfig) -> Layout | None:
+    """Of the known corpus that a source is, or is said to be a copy of.
+
+    Raises:
+        DataError: no corpus is known by the name that ``layout`` says.
+    """
+    if source.layout is not None and source.layout not in KNOWN:
+        raise DataError(f"{source.path}: layout {source.layout!r} is no known corpus; there are {', '.join(KNOWN)}")
+    return KNOWN.get(source.layout or source.path.removeprefix(HUB))
+
+
+def layout_of(source: SourceConfig) -> Layout:
+    """How a source's rows are read: by its ``fields``, else as the known corpus that it is, else by the usual names."""
+    known = known_layout(source)
+    if source.fields is None and known is not None:
+        return known
+    return field_layout(source.fields or FieldMap())

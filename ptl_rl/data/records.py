@@ -1,0 +1,67 @@
+"""The one schema that every corpus is brought into, and how two records are told to be the same."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being read, how much of it is done and how much there is in all, in whatever unit."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """For callers that show none."""
+
+
+class DataError(ValueError):
+    """Data that a run cannot use; the message names file, line and remedy."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row; whoever reads it knows where it stands."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One problem: ``solution`` is the chain of thought, ``answer`` what the boxed result must equal.
+
+    Plain text stands in ``solution``, and the others are empty.
+    """
+
+    question: str
+    solution: str
+    answer: str
+    source: str
+    id: str
+
+    def reward_sample(self) -> dict[str, Any]:
+        """Arguments of a reward function for the reference solution as the response."""
+        return {
+            "data_source": self.source,
+            "solution_str": self.solution,
+            "ground_truth": self.answer,
+            "extra_info": {"index": 0, "id": self.id},
+        }
+
+
+def content_id(question: str, solution: str) -> str:
+    """Stands for the id of a record that has none."""
+    return hashlib.sha256((question or solution).encode()).hexdigest()[:16]
+
+
+def _hash(text: str) -> int:
+    normalised = " ".join(text.split()).casefold()
+    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "little")
+
+
+def question_key(question: str, solution: str) -> int:
+    """64 bits that two records share whose questions (texts, without one) differ in case and white space at most.
+
+    Among ten million records the chance that two others share them is one in 400 000.
+    """
+    return _hash(question or solution)
+
+
+def content_key(question: str, solution: str) -> int:
+    """The same for question and solution together."""
+    return _hash(f"{question}\n\0{solution}")
