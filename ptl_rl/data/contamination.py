@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl_rl.config import DecontaminateConfig
 from ptl_rl.data.cache import cached, key_of
@@ -26,8 +26,6 @@ _APOSTROPHE = re.compile(r"['’`´]")
 _HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
 _WHOLE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[-+*/=<>^%|()]|(?<=[\d)])!")
 _FILTER_BITS = 22
-_LONGEST_SHORT = 2000
-"""Characters beyond which a text is not taken for a short question."""
 
 
 def whole_key(text: str) -> str:
@@ -85,6 +83,8 @@ class NgramIndex:
         lengths = pc.list_value_length(found).to_numpy()
         self.short = {whole_key(questions[i].text): int(i) for i in numpy.flatnonzero(lengths < n)[::-1]}
         self.short.pop("", None)
+        # Copies of a short question that punctuation makes more than twice as long are not looked for.
+        self.longest_short = 2 * max((len(questions[i].text) for i in self.short.values()), default=0) + 32
 
     def _runs(self, found: "pyarrow.ListArray") -> "tuple[numpy.ndarray, numpy.ndarray]":
         """Hash and list of every run of ``n`` words that are all in the vocabulary."""
@@ -103,12 +103,21 @@ class NgramIndex:
             hashes = hashes * numpy.uint64(0x9E3779B97F4A7C15) + self._numbers[ids[starts + place]]
         return hashes, owner[starts]
 
-    def search(self, texts: "pyarrow.Array", wholes: list[str], min_overlap: float) -> Iterator[tuple[int, int, float]]:
-        """Place of a hit among ``texts``, of the question that it overlaps with most, and the share.
+    def same(self, texts: "pyarrow.Array") -> Iterator[tuple[int, int]]:
+        """Places of texts that are a short question, and of that question."""
+        import numpy
+        import pyarrow.compute as pc
 
-        Args:
-            wholes: what short questions are compared with, for each text.
-        """
+        if not self.short:
+            return
+        places = numpy.flatnonzero(pc.less_equal(pc.utf8_length(texts), self.longest_short))
+        for place, text in zip(places.tolist(), texts.take(places).to_pylist(), strict=True):
+            question = self.short.get(whole_key(text))
+            if question is not None:
+                yield place, question
+
+    def holding(self, texts: "pyarrow.Array", min_overlap: float) -> Iterator[tuple[int, int, float]]:
+        """Places of texts that hold runs of words, of the question of which they hold most, and its share."""
         import numpy
 
         found = words(texts)
@@ -121,18 +130,10 @@ class NgramIndex:
             for pair in range(low, high):
                 of_row = seen.setdefault(int(row[place]), {})
                 of_row.setdefault(int(self._questions_of_pairs[pair]), set()).add(int(hashes[place]))
-        best: dict[int, tuple[float, int]] = {}
-        for text, of_row in seen.items():
+        for text, of_row in sorted(seen.items()):
             share, question = max((len(runs) / int(self.sizes[q]), -q) for q, runs in of_row.items())
             if share >= min_overlap:
-                best[text] = (share, -question)
-        if self.short:
-            for text, whole in enumerate(wholes):
-                same = self.short.get(whole_key(whole)) if len(whole) < _LONGEST_SHORT else None
-                if same is not None:
-                    best[text] = (1.0, same)
-        for text, (share, question) in sorted(best.items()):
-            yield text, question, share
+                yield text, -question, share
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,12 @@ def _scan(store: Store, index: NgramIndex, min_overlap: float, progress: Progres
     for batch in store.table.to_batches():
         question, solution = batch.column("question"), batch.column("solution")
         texts = pc.binary_join_element_wise(question, solution, "\n")
-        wholes = pc.if_else(pc.equal(question, ""), solution, question).to_pylist() if index.short else []
-        hits = [(start + row, *rest) for row, *rest in index.search(texts, wholes, min_overlap)]
+        hits = {place: (found, share) for place, found, share in index.holding(texts, min_overlap)}
+        wholes = pc.if_else(pc.equal(question, ""), solution, question)
+        hits |= {place: (found, 1.0) for place, found in index.same(wholes)}
         if hits:
-            columns: list[Any] = [list(column) for column in zip(*hits, strict=True)]
-            yield pyarrow.RecordBatch.from_arrays(
-                [pyarrow.array(c, f.type) for c, f in zip(columns, _schema(), strict=True)], schema=_schema()
-            )
+            rows = [{"row": start + place, "question": q, "share": share} for place, (q, share) in sorted(hits.items())]
+            yield pyarrow.RecordBatch.from_pylist(rows, _schema())
         start += len(batch)
         progress(f"comparing {store.path} with the evaluation questions", start, len(store))
 

@@ -85,12 +85,20 @@ def _schema() -> "pyarrow.Schema":
     return pyarrow.schema([*texts, *numbers])
 
 
-def _entry(number: int, question: str, solution: str, answer: str, identity: str) -> dict[str, Any]:
-    keys = {"question_key": question_key(question, solution), "content_key": content_key(question, solution)}
-    return {"question": question, "solution": solution, "answer": answer, "id": identity, "number": number, **keys}
+def _entry(number: int, question: str, solution: str, answer: str, identity: str) -> tuple[Any, ...]:
+    keys = question_key(question, solution), content_key(question, solution)
+    return question, solution, answer, identity, number, *keys
 
 
-def _converted(number: int, row: Any, layout: Layout) -> dict[str, Any]:
+def _batch(rows: list[tuple[Any, ...]]) -> "pyarrow.RecordBatch":
+    import pyarrow
+
+    schema = _schema()
+    columns = [pyarrow.array(column, f.type) for column, f in zip(zip(*rows, strict=True), schema, strict=True)]
+    return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _converted(number: int, row: Any, layout: Layout) -> tuple[Any, ...]:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
@@ -104,7 +112,7 @@ def _batches(opened: Opened, path: str, progress: Progress, about: dict[str, Any
     import pyarrow
 
     about |= {"read": 0, "bad": 0, "bad_rows": []}
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     try:
         for number, row in opened.rows(lambda done, total: progress(f"reading {path}", done, total)):
             about["read"] += 1
@@ -115,12 +123,12 @@ def _batches(opened: Opened, path: str, progress: Progress, about: dict[str, Any
                 if len(about["bad_rows"]) < BAD_EXAMPLES:
                     about["bad_rows"].append([number, str(error)])
             if len(rows) == BATCH_ROWS:
-                yield pyarrow.RecordBatch.from_pylist(rows, _schema())
+                yield _batch(rows)
                 rows = []
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read, or is not what its name says: {error}") from None
     if rows:
-        yield pyarrow.RecordBatch.from_pylist(rows, _schema())
+        yield _batch(rows)
 
 
 @lru_cache(maxsize=8)
@@ -145,7 +153,7 @@ def store_of(records: Iterable[Record], path: str, name: str) -> Store:
     rows = (_entry(number, r.question, r.solution, r.answer, r.id) for number, r in enumerate(records, 1))
     batches = []
     while chunk := list(itertools.islice(rows, BATCH_ROWS)):
-        batches.append(pyarrow.RecordBatch.from_pylist(chunk, _schema()))
+        batches.append(_batch(chunk))
     table = pyarrow.Table.from_batches(batches, _schema())
     key = key_of("memory", table.column("content_key").to_pylist())
     return Store(path, name, f"{path} row {{}}", table, key, read=table.num_rows)

@@ -51,6 +51,15 @@ def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
             ["taylor has gradients of its own"],
         ),
         ({"data": {"train": {"path": "x", "fields": {"text": "t"}}}}, ["data.train.fields.text", "no questions"]),
+        ({"data": {"train": []}}, ["data.train: an empty list"]),
+        ({"data": {"train": [{"path": "x"}, {"path": "x", "rowz": 1}]}}, ["data.train.1.rowz", "did you mean 'rows'"]),
+        ({"data": {"corpus": [{"path": "x", "fields": {"txt": "t"}}]}}, ["corpus.0.fields.txt", "did you mean 'text'"]),
+        ({"data": {"train": [{"path": "x", "fields": {"text": "t"}}]}}, ["data.train.0.fields.text", "no questions"]),
+        ({"data": {"train": {"path": "x", "fields": {"answer": None}}}}, ["data.train.fields.answer", "judged by"]),
+        ({"data": {"test": {"path": "x", "fields": {"answer": None}}}}, ["data.test.fields.answer", "judged by"]),
+        ({"data": {"train": {"path": "x", "fields": {}, "layout": "y"}}}, ["data.train: fields and layout both"]),
+        ({"data": {"decontaminate": {"ngam": 9}}}, ["data.decontaminate.ngam", "did you mean 'ngram'"]),
+        ({"data": {"deduplicate": "some"}}, ["data.deduplicate: Input should be 'question', 'exact' or 'off'"]),
         ({"schedule": {"channels_per_cycle": 64}}, ["channels_per_cycle is 64", "channels_total is not set"]),
         ({"schedule": {"channels_total": 64}}, ["channels_total is 64", "channels_per_cycle is 0"]),
         ({"schedule": {}}, ["nothing to remove"]),
@@ -146,3 +155,24 @@ def test_overrides_reach_into_lists(tmp_path):
     assert [r.steps for r in config.recovery] == [7, 3]
     with pytest.raises(ConfigError, match="recovery is a list of 2; write its place, from 0"):
         load_config(recipe, ["recovery.steps=3"])
+
+
+def test_data_is_one_source_or_a_list(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "schedule: {channels_per_cycle: 64, channels_total: 128}\n"
+        "recovery: {method: cpt}\n"
+        "data:\n"
+        "  train: [{path: a.jsonl}, {path: b.jsonl, fields: {text: t}}]\n"
+        "  deduplicate: off\n"
+        "  decontaminate: off\n"
+    )
+    config = load_config(recipe, ["data.train.1.rows=5", "data.corpus.path=c.jsonl"])
+    assert [(s.path, s.rows) for s in config.data.train_sources] == [("a.jsonl", None), ("b.jsonl", 5)]
+    assert [s.path for s in config.data.corpus_sources] == ["c.jsonl"]
+    assert (config.data.deduplicate, config.data.decontaminate) == ("off", None)
+    save_config(config, tmp_path / "config.json")
+    assert read_saved_config(tmp_path / "config.json") == config
+    again = load_config(recipe, ["data.train={path: d.jsonl}", "data.decontaminate={ngram: 8}", "data.deduplicate=on"])
+    assert [s.path for s in again.data.corpus_sources] == ["d.jsonl"]
+    assert again.data.decontaminate.ngram == 8 and again.data.deduplicate == "question"

@@ -3,10 +3,11 @@
 from collections import namedtuple
 
 import pytest
+from data_rows import row, run_config
 
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
-from ptl_rl.recipe import load_config
+from ptl_rl.recipe import load_config, parse_config
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -21,3 +22,36 @@ def test_a_disk_that_the_run_would_fill_is_refused(repository, tmp_path, monkeyp
         preflight.check_disk(config, shape, tmp_path / "not" / "there" / "yet")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed))
     preflight.check_disk(config, shape, tmp_path)
+
+
+def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
+    rows = [row(i) for i in range(40)] + ["nonsense", row(41, question="Q3?"), row(42, question="The only question.")]
+    values = run_config(tmp_path, rows, [row(0, question="the only question")], max_bad_fraction=0.1).model_dump()
+    values["recovery"] = [{"method": "grpo", "prompts_per_step": 20}]
+    data = preflight.check_data(parse_config(values))
+    train = tmp_path / "train.jsonl"
+    bad, repeated, copied = data.notes()
+    assert bad.startswith(f"data.train: dropped {train}:41: not valid JSON")
+    assert repeated == f"data.train: dropped 1 rows whose question came before: {train}:42: repeats {train}:4"
+    assert copied.endswith(f"{train}:43: holds 100% of data.test r0")
+    values["recovery"][0]["prompts_per_step"] = 21
+    with pytest.raises(
+        ConfigError, match=r"data\.train: 40 rows in 2 subsets leave 20 in a subset, but recovery\.prompts"
+    ):
+        preflight.check_data(parse_config(values))
+    values["data"]["train"]["path"] = str(tmp_path / "no.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.train: .*no\.jsonl: no such file"):
+        preflight.check_data(parse_config(values))
+
+
+def test_the_reward_is_tried_on_the_training_data(tmp_path):
+    reward = tmp_path / "my_reward.py"
+    reward.write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None): raise KeyError(solution_str)"
+    )
+    values = run_config(tmp_path, [row(7)]).model_dump() | {"reward": {"path": str(reward), "name": "score"}}
+    values["schedule"] = {"channels_per_cycle": [64], "alignment": 32}
+    values["recovery"] = [{"method": "grpo", "prompts_per_step": 1}]
+    config = parse_config(values)
+    with pytest.raises(ConfigError, match=r"reward: .*s7"):
+        preflight.check_reward(config, preflight.check_data(config))
