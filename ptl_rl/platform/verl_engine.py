@@ -1,7 +1,7 @@
 """What verl's FSDP engine needs on a CPU; verl imports this module in its workers, by `model.external_lib`.
 
-Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is heavy
-to import.
+Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
+heavy to import.
 """
 
 import functools
