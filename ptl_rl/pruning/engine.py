@@ -1,7 +1,7 @@
 """Scoring and compensation of one model: on every rank of the pruning worker, or in one process."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import read_tensor
 from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
 from ptl_rl.pruning.statistics import Collector, Statistics
-from ptl_rl.pruning.streaming import Listener, mean_loss, stream
+from ptl_rl.pruning.streaming import CalibrationError, Listener, mean_loss, stream
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Policy:
     batch_size: int
     pad_token_id: int
     prompt_weight: float
+    moments_gib: float | None = None
+    """Most memory of a rank for second moments; None: no limit."""
     progress: Callable[[], None] = lambda: None
     """Called after every batch."""
 
@@ -64,6 +66,24 @@ class Policy:
     def channels(self) -> int:
         """Per block."""
         return self.model.config.intermediate_size
+
+    def moment_groups(self) -> list[list[int]]:
+        """Blocks whose second moments are summed up together, so that no rank holds more of them than it may.
+
+        Raises:
+            CalibrationError: a rank may not hold one.
+        """
+        every = list(range(self.layers))
+        if self.moments_gib is None:
+            return [every]
+        each_gib = self.channels**2 * 4 / 2**30
+        at_once = int(self.moments_gib / each_gib) * self.ranks
+        if not at_once:
+            raise CalibrationError(
+                f"calibration.moments_gib is {self.moments_gib:g}, but the matrix of one block of {self.channels} "
+                f"channels takes {each_gib:.2g}; raise it, or choose a criterion that reads sums, and compensate: none"
+            )
+        return [every[start : start + at_once] for start in range(0, len(every), at_once)]
 
     def batches(self, sequences: list[Sequence]) -> Iterator[Batch]:
         for batch in batches_for_rank(
@@ -104,7 +124,13 @@ def batches_to_read(
         passes = sum(policy.layers - gone for gone in range(cut.layers))
     elif criterion.layers in LAYER_CRITERIA:
         passes = max(0, cut.layers - (for_layers == sequences))
-    return policy.rounds(sequences) + policy.rounds(general) + passes * policy.rounds(for_layers)
+    for_channels = len(policy.moment_groups()) if criterion.is_obs and cut.channels else 1
+    return for_channels * policy.rounds(sequences) + policy.rounds(general) + passes * policy.rounds(for_layers)
+
+
+def batches_to_compensate(policy: Policy, cut_channels: bool, layers: int, sequences: list[Sequence]) -> int:
+    """How many batches :func:`compensate` reads on every rank, at most, where ``layers`` blocks go."""
+    return policy.rounds(sequences) * (layers + (len(policy.moment_groups()) if cut_channels else 0))
 
 
 def score(
@@ -131,19 +157,27 @@ def score(
     needs = needs_of(function)
     collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
     listeners: list[Listener] = [collector]
-    moments = None
-    if criterion.is_obs and cut.channels:
-        moments = SecondMoments(policy.layers, policy.channels, policy.device)
-        listeners.append(moments)
+    groups = policy.moment_groups() if criterion.is_obs and cut.channels else []
+    if groups:
+        listeners.append(_moments(policy, groups[0]))
     policy.read(sequences, listeners, sensitivity)
     statistics = collector.reduce(remove_channels=cut.channels, seed=seed)
     if general:
         of_general = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
         policy.read(general, [of_general], sensitivity)
         statistics.general = of_general.reduce(remove_channels=cut.channels, seed=seed)
-    if moments is not None:
-        importance_LC = _obs(policy, moments, cut.channels, criterion.ridge)
-        moments.own_CC.clear()  # what follows needs the memory
+    if groups:
+        first = listeners.pop()
+        assert isinstance(first, SecondMoments)
+        importance_LC = torch.zeros(policy.layers, policy.channels, device=policy.device)
+        _obs(policy, first, importance_LC, cut.channels, criterion.ridge)
+        for group in groups[1:]:
+            moments = _moments(policy, group)
+            policy.read(sequences, [moments], sensitivity)
+            _obs(policy, moments, importance_LC, cut.channels, criterion.ridge)
+        if dist.is_initialized():
+            dist.all_reduce(importance_LC)
+        importance_LC = importance_LC.cpu()
     else:
         importance_LC = channel_importance(function, statistics, criterion.contrast.weight if criterion.contrast else 0)
     for_layers = every[: criterion.layer_sequences]
@@ -152,14 +186,18 @@ def score(
     return Scores(importance_LC, influence_L, order)
 
 
-def _obs(policy: Policy, moments: SecondMoments, remove: int, ridge: float) -> torch.Tensor:
-    """(L, C): the place in the order of removal for the channels that go, above it for those that stay."""
-    importance_LC = torch.zeros(policy.layers, policy.channels, device=policy.device)
-    for layer, moment_CC in moments.own_CC.items():
+def _moments(policy: Policy, layers: Collection[int]) -> SecondMoments:
+    return SecondMoments(policy.layers, policy.channels, policy.device, layers)
+
+
+def _obs(policy: Policy, moments: SecondMoments, importance_LC: torch.Tensor, remove: int, ridge: float) -> None:
+    """Fill in this rank's blocks: the place in the order of removal for the channels that go, above it for the others.
+
+    Each matrix is let go when it was used, as what follows needs the memory.
+    """
+    for layer in list(moments.own_CC):
+        moment_CC = moments.own_CC.pop(layer)
         importance_LC[layer] = obs_importance(policy.weight(layer, "down_proj"), moment_CC, remove, ridge)
-    if dist.is_initialized():
-        dist.all_reduce(importance_LC)
-    return importance_LC.cpu()
 
 
 def _layer_order(
@@ -221,24 +259,39 @@ def compensate(
     blocks_lost = sum(known) / len(known) if known else None
     if plan.intermediate_size == plan.source_intermediate_size:
         return Losses(blocks=blocks_lost)
-    moments = SecondMoments(policy.layers, policy.channels, policy.device, plan.keep_layers)
-    whole = plan.without_channel_cut(plan.keep_layers)
-    with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
-        policy.read(sequences, [moments], sensitivity)
-    shares = torch.zeros(2, dtype=torch.float64)
-    _barrier()  # every rank has read the whole weights that the loop replaces
-    for layer, moment_CC in moments.own_CC.items():
-        weight_HC = load_new_weight(folder, layer, "down_proj")
-        if weight_HC is None:
-            weight_HC = policy.weight(layer, "down_proj")
-        fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
-        save_new_weight(folder, layer, "down_proj", fit.weight_HK)
-        shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
+    shares = _absorb_channels(policy, plan, sequences, folder, sensitivity)
     if dist.is_initialized():
         shares = shares.to(policy.device)
         dist.all_reduce(shares)
     plain, left = (shares / plan.num_hidden_layers).tolist()
     return Losses(plain, left, blocks_lost)
+
+
+def _absorb_channels(
+    policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path, sensitivity: bool
+) -> torch.Tensor:
+    """Replace this rank's blocks' ``down_proj``; the shares lost without and with compensation, summed over blocks."""
+    shares = torch.zeros(2, dtype=torch.float64)
+    solved = folder / "channels"  # apart, as the next pass reads with the weights of uncut blocks
+    whole = plan.without_channel_cut(plan.keep_layers)
+    for group in policy.moment_groups():
+        moments = _moments(policy, [layer for layer in group if layer in plan.keep_layers])
+        with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
+            policy.read(sequences, [moments], sensitivity)
+        for layer in list(moments.own_CC):
+            weight_HC = load_new_weight(folder, layer, "down_proj")
+            if weight_HC is None:
+                weight_HC = policy.weight(layer, "down_proj")
+            fit = least_squares(weight_HC, moments.own_CC.pop(layer), plan.keep_channels[layer], plan.ridge)
+            save_new_weight(solved, layer, "down_proj", fit.weight_HK)
+            shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
+    _barrier()  # every rank has read the whole weights that these replace
+    if policy.rank == 0:
+        for file in sorted(solved.glob("*")):
+            file.replace(folder / file.name)
+        shutil.rmtree(solved, ignore_errors=True)
+    _barrier()
+    return shares
 
 
 def _absorb_block(

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 from ptl_rl.families import Family
-from ptl_rl.pruning.streaming import NOTHING_COUNTS, Listener
+from ptl_rl.pruning.streaming import NOTHING_COUNTS, CalibrationError, Listener
 
 CPU_ROWS = 256
 """Rows that a CPU adds up at a time, so that the temporaries stay in its cache."""
@@ -156,7 +156,7 @@ class Collector(Listener):
         """Add up over all ranks.
 
         Raises:
-            ValueError: no position of any sequence has any weight.
+            CalibrationError: no position of any sequence has any weight.
         """
         sums = ["sum_LC", "abs_sum_LC", "square_sum_LC", "channel_weight_L"]
         sums += ["change_sum_L", "cosine_sum_L", "block_weight_L", "gradient_sum_LC"]
@@ -167,7 +167,7 @@ class Collector(Listener):
             if dist.is_initialized():
                 dist.all_reduce(totals[name], dist.ReduceOp.SUM if name in sums else dist.ReduceOp.MAX)
         if not (totals["channel_weight_L"].min() > 0 and totals["block_weight_L"].min() > 0):
-            raise ValueError(NOTHING_COUNTS)
+            raise CalibrationError(NOTHING_COUNTS)
         unused = [] if self.needs.gradients else ["gradient_sum_LC"]
         unused += [] if self.needs.last_tokens else places
         found: dict[str, Any] = {name: total.cpu() for name, total in totals.items() if name not in unused}

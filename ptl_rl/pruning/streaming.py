@@ -45,6 +45,10 @@ class Listener:
         """The residual stream before and after a block."""
 
 
+class CalibrationError(ValueError):
+    """Calibration settings with which nothing can be scored; the message names them."""
+
+
 NOTHING_COUNTS = (
     "no token of the calibration sequences counts: calibration.max_tokens cuts every one of them before its solution "
     "begins, or their solutions are empty; raise it, or set calibration.token_weights to uniform and "
@@ -229,7 +233,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) 
     """Weighted mean ``-log p`` of the sequences' tokens over all ranks, in nats.
 
     Raises:
-        ValueError: no position of any sequence has any weight.
+        CalibrationError: no position of any sequence has any weight.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in _on_device(batches, device):
@@ -238,5 +242,5 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) 
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     if not sums[1] > 0:
-        raise ValueError(NOTHING_COUNTS)
+        raise CalibrationError(NOTHING_COUNTS)
     return float(sums[0] / sums[1])

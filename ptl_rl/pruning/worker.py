@@ -60,6 +60,7 @@ class PruningWorker(Worker):
             batch_size=config.calibration.batch_size,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             prompt_weight=config.calibration.prompt_weight,
+            moments_gib=config.calibration.moments_gib,
         )
 
     def _sequences(self, texts: Texts) -> list[Sequence]:
@@ -108,7 +109,9 @@ class PruningWorker(Worker):
     def compensate(self, plan: PruningPlan, texts: Texts) -> engine.Losses:
         """Solve for what the kept channels and blocks take over; :meth:`slice` picks the new weights up."""
         policy, sequences = self._policy(), self._sequences(texts)
-        policy.progress = self._progress(policy.rounds(sequences) * (1 + len(plan.layer_order)))
+        cut_channels = plan.intermediate_size != plan.source_intermediate_size
+        total = engine.batches_to_compensate(policy, cut_channels, len(plan.layer_order), sequences)
+        policy.progress = self._progress(total)
         return engine.compensate(
             policy,
             plan,

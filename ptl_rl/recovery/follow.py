@@ -33,6 +33,22 @@ class MetricsFollower(threading.Thread):
         self._last: float | None = None
         self._stop_asked = threading.Event()
         self._read = 0
+        self._keep_earlier()
+
+    def _keep_earlier(self) -> None:
+        """verl empties its file when it goes on from a checkpoint, so what a killed attempt logged is put aside."""
+        earlier = self.path.with_name(f"earlier-{self.path.name}")
+        if self.path.exists():
+            with earlier.open("ab") as file:
+                file.write(self.path.read_bytes())
+            self.path.unlink()
+        if earlier.exists():
+            for line in earlier.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # cut short when the attempt was killed
+                    continue
+                self.steps.setdefault(int(row["step"]), {}).update(self.select(row["data"]))
 
     def _poll(self) -> None:
         if not self.path.exists():
@@ -43,7 +59,7 @@ class MetricsFollower(threading.Thread):
                 self._read = file.tell()
                 row = json.loads(line)
                 step, metrics = int(row["step"]), self.select(row["data"])
-                if self.timed and step not in self.steps:
+                if self.timed:
                     self._time(metrics)
                 self.steps.setdefault(step, {}).update(metrics)
                 self.context.report(step, self.context.spec.steps, **metrics)

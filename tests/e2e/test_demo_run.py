@@ -37,11 +37,14 @@ SMALL = {
     "recovery.micro_batch_sequences": 32,
     "gate.max_extensions": 0,
 }
+CPT = {"steps": 24, "sequences_per_step": 16, "max_tokens": 160, "save_every_steps": 8, "learning_rate": 1e-5}
 STAGES = ("score", "slice", "recover", "evaluate", "gate")
 
 
 def command(repository: Path, run_dir: Path, **settings) -> list[str]:
     chosen = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    if "recovery" in chosen:  # a list, which has none of a single one's settings
+        chosen = {key: value for key, value in chosen.items() if not key.startswith("recovery.")}
     options = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     recipe = str(repository / "recipes" / "demo_grpo_cpu.yaml")
     return [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(run_dir), *options]
@@ -82,6 +85,24 @@ def kill_in_stage(arguments: list[str], run_dir: Path, stage: str, after_seconds
     process.wait()
 
 
+def kill_after_step(arguments: list[str], run_dir: Path, stage: str, step: int) -> None:
+    """The same, once the stage's training has made so many steps."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while max(steps_of(run_dir, stage), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def steps_of(run_dir: Path, stage: str) -> list[int]:
+    """Training steps that the latest attempt at a stage has reported."""
+    attempts = sorted(run_dir.glob(f"logs/{stage}.*.progress.jsonl"), key=lambda path: path.stat().st_mtime)
+    lines = attempts[-1].read_text().splitlines() if attempts else []
+    return [json.loads(line)["done"] for line in lines if line.endswith("}")]
+
+
 @pytest.mark.timeout(800)
 def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path):
     run_dir = tmp_path / "run"
@@ -93,6 +114,7 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
         schedule__layers_total=1,
         criterion__layers="leave_one_out",
         calibration__source="both",
+        recovery_of_cycle={2: [{"cpt": CPT}]},
     )
     kill_in_stage(start, run_dir, "evaluate", 2)
     assert entries(run_dir) == []
@@ -102,6 +124,7 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
         now = entries(run_dir)
         assert now[: len(done)] == done and f"1.{stage}" not in now
         done = now
+    kill_after_step(resume_command(run_dir), run_dir, "002-recover", CPT["save_every_steps"] + 2)
     finished = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr
     expected = ["0.evaluate"] + [f"{cycle}.{stage}" for cycle in (1, 2) for stage in STAGES]
@@ -112,6 +135,9 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     check_result(run_dir, channels=1152)
     journal = {(e.cycle, e.stage): e.metrics for e in Journal(run_dir / "journal.jsonl").entries()}
     assert journal[1, "score"]["calibration_rollouts"] == 0 < journal[2, "score"]["calibration_rollouts"]
+    # Continued pre-training went on from its own checkpoint, and its steps are counted once.
+    assert steps_of(run_dir, "002-recover")[0] == CPT["save_every_steps"] + 1
+    assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
     sliced = journal[2, "slice"]
     assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
     (removed,) = json.loads((run_dir / "cycles/002/sliced/plan.json").read_text())["layer_order"]
@@ -169,11 +195,20 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
         resources__workers_per_node=2,
         reward__path=str(reward),
         reward__name="my_score",
-        recovery__micro_batch_sequences=16,
+        recovery=[
+            {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
+            {"grpo": {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}},
+        ],
     )
     finished = subprocess.run(arguments, capture_output=True, text=True, timeout=450)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    journal = {e.stage: e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1}
+    in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
+    cpt, grpo = (e for e in in_cycle if e.stage == "recover")
+    assert (cpt.metrics["method"], cpt.artefact) == ("cpt", "cycles/001/recovered")
+    assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt.metrics["curve"]] == [True, True]
+    assert (grpo.metrics["method"], grpo.artefact) == ("grpo", "cycles/001/recovered-part2")
+    assert (run_dir / "best").resolve() == run_dir / "cycles/001/recovered-part2"
+    journal = {e.stage: e for e in in_cycle}
     assert 0 < journal["recover"].metrics["reward_last"] <= 0.25
     sliced = journal["slice"].metrics
     assert sliced["logit_difference"] < 1e-4
@@ -210,7 +245,7 @@ def ray_head() -> Iterator[str]:
             str(Path(sys.executable).with_name("ray")),
             *start.split(),
             f"--temp-dir={folder}",
-            "--num-gpus=1",
+            "--num-gpus=2",
             "--num-cpus=64",
         ],
         env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
@@ -228,7 +263,9 @@ def ray_head() -> Iterator[str]:
 @pytest.mark.timeout(400)
 def test_submitted_as_a_job_to_a_running_ray(repository, tmp_path, ray_head):
     run_dir = tmp_path / "run"
-    options = command(repository, run_dir, schedule__channels_per_cycle=[64])[4:]
+    # The unpruned parent teaches: its vLLM server takes a worker of its own.
+    distill = {"steps": 1, "prompts_per_step": 16, "micro_batch_sequences": 16}
+    options = command(repository, run_dir, schedule__channels_per_cycle=[64], recovery=[{"distill": distill}])[4:]
     for _ in range(20):
         submitted = subprocess.run(
             ["bash", str(repository / "launch/submit.sh"), *options],
@@ -243,6 +280,8 @@ def test_submitted_as_a_job_to_a_running_ray(repository, tmp_path, ray_head):
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert entries(run_dir) == ["0.evaluate", *(f"1.{stage}" for stage in STAGES)]
     assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
+    (recovery,) = (e for e in Journal(run_dir / "journal.jsonl").entries() if e.stage == "recover")
+    assert recovery.metrics["method"] == "distill" and recovery.metrics["curve"][-1]["distillation_loss"] > 0
     assert f"final model: {run_dir}" in submitted.stdout
     assert processes_of(run_dir) == []
 

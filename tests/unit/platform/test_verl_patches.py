@@ -99,3 +99,31 @@ def test_verls_replay_buffer_still_polls_too_seldom_for_tiny_models():
     }
     assert ReplayBuffer(**settings).poll_interval == 2.0
     assert QuickReplayBuffer(**settings).poll_interval == POLL_SECONDS
+
+
+def test_verl_still_offloads_the_reference_policy_to_pinned_memory():
+    """If this fails, `keep_offloaded_memory_unpinned` can go."""
+    import inspect
+
+    import torch
+    from verl.workers.engine.fsdp import transformer_impl as engine
+
+    if torch.cuda.is_available():
+        pytest.skip("memory can be pinned where there is an accelerator")
+    with pytest.raises(RuntimeError):
+        torch.zeros(1).pin_memory()
+    assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(engine.FSDPEngine)
+
+
+def test_the_reference_policy_is_kept_in_unpinned_memory(monkeypatch):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from verl.workers.engine.fsdp import transformer_impl as engine
+
+    from ptl_rl.platform.verl_engine import keep_offloaded_memory_unpinned
+
+    monkeypatch.setattr(engine, "CPUOffloadPolicy", CPUOffloadPolicy)
+    keep_offloaded_memory_unpinned()
+    patched = engine.CPUOffloadPolicy
+    assert patched(pin_memory=True) == CPUOffloadPolicy(pin_memory=False)
+    keep_offloaded_memory_unpinned()
+    assert engine.CPUOffloadPolicy is patched

@@ -21,7 +21,7 @@ from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import load_sharded
 from ptl_rl.pruning.slicing import MissingWeightError, load_new_weight, save_new_weight, slice_checkpoint
 from ptl_rl.pruning.statistics import Collector
-from ptl_rl.pruning.streaming import mean_loss, stream
+from ptl_rl.pruning.streaming import CalibrationError, mean_loss, stream
 from ptl_rl.pruning.verify import logit_difference
 
 CPU = torch.device("cpu")
@@ -89,6 +89,34 @@ def test_progress_counts_every_batch(make_checkpoint):
         cut, general = engine.Removal(8, 2), sequences(1) if criterion.contrast else []
         engine.score(policy, criterion, cut, sequences(), general=general)
         assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), general)
+
+
+def test_few_matrices_at_once_give_the_same(make_checkpoint, tmp_path):
+    folder, cut = make_checkpoint("llama", num_hidden_layers=5), engine.Removal(18, 1)
+    found = []
+    for at_once in (None, 2):
+        policy, read = policy_of(folder, "llama"), []
+        policy.progress = lambda read=read: read.append(1)
+        policy.moments_gib = at_once and at_once * 1.2 * 48**2 * 4 / 2**30
+        criterion = criterion_of(layers="explicit", layer_ids=[3])
+        plan = plan_of(policy, criterion, cut)
+        new_weights = tmp_path / str(at_once)
+        engine.compensate(policy, plan, sequences(), new_weights)
+        expected = engine.batches_to_read(policy, criterion, cut, sequences(), [])
+        assert len(read) == expected + engine.batches_to_compensate(policy, True, 1, sequences())
+        assert len(read) == policy.rounds(sequences()) * (3 if at_once is None else 3 + 1 + 3)
+        found.append((plan.keep_channels, {file.name: load_file(file)["weight"] for file in new_weights.iterdir()}))
+    (kept, weights), (kept_in_groups, weights_in_groups) = found
+    assert kept == kept_in_groups and weights.keys() == weights_in_groups.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_in_groups[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_less_memory_than_one_matrix_takes_is_refused(make_checkpoint):
+    policy = policy_of(make_checkpoint("llama"), "llama")
+    policy.moments_gib = 1e-9
+    with pytest.raises(CalibrationError, match=r"moments_gib is 1e-09, but the matrix of one block of 48 channels"):
+        plan_of(policy, criterion_of(), engine.Removal(18, 0))
 
 
 class TestBlocksThatGo:

@@ -1,0 +1,34 @@
+"""What verl's FSDP engine needs on a CPU; verl imports this module in its workers, by `model.external_lib`.
+
+Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
+heavy to import.
+"""
+
+import functools
+
+
+def keep_offloaded_memory_unpinned() -> None:
+    """Let a reference policy (FSDP2's CPU offload) exist without an accelerator (verl 0.9, torch 2.13).
+
+    verl offloads it to pinned memory, without a setting, and torch pins memory for an accelerator only.
+    """
+    from verl.workers.engine.fsdp import transformer_impl as engine
+
+    policy = engine.CPUOffloadPolicy
+    if isinstance(policy, functools.partial):
+        return
+
+    def unpinned(pin_memory: bool = True):
+        return policy(pin_memory=False)
+
+    engine.CPUOffloadPolicy = functools.partial(unpinned)
+
+
+def _activate() -> None:
+    from ptl_rl.platform.checks import should_activate
+
+    if should_activate():
+        keep_offloaded_memory_unpinned()
+
+
+_activate()
