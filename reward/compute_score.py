@@ -15,7 +15,7 @@ from reward.format import format_reward
 # What the dict holds beside `score`, for the guard: every sample of a batch must have the same keys.
 KEYS = {"acc": "number", "format": "number"}
 # verl adds these when a reward model is served beside the policy; a rule has no use for them.
-_FROM_VERL = {"reward_router_address", "reward_model_tokenizer"}
+FROM_VERL = {"reward_router_address", "reward_model_tokenizer"}
 
 
 def compute_score(
@@ -34,7 +34,7 @@ def compute_score(
     verl averages every key in validation and reports `acc` as its core metric. The keyword arguments come
     from `reward.custom_reward_function.reward_kwargs`. Raises TypeError for a setting that does not exist.
     """
-    unknown = sorted(kwargs.keys() - _FROM_VERL)
+    unknown = sorted(kwargs.keys() - FROM_VERL)
     if unknown:
         raise TypeError(
             f"unknown reward settings {unknown}: compute_score knows accuracy_weight, format_weight and format_style"
