@@ -135,7 +135,6 @@ class Bench:
             way.criterion,
             remove_channels=cut.channels,
             alignment=1,
-            family=self.shape.family,
             subset_hash="",
             source=self.folder,
         )

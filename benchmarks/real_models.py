@@ -27,7 +27,7 @@ def _gemma3() -> Path:
 
 
 def _gemma_tokenizer(file: Path):
-    """Gemma's, from the GGUF's vocabulary: what transformers 5.9 makes of it has no merges, so that every letter is a token.
+    """Gemma's, from the GGUF's vocabulary: what transformers 5.9 makes of it has no merges, so every letter is a token.
 
     Of a token's divisions into two others each is a merge, and the better the token's score the earlier it is made.
     """

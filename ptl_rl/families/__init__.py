@@ -17,8 +17,10 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2", qkv_bias=True),
         Family("qwen3", qk_norm=True),
-        Family("gemma2", norms_per_layer=4),
-        Family("gemma3_text", norms_per_layer=4, qk_norm=True),
+        Family("gemma2", norms_per_layer=4, output_norm="post_feedforward_layernorm", norm_offset=1.0),
+        Family(
+            "gemma3_text", norms_per_layer=4, qk_norm=True, output_norm="post_feedforward_layernorm", norm_offset=1.0
+        ),
     )
 }
 

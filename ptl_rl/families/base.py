@@ -34,13 +34,19 @@ class Family:
     gate_proj: str = "gate_proj"
     up_proj: str = "up_proj"
     down_proj: str = "down_proj"
+    output_norm: str | None = None
+    """Norm of what the feed-forward network gives, before it joins the residual stream (Gemma 2 and 3)."""
+    norm_offset: float = 0.0
+    """What a norm adds to its weight before it multiplies."""
     per_layer_fields: tuple[str, ...] = ("layer_types",)
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
 
     def projection(self, layer: int, name: str) -> str:
-        """Full name of a projection module of one block, e.g. ``model.layers.3.mlp.up_proj``."""
+        """Full name of a projection of one block, e.g. ``model.layers.3.mlp.up_proj``, or of its ``output_norm``."""
+        if name == "output_norm":
+            return f"{self.layer_prefix(layer)}{self.output_norm}"
         parent = self.attention if name == "o_proj" else self.mlp
         return f"{self.layer_prefix(layer)}{parent}.{getattr(self, name)}"
 

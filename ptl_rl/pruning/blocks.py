@@ -6,6 +6,9 @@ done without need not both be.
 What a removed block added to the residual stream is regressed, over the calibration tokens, on what went into the
 ``o_proj`` and ``down_proj`` of the nearest block before it that stays, and added to those two weights; the architecture
 stays stock. The change of ``o_proj`` also changes what that block's own FFN reads, which the regression leaves out.
+
+Where a block norms its FFN's output before it adds it (Gemma 2, 3), the sum of both contributions is written as one
+normed output: the norm's weight becomes the root mean square of that sum, and ``down_proj`` gives its direction.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from ptl_rl.families import Family
 from ptl_rl.pruning.streaming import Listener
 
 
@@ -40,11 +42,6 @@ def explicit(ids: list[int], removed_before: int, remove: int) -> list[int]:
     """
     gone, now = ids[:removed_before], ids[removed_before : removed_before + remove]
     return [block - sum(earlier < block for earlier in gone) for block in now]
-
-
-def can_absorb(family: Family) -> bool:
-    """Whether a block adds its projections' outputs to the residual stream as they are; Gemma norms them first."""
-    return family.norms_per_layer == 2
 
 
 class BlockMoments(Listener):
@@ -98,14 +95,98 @@ class BlockMoments(Listener):
         Returns:
             The two changes, and the share of the removed block's contribution, by mean square, that stays lost.
         """
-        exact_XX, wanted_XH = self.xx_XX.double(), self.xy_XH.double()
-        ridged_XX = exact_XX.clone()
-        for part in (slice(0, attention_width), slice(attention_width, None)):
-            diagonal = ridged_XX.diagonal()[part]
-            mean = float(diagonal.mean())
-            diagonal += ridge * mean if mean > 0 else 1.0
-        gain_XH = torch.cholesky_solve(wanted_XH, torch.linalg.cholesky(ridged_XX))
-        explained = 2 * (gain_XH * wanted_XH).sum() - (gain_XH * (exact_XX @ gain_XH)).sum()
-        lost = float(1 - explained / self.yy) if self.yy > 0 else 0.0
+        parts = [slice(0, attention_width), slice(attention_width, None)]
+        gain_XH, lost = _ridge_regression(self.xx_XX, self.xy_XH, self.yy, parts, ridge)
         gain_HX = gain_XH.T.float()
         return gain_HX[:, :attention_width], gain_HX[:, attention_width:], lost
+
+
+class NormedBlockMoments(Listener):
+    """The same regression where the predecessor adds ``g * D h / rms(D h)``, of which D and g may change.
+
+    With the new norm ``g'``, a new ``D'`` gives the wanted sum ``m + y`` of contributions up to its length if
+    ``D' h = rms(D h) (m + y) / g'``. That is linear in what is known: ``D' = (g D + B) / g'``, B the regression of y on
+    ``h / rms(D h)``. ``g'`` is the root mean square of ``m + y`` in every hidden unit, with the sign of g, so that the
+    direction has the length that the norm gives it, on average over units.
+    """
+
+    wants_blocks = True
+
+    def __init__(self, removed: int, predecessor: int, norm_H: torch.Tensor, eps: float) -> None:
+        self.removed, self.predecessor, self.output_of = removed, predecessor, predecessor
+        self.norm_H, self.eps = norm_H.float(), eps
+        self.output_NH = self.x_NC = torch.zeros(0)
+        hidden_size = len(norm_H)
+        self.xx_CC = torch.zeros(0)
+        self.xy_CH = torch.zeros(0)
+        self.sum_square_H = torch.zeros(hidden_size, dtype=torch.float64, device=norm_H.device)
+        self.yy, self.weight = (torch.zeros((), dtype=torch.float64, device=norm_H.device) for _ in range(2))
+
+    def on_output(self, layer: int, output_NH: torch.Tensor) -> None:
+        self.output_NH = output_NH.float()
+
+    def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
+        if layer != self.predecessor:
+            return
+        root_N1 = (self.output_NH.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        self.x_NC = hidden_NC.float() * root_N1
+        self.output_NH = self.output_NH * root_N1 * self.norm_H
+
+    def on_block(self, layer: int, inputs_NH: torch.Tensor, outputs_NH: torch.Tensor, weight_N: torch.Tensor) -> None:
+        if layer != self.removed:
+            return
+        root_N1 = weight_N.sqrt()[:, None]
+        y_NH = outputs_NH.float() - inputs_NH.float()
+        self.sum_square_H += ((self.output_NH + y_NH) * root_N1).square().sum(0)
+        x_NC, y_NH = self.x_NC * root_N1, y_NH * root_N1
+        if not len(self.xx_CC):
+            self.xx_CC = torch.zeros(x_NC.shape[1], x_NC.shape[1], device=x_NC.device)
+            self.xy_CH = torch.zeros(x_NC.shape[1], y_NH.shape[1], device=x_NC.device)
+        self.xx_CC.addmm_(x_NC.T, x_NC)
+        self.xy_CH.addmm_(x_NC.T, y_NH)
+        self.yy += y_NH.square().sum()
+        self.weight += weight_N.sum()
+
+    def reduce(self) -> None:
+        """Add up over all ranks."""
+        if dist.is_initialized():
+            for total in (self.xx_CC, self.xy_CH, self.sum_square_H, self.yy, self.weight):
+                dist.all_reduce(total)
+
+    def solve(self, down_HC: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The predecessor's new ``down_proj`` (H, C) and new norm, offset included, (H,); float32.
+
+        Args:
+            down_HC: its present ``down_proj``.
+            ridge: relative to the mean square of the regression's inputs.
+
+        Returns:
+            Both, and the share of the removed block's contribution that the regression leaves, by mean square; that the
+            norm fixes the sum's length is not in it.
+        """
+        gain_CH, lost = _ridge_regression(self.xx_CC, self.xy_CH, self.yy, [slice(None)], ridge)
+        size_H = (self.sum_square_H / self.weight).sqrt().clamp_min(1e-12)
+        new_norm_H = torch.where(self.norm_H < 0, -size_H, size_H)
+        new_down_HC = (
+            self.norm_H.double()[:, None] * down_HC.to(self.norm_H.device).double() + gain_CH.T
+        ) / new_norm_H[:, None]
+        return new_down_HC.float(), new_norm_H.float(), lost
+
+
+def _ridge_regression(
+    xx_XX: torch.Tensor, xy_XH: torch.Tensor, yy: torch.Tensor, parts: list[slice], ridge: float
+) -> tuple[torch.Tensor, float]:
+    """(X, H) float64 coefficients, and the share of the mean square that they leave.
+
+    Args:
+        parts: of X, each with a ridge relative to its own mean square.
+    """
+    exact_XX, wanted_XH = xx_XX.double(), xy_XH.double()
+    ridged_XX = exact_XX.clone()
+    for part in parts:
+        diagonal = ridged_XX.diagonal()[part]
+        mean = float(diagonal.mean())
+        diagonal += ridge * mean if mean > 0 else 1.0
+    gain_XH = torch.cholesky_solve(wanted_XH, torch.linalg.cholesky(ridged_XX))
+    explained = 2 * (gain_XH * wanted_XH).sum() - (gain_XH * (exact_XX @ gain_XH)).sum()
+    return gain_XH, float(1 - explained / yy) if yy > 0 else 0.0

@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 
 from ptl_rl.config import CriterionConfig
-from ptl_rl.families import Family
-from ptl_rl.pruning.blocks import can_absorb
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_hash
 
@@ -82,7 +80,6 @@ def make_plan(
     *,
     remove_channels: int,
     alignment: int,
-    family: Family,
     subset_hash: str,
     source: Path,
 ) -> PruningPlan:
@@ -93,9 +90,9 @@ def make_plan(
     if remove:
         remove, rounded = aligned(width, remove, alignment)
         notes = notes + rounded
-    absorbed = [layer for layer in scores.layer_order if can_absorb(family) and layer > keep_layers[0]]
+    absorbed = [layer for layer in scores.layer_order if layer > keep_layers[0]]
     if criterion.compensate != "none":
-        notes += _not_absorbed(scores.layer_order, absorbed, family)
+        notes += _not_absorbed(scores.layer_order, absorbed)
     compensate = criterion.compensate if remove or absorbed else "none"
     return PruningPlan(
         keep_channels=most_important(scores.importance_LC, remove),
@@ -114,8 +111,5 @@ def make_plan(
     )
 
 
-def _not_absorbed(gone: list[int], absorbed: list[int], family: Family) -> list[str]:
-    if gone and not can_absorb(family):
-        reason = f"{family.model_type} norms what a block adds to the residual stream"
-        return [f"removed blocks are not compensated: {reason}"]
+def _not_absorbed(gone: list[int], absorbed: list[int]) -> list[str]:
     return [f"block {layer} is not compensated: no block before it stays" for layer in gone if layer not in absorbed]

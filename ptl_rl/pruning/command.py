@@ -115,7 +115,6 @@ def score_folder(
             config.criterion,
             remove_channels=cut.channels,
             alignment=alignment,
-            family=shape.family,
             subset_hash="",
             source=model_folder.resolve(),
         )

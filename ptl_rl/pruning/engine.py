@@ -300,32 +300,48 @@ def _absorb_block(
     """Let the nearest kept predecessor of a removed block take over; the share that stays lost, None if none can."""
     removed = plan.layer_order[index]
     before = [layer for layer in plan.keep_layers if layer < removed]
-    if not before or not blocks.can_absorb(policy.family):
+    if not before:
         return None
     predecessor = before[-1]
     gone = set(plan.layer_order[:index])
     so_far = plan.without_channel_cut([layer for layer in range(policy.layers) if layer not in gone])
-    moments = blocks.BlockMoments(removed, predecessor)
 
-    def current(layer: int, name: str) -> torch.Tensor:
-        weight = load_new_weight(folder, layer, name)
-        return policy.weight(layer, name) if weight is None else weight.to(policy.device)
+    def current(name: str) -> torch.Tensor:
+        weight = load_new_weight(folder, predecessor, name)
+        return (policy.weight(predecessor, name) if weight is None else weight.to(policy.device)).float()
 
+    moments = _block_moments(policy, removed, predecessor, current)
     with masked(policy.model, policy.family, so_far, lambda layer, name: load_new_weight(folder, layer, name)):
         policy.read(sequences, [moments])
     moments.reduce()
     lost = 0.0
     if policy.rank == 0:
-        o_proj, down_proj = current(predecessor, "o_proj"), current(predecessor, "down_proj")
-        gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.ridge)
-        save_new_weight(folder, predecessor, "o_proj", o_proj.float() + gain_o)
-        save_new_weight(folder, predecessor, "down_proj", down_proj.float() + gain_down)
+        if isinstance(moments, blocks.NormedBlockMoments):
+            down_HC, norm_H, lost = moments.solve(current("down_proj"), plan.ridge)
+            new = {"down_proj": down_HC, "output_norm": norm_H - policy.family.norm_offset}
+        else:
+            o_proj, down_proj = current("o_proj"), current("down_proj")
+            gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.ridge)
+            new = {"o_proj": o_proj + gain_o, "down_proj": down_proj + gain_down}
+        for name, weight in new.items():
+            save_new_weight(folder, predecessor, name, weight)
     _barrier()
     if dist.is_initialized():
         shared = torch.tensor([lost], dtype=torch.float64, device=policy.device)
         dist.broadcast(shared, 0)
         lost = float(shared)
     return lost
+
+
+def _block_moments(
+    policy: Policy, removed: int, predecessor: int, current: Callable[[str], torch.Tensor]
+) -> blocks.BlockMoments | blocks.NormedBlockMoments:
+    family = policy.family
+    if family.output_norm is None:
+        return blocks.BlockMoments(removed, predecessor)
+    block = list(policy.model.get_submodule(family.layers).children())[predecessor]
+    eps = block.get_submodule(family.output_norm).eps
+    return blocks.NormedBlockMoments(removed, predecessor, family.norm_offset + current("output_norm"), float(eps))
 
 
 def _barrier() -> None:

@@ -24,7 +24,7 @@ def masked(
 
     Args:
         new_weights: where slicing changes what stays: (H, K) ``down_proj`` weights over kept channels, whole ``o_proj``
-            weights. Called when the block runs, so that no more than one is held.
+            weights, whole ``output_norm`` vectors. Called when the block runs, so that no more than one is held.
     """
     handles, keep_layers = [], set(plan.keep_layers)
     blocks = list(model.get_submodule(family.layers).children())
@@ -43,6 +43,9 @@ def masked(
             handles.append(_replaced(down_proj, layer, "down_proj", new_weights, plan.keep_channels[layer]))
             o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
             handles.append(_replaced(o_proj, layer, "o_proj", new_weights))
+            if family.output_norm is not None:
+                norm = block.get_submodule(family.output_norm)
+                handles.append(_replaced_norm(norm, layer, family.norm_offset, new_weights))
     try:
         with skipped(model, family, [layer for layer in range(len(blocks)) if layer not in keep_layers]):
             yield
@@ -62,6 +65,20 @@ def _replaced(
         return nn.functional.linear(hidden, weight.to(hidden), module.bias)
 
     return projection.register_forward_hook(forward)
+
+
+def _replaced_norm(
+    norm: nn.Module, layer: int, offset: float, new_weights: NewWeights
+) -> torch.utils.hooks.RemovableHandle:
+    def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        weight = new_weights(layer, "output_norm")
+        if weight is None:
+            return output
+        hidden = inputs[0].float()
+        root = (hidden.square().mean(-1, keepdim=True) + module.eps).rsqrt()
+        return (hidden * root * (offset + weight.to(hidden))).to(output)
+
+    return norm.register_forward_hook(forward)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import worked_solutions
-from ptl_rl.families import read_shape
 from ptl_rl.pruning.choice import Scores, make_plan
 from ptl_rl.pruning.engine import Losses
 from ptl_rl.pruning.texts import calibration_texts, general_texts
@@ -66,7 +65,6 @@ def slice(context: StageContext) -> dict:
         config.criterion,
         remove_channels=spec.remove_channels,
         alignment=spec.alignment,
-        family=read_shape(spec.source).family,
         subset_hash=subset_hash(records),
         source=spec.source,
     )

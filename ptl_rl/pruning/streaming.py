@@ -28,6 +28,8 @@ class Listener:
     """Whether :meth:`on_block` is to be called."""
     attention_of: int | None = None
     """The block whose ``o_proj`` inputs are to be handed to :meth:`on_attention`."""
+    output_of: int | None = None
+    """The block whose ``down_proj`` outputs are to be handed to :meth:`on_output`."""
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
         """The input of a block's ``down_proj`` and how much each position counts."""
@@ -40,6 +42,9 @@ class Listener:
 
     def on_attention(self, layer: int, heads_NA: torch.Tensor) -> None:
         """The input of a block's ``o_proj``; comes before the block's :meth:`on_channels`."""
+
+    def on_output(self, layer: int, output_NH: torch.Tensor) -> None:
+        """The output of a block's ``down_proj``; comes before the block's :meth:`on_channels`."""
 
     def on_block(self, layer: int, inputs_NH: torch.Tensor, outputs_NH: torch.Tensor, weight_N: torch.Tensor) -> None:
         """The residual stream before and after a block."""
@@ -110,6 +115,9 @@ class _Taps:
         with torch.no_grad():
             for listener in self.for_last:
                 listener.on_last(layer, hidden_NC[self.last_B])
+            for listener in self.listeners:
+                if listener.output_of == layer:
+                    listener.on_output(layer, output.detach().flatten(0, -2))
         if self.sensitivity:
             self.hidden[layer] = hidden_NC
             output.register_hook(lambda gradient: self._on_output_gradient(layer, gradient))

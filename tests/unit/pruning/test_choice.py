@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ptl_rl.config import CriterionConfig
-from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.choice import Scores, aligned, below_threshold, make_plan, most_important
 
 
@@ -15,7 +14,7 @@ def _any_checkpoint(monkeypatch):
     monkeypatch.setattr("ptl_rl.pruning.choice.checkpoint_hash", lambda folder: "a hash")
 
 
-def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), family: str = "qwen2", **criterion):
+def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), **criterion):
     importance_LC = torch.as_tensor(importance_LC)
     scores = Scores(importance_LC, torch.ones(len(importance_LC)), list(order))
     return make_plan(
@@ -23,7 +22,6 @@ def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), family: st
         CriterionConfig(channels="activation", **criterion),
         remove_channels=remove,
         alignment=alignment,
-        family=FAMILIES[family],
         subset_hash="",
         source=Path("here"),
     )
@@ -74,13 +72,6 @@ def test_threshold_spares_what_lies_above_it():
 def test_nothing_below_the_threshold_leaves_the_model_as_it_is():
     plan = plan_of(torch.ones(2, 48), 16, alignment=16, threshold=0.5)
     assert plan.intermediate_size == 48 and plan.compensate == "none" and len(plan.notes) == 1
-
-
-def test_blocks_of_models_that_norm_their_contribution_are_not_compensated():
-    assert plan_of(torch.rand(3, 48), 0, order=[1]).compensate == "least_squares"
-    plan = plan_of(torch.rand(3, 48), 0, order=[1], family="gemma2")
-    assert (plan.keep_layers, plan.compensate) == ([0, 2], "none")
-    assert plan.notes == ["removed blocks are not compensated: gemma2 norms what a block adds to the residual stream"]
 
 
 def test_the_first_block_leaves_nothing_to_absorb_it():
