@@ -187,6 +187,10 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
         "    return 0.25 if ground_truth in solution_str else 0.125\n"
     )
     run_dir = tmp_path / "run"
+    # Steps large enough that rollouts with the weights of the step before would differ visibly, and verl's own
+    # log-probabilities to compare vLLM's with.
+    grpo = {"steps": 2, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}
+    grpo |= {"learning_rate": 1e-3, "verl": {"algorithm.rollout_correction.bypass_mode": False}}
     arguments = command(
         repository,
         run_dir,
@@ -197,7 +201,7 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
         reward__name="my_score",
         recovery=[
             {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
-            {"grpo": {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}},
+            {"grpo": grpo},
         ],
     )
     finished = subprocess.run(arguments, capture_output=True, text=True, timeout=450)
@@ -206,8 +210,10 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
     cpt, grpo = (e for e in in_cycle if e.stage == "recover")
     assert (cpt.metrics["method"], cpt.artefact) == ("cpt", "cycles/001/recovered")
     assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt.metrics["curve"]] == [True, True]
-    assert (grpo.metrics["method"], grpo.artefact) == ("grpo", "cycles/001/recovered-part2")
+    grpo_artefact = "cycles/001/recovered-part2"
+    assert (grpo.metrics["method"], grpo.artefact) == ("grpo", grpo_artefact)
     assert (run_dir / "best").resolve() == run_dir / "cycles/001/recovered-part2"
+    check_that_trained_weights_reach_vllm(run_dir / grpo_artefact / "verl_metrics.jsonl", steps=2)
     journal = {e.stage: e for e in in_cycle}
     assert 0 < journal["recover"].metrics["reward_last"] <= 0.25
     sliced = journal["slice"].metrics
@@ -218,6 +224,17 @@ def test_two_workers_and_an_own_reward(repository, tmp_path):
     assert "planted" in errors
     assert "the reward function raised on some samples" in finished.stdout and "planted" in finished.stdout
     assert processes_of(run_dir) == []
+
+
+def check_that_trained_weights_reach_vllm(path: Path, steps: int) -> None:
+    """verl's workers and vLLM's replicas agree on the probability of every token, after updates, too."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    trained = [row["data"] for row in rows if "actor/grad_norm" in row["data"]]
+    assert len(trained) == steps and trained[0]["actor/grad_norm"] > 0  # an update, so that there is what to compare
+    for metrics in trained:
+        assert metrics["training/rollout_probs_diff_max"] < 1e-4
+        assert metrics["rollout_corr/log_ppl_abs_diff"] < 1e-3
+        assert metrics["training/rollout_actor_probs_pearson_corr"] > 0.999
 
 
 def free_port() -> int:
