@@ -1,5 +1,6 @@
 """Everything that can be found wrong before Ray starts, found before Ray starts."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,21 @@ def check_reward(config: RunConfig, data: RunData) -> None:
         raise ConfigError(f"reward: {error}") from None
 
 
+def check_chat_template(config: RunConfig, model: Path) -> None:
+    """verl puts questions to the policy in its chat template, and fails minutes later where there is none."""
+    if (model / "chat_template.jinja").exists() or not any(isinstance(r, GrpoConfig) for r in config.all_recoveries):
+        return
+    try:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        settings = {}
+    if not settings.get("chat_template"):
+        raise ConfigError(
+            f"model.path: {model} has no chat template, which grpo and distill need; put a chat_template.jinja beside "
+            "its weights, or recover with cpt alone"
+        )
+
+
 def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = no_progress) -> None:
     """Load a user's criterion and the general text, and hold block ids against the model."""
     criterion = config.criterion
@@ -151,7 +167,8 @@ def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = n
 def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
     """Every cycle leaves a sliced and a recovered checkpoint; verl writes one more before it is copied."""
     bytes_each = shape.parameters * 4
-    needed = bytes_each * (2 * len(planned_cuts(config.schedule)) + 1)
+    checkpoints = sum(1 + len(config.recoveries(cut.planned)) for cut in planned_cuts(config.schedule)) + 1
+    needed = bytes_each * checkpoints
     parent = next(p for p in [run_dir, *run_dir.parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -164,6 +181,7 @@ def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
     """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
     model, shape = check_model(config)
+    check_chat_template(config, model)
     check_disk(config, shape, run_dir)
     data = check_data(config, progress)
     check_reward(config, data)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptl_rl.config import RunConfig
 from ptl_rl.data.prepare import evaluation_data
+from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
 
@@ -86,8 +87,7 @@ def _prompt_ids(config: RunConfig, source: Path, questions: list[str]) -> list[l
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     prompts = []
     for question in questions:
-        message = [{"role": "user", "content": question + config.data.prompt_suffix}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = prompt_ids(tokenizer, question + config.data.prompt_suffix)
         prompts.append(ids[-config.data.max_prompt_tokens :])
     return prompts
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ptl_rl.data.prompts import prompt_ids
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -36,14 +38,6 @@ class Batch(NamedTuple):
     """False for rows that only fill the batch up."""
 
 
-def _prompt(tokenizer, question: str) -> list[int]:
-    """The question as the policy is asked it: in the chat template where the model has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(question + "\n")
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
 def encode_sequences(
     tokenizer, questions: list[str], solutions: list[str], max_tokens: int, weights: list[float] | None = None
 ) -> list[Sequence]:
@@ -55,7 +49,7 @@ def encode_sequences(
     sequences = []
     for question, solution, weight in zip(questions, solutions, weights or [1.0] * len(questions), strict=True):
         if question:
-            prompt = _prompt(tokenizer, question)
+            prompt = prompt_ids(tokenizer, question)
             ids = prompt + tokenizer.encode(solution, add_special_tokens=False) + [tokenizer.eos_token_id]
         else:
             prompt, ids = [], tokenizer.encode(solution)

@@ -10,6 +10,7 @@ from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import evaluation_data, training_data
+from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
@@ -95,8 +96,7 @@ def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
 
     def prompt_of(record: Record) -> str:
-        messages = [{"role": "user", "content": record.question + config.data.prompt_suffix}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = prompt_ids(tokenizer, record.question + config.data.prompt_suffix)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def is_whole(response: str) -> bool:

@@ -55,3 +55,13 @@ def test_the_reward_is_tried_on_the_training_data(tmp_path):
     config = parse_config(values)
     with pytest.raises(ConfigError, match=r"reward: .*s7"):
         preflight.check_reward(config, preflight.check_data(config))
+
+
+def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):
+    values = {"schedule": {"channels_per_cycle": [16], "alignment": 16}}
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    with pytest.raises(ConfigError, match=r"has no chat template, which grpo and distill need; put a chat_template"):
+        preflight.check_chat_template(parse_config(values), tmp_path)
+    preflight.check_chat_template(parse_config({**values, "recovery": [{"cpt": {}}]}), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    preflight.check_chat_template(parse_config(values), tmp_path)
