@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from verl.utils.config import omega_conf_to_dataclass
 
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.recipe import load_config
+from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec
 
@@ -36,38 +38,57 @@ def spec(device: str, folder: Path) -> StageSpec:
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_accepted_by_verl(recipe, tmp_path):
+DEMO = next(path for path in RECIPES if path.stem == "demo_grpo_cpu")
+EVERY_RECOVERY = [
+    pytest.param(recipe, part, id=f"{recipe.stem}-{recovery.method}")
+    for recipe in RECIPES
+    for part, recovery in enumerate(load_config(recipe).recovery)
+]
+
+
+@pytest.mark.parametrize(("recipe", "part"), EVERY_RECOVERY)
+def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
     config = load_config(recipe)
+    recovery = config.recovery[part]
     device = "cuda" if config.resources.device == "cuda" else "cpu"
-    verl = compose(render(config, spec(device, tmp_path)))
-    rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
-    assert verl.algorithm.adv_estimator == "grpo"
-    assert verl.trainer.total_training_steps == 5
-    assert rollout.n == config.recovery[0].rollouts_per_prompt == 8
-    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (config.recovery[0].clip_low, config.recovery[0].clip_high)
-    assert (actor.use_kl_loss, actor.kl_loss_coef) == (config.recovery[0].kl_loss > 0, config.recovery[0].kl_loss)
-    assert "hf_model" in actor.checkpoint.save_contents
+    told = spec(device, tmp_path).model_copy(update={"part": part})
+    if isinstance(recovery, CptConfig):
+        verl = compose_sft(render_sft(config, recovery, told, tmp_path / "s.arrow", recovery.sequences_per_step))
+        for section in ("engine", "optim", "checkpoint"):
+            omega_conf_to_dataclass(verl[section])  # verl's own checks; those of the model want its folder
+        assert (verl.trainer.total_training_steps, verl.optim.lr) == (5, recovery.learning_rate)
+        assert verl.engine.reshard_after_forward == recovery.reshard_after_forward
+        contents = verl.checkpoint.save_contents
+    else:
+        verl = compose(render(config, told))
+        rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
+        assert verl.algorithm.adv_estimator == "grpo"
+        assert verl.trainer.total_training_steps == 5
+        assert rollout.n == recovery.rollouts_per_prompt == 8
+        assert (actor.clip_ratio_low, actor.clip_ratio_high) == (recovery.clip_low, recovery.clip_high)
+        assert (actor.use_kl_loss, actor.kl_loss_coef) == (recovery.kl_loss > 0, recovery.kl_loss)
+        assert Path(verl.reward.custom_reward_function.path).name == "user.py"
+        contents = actor.checkpoint.save_contents
+    assert "hf_model" in contents
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
-    assert Path(verl.reward.custom_reward_function.path).name == "user.py"
 
 
 def test_verl_keys_of_a_recipe_win(tmp_path):
-    config = load_config(RECIPES[0], ["verl.actor_rollout_ref.actor.entropy_coeff=0.25", "verl.trainer.test_freq=3"])
+    config = load_config(DEMO, ["verl.actor_rollout_ref.actor.entropy_coeff=0.25", "verl.trainer.test_freq=3"])
     verl = compose(render(config, spec("cpu", tmp_path)))
     assert verl.actor_rollout_ref.actor.entropy_coeff == 0.25 and verl.trainer.test_freq == 3
 
 
 def test_what_verl_refuses_is_quoted(tmp_path):
     rollout = "verl.actor_rollout_ref.rollout"
-    config = load_config(RECIPES[0], [f"{rollout}.temperature=0", f"{rollout}.val_kwargs.do_sample=true"])
+    config = load_config(DEMO, [f"{rollout}.temperature=0", f"{rollout}.val_kwargs.do_sample=true"])
     with pytest.raises(ConfigError, match=r"verl refuses the configuration: .*temperature"):
         compose(render(config, spec("cpu", tmp_path)))
 
 
 def test_keys_of_a_users_reward_reach_verl(tmp_path):
     (tmp_path / "mine.py").write_text("def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0\n")
-    config = load_config(RECIPES[0], [f"reward.path={tmp_path}/mine.py", "reward.name=f"])
+    config = load_config(DEMO, [f"reward.path={tmp_path}/mine.py", "reward.name=f"])
     verl = compose(render(config, spec("cpu", tmp_path), {"acc": "number", "note": "text"}))
     arguments = verl.reward.custom_reward_function.reward_kwargs
     assert dict(arguments.user_keys) == {"acc": "number", "note": "text"}
@@ -75,16 +96,16 @@ def test_keys_of_a_users_reward_reach_verl(tmp_path):
 
 
 def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):
-    plain = compose(render(load_config(RECIPES[0]), spec("cpu", tmp_path)))
+    plain = compose(render(load_config(DEMO), spec("cpu", tmp_path)))
     assert plain.trainer.v1.sampler.custom_sampler.name == "QuickReplayBuffer"
-    config = load_config(RECIPES[0], ["verl.algorithm.filter_groups.enable=true"])
+    config = load_config(DEMO, ["verl.algorithm.filter_groups.enable=true"])
     filtered = compose(render(config, spec("cpu", tmp_path)))
     assert filtered.trainer.v1.sampler.custom_sampler.name is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_unpruned_parent_teaches(device, tmp_path):
-    recipe = next(path for path in RECIPES if ("h200" in path.stem) == (device == "cuda"))
+    recipe = DEMO if device == "cpu" else next(path for path in RECIPES if path.stem == "grpo_qwen2.5-7b_8xh200")
     config = load_config(recipe, ["recovery={distill: {teacher_workers_per_node: 2, prompts_per_step: 96, topk: 16}}"])
     if device == "cpu":
         config = load_config(recipe, ["recovery={distill: {topk: 16}}"])
@@ -98,6 +119,4 @@ def test_the_unpruned_parent_teaches(device, tmp_path):
         "forward_kl_topk", 16, False, False,
     )  # fmt: skip
     assert verl.actor_rollout_ref.rollout.n == 1
-    from verl.utils.config import omega_conf_to_dataclass
-
     omega_conf_to_dataclass(verl.distillation)  # verl's own checks of the parent's share of the GPUs
