@@ -232,10 +232,10 @@ def perplexity(
     of_blocks = [layers for layers in LAYER_CRITERIA if not only or layers in only]
     if of_blocks:
         print()
-        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, of_blocks, ridge))
+        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, of_blocks))
 
 
-def block_rows(bench: Bench, of_blocks: list[str], ridge: float) -> Iterator[tuple[str, list[str]]]:
+def block_rows(bench: Bench, of_blocks: list[str]) -> Iterator[tuple[str, list[str]]]:
     """The layer criteria, each plain and compensated; one greedy order of removal serves all counts."""
     for layers in of_blocks:
         criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate="none")
@@ -247,7 +247,7 @@ def block_rows(bench: Bench, of_blocks: list[str], ridge: float) -> Iterator[tup
             found = []
             for count in BLOCKS:
                 explicit = CriterionConfig(
-                    channels="magnitude", layers="explicit", layer_ids=order[:count], compensate=compensate, ridge=ridge
+                    channels="magnitude", layers="explicit", layer_ids=order[:count], compensate=compensate
                 )
                 found.append(timed(bench, Way(explicit), engine.Removal(0, count)))
             yield layers + (" + least squares" if compensate != "none" else ""), found

@@ -90,7 +90,7 @@ class BlockMoments(Listener):
 
         Args:
             attention_width: A.
-            ridge: relative to the mean square of each of the two inputs; holds the changes small.
+            ridge: relative to the median square of each of the two inputs; holds the changes small.
 
         Returns:
             The two changes, and the share of the removed block's contribution, by mean square, that stays lost.
@@ -158,7 +158,7 @@ class NormedBlockMoments(Listener):
 
         Args:
             down_HC: its present ``down_proj``.
-            ridge: relative to the mean square of the regression's inputs.
+            ridge: relative to the median square of the regression's inputs.
 
         Returns:
             Both, and the share of the removed block's contribution that the regression leaves, by mean square; that the
@@ -179,14 +179,15 @@ def _ridge_regression(
     """(X, H) float64 coefficients, and the share of the mean square that they leave.
 
     Args:
-        parts: of X, each with a ridge relative to its own mean square.
+        parts: of X, each with a ridge relative to the median of its own squares: a few massive activations, which some
+            models have, would say nothing about the others.
     """
     exact_XX, wanted_XH = xx_XX.double(), xy_XH.double()
     ridged_XX = exact_XX.clone()
     for part in parts:
         diagonal = ridged_XX.diagonal()[part]
-        mean = float(diagonal.mean())
-        diagonal += ridge * mean if mean > 0 else 1.0
+        median = float(diagonal.median())
+        diagonal += ridge * median if median > 0 else 1.0
     gain_XH = torch.cholesky_solve(wanted_XH, torch.linalg.cholesky(ridged_XX))
     explained = 2 * (gain_XH * wanted_XH).sum() - (gain_XH * (exact_XX @ gain_XH)).sum()
     return gain_XH, float(1 - explained / yy) if yy > 0 else 0.0

@@ -104,6 +104,7 @@ def make_plan(
         layer_criterion=criterion.layers,
         compensate=compensate,
         ridge=criterion.ridge,
+        block_ridge=criterion.block_ridge,
         subset_hash=subset_hash,
         source=str(source),
         source_hash=checkpoint_hash(source),

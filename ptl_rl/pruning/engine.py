@@ -317,11 +317,11 @@ def _absorb_block(
     lost = 0.0
     if policy.rank == 0:
         if isinstance(moments, blocks.NormedBlockMoments):
-            down_HC, norm_H, lost = moments.solve(current("down_proj"), plan.ridge)
+            down_HC, norm_H, lost = moments.solve(current("down_proj"), plan.block_ridge)
             new = {"down_proj": down_HC, "output_norm": norm_H - policy.family.norm_offset}
         else:
             o_proj, down_proj = current("o_proj"), current("down_proj")
-            gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.ridge)
+            gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.block_ridge)
             new = {"o_proj": o_proj + gain_o, "down_proj": down_proj + gain_down}
         for name, weight in new.items():
             save_new_weight(folder, predecessor, name, weight)
