@@ -31,10 +31,6 @@ def _refuse(error: Exception) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _drive(run_dir: Path) -> None:
     from rich.console import Console
 
@@ -42,9 +38,11 @@ def _drive(run_dir: Path) -> None:
     from ptl_rl.driver.journal import JournalError
     from ptl_rl.driver.loop import Driver, StageFailed
     from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+    from ptl_rl.driver.watchdog import interrupt
     from ptl_rl.reporting.live import Display
 
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     folder, console = RunFolder(run_dir), Console(width=None if sys.stdout.isatty() else 160)
     try:
         driver = Driver(folder, lambda config: Display(console, folder.path.name, config.recoveries))

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ptl_rl.config import WatchdogConfig
 
@@ -35,6 +35,16 @@ class ProgressReader:
         return lines
 
 
+_interrupted = False
+
+
+def interrupt(_signal: int, _frame: object) -> NoReturn:
+    """Handler of SIGINT and SIGTERM. Python drops what is raised while an object is destroyed, so it is also noted."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
 def watch(
     process: subprocess.Popen,
     progress: Path,
@@ -49,6 +59,8 @@ def watch(
     """
     reader, last, started = ProgressReader(progress), time.monotonic(), False
     while True:
+        if _interrupted:
+            raise KeyboardInterrupt
         status = process.poll()
         for line in reader.new_lines():
             on_progress(line["done"], line["total"], line["metrics"])
