@@ -1,11 +1,6 @@
 #!/usr/bin/env bash
-# The paper's CPT run of Llama 3 8B on four A100s. On a machine with four GPUs and no Ray it starts its own; with
-# RAY_API_SERVER_ADDRESS set it is submitted to that cluster instead.
+# The paper's CPT run of Llama 3 8B on four A100s. See run.sh.
 #   bash launch/llama_cpt.sh [--run-dir DIR] [--set KEY=VALUE ...]
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-recipe="$root/recipes/cpt_llama3-8b_4xa100.yaml"
-if [ -n "${RAY_API_SERVER_ADDRESS:-}" ]; then
-    exec bash "$root/launch/submit.sh" "$recipe" "$@"
-fi
-exec ptl run "$recipe" "$@"
+launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+exec bash "$launch/run.sh" "$launch/../recipes/cpt_llama3-8b_4xa100.yaml" "$@"

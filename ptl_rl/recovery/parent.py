@@ -67,9 +67,8 @@ class ParentLoss:
         if student_logits is not None:
             return {"parent_divergence": divergence(student_logits[0], self.parent_logits(data))[None]}
         loss, metrics = sft_loss(None, model_output, data, dp_group)
-        counts_N = torch.roll(
-            data["loss_mask"].values(), shifts=-1, dims=0
-        )  # a token's mask stands where it is written
+        # A token's mask stands where the token does, its prediction one place before.
+        counts_N = torch.roll(data["loss_mask"].values(), shifts=-1, dims=0)
         apart_N = model_output["parent_divergence"].values() * counts_N
         parent_loss = apart_N.sum() / data["batch_num_tokens"] * data["dp_size"]
         metrics = {**metrics, "parent_kl": float(apart_N.detach().sum() / counts_N.sum().clamp_min(1))}
