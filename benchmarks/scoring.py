@@ -1,9 +1,9 @@
 """What scoring costs beside a bare forward pass over the same batches, in one process, interleaved.
 
-``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: all sums, the second moments
-that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one prompt at a time, sets of
-ids on the host), extrapolated from a few prompts to the same number of tokens. Peaks of memory come from processes of
-their own, as what one pass leaves in the allocator would hide another's.
+``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: one criterion, the sums of all of
+them, the second moments that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one
+prompt at a time, sets of ids on the host), extrapolated from a few prompts to the same number of tokens. Peaks of
+memory come from processes of their own, as what one pass leaves in the allocator would hide another's.
 """
 
 import os
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,9 @@ from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.calibration import Sequence
 from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments
-from ptl_rl.pruning.statistics import Collector
+from ptl_rl.pruning.statistics import Collector, Needs
 
 
 def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Sequence]:
@@ -85,17 +87,21 @@ def main(
                 inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT}
                 policy_model(**inputs, use_cache=False, logits_to_keep=1)
 
-    def sums() -> None:
-        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu)
+    def sums(needs: Needs) -> None:
+        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu, needs)
         policy.read(chosen, [collector])
         collector.reduce()
+
+    def one_criterion(name: str) -> Callable[[], None]:
+        return lambda: sums(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
 
     moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
 
     def second_moments() -> None:
         for moment_CC in moments.own_CC.values():
             moment_CC.zero_()
-        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu)
+        needs = Needs(sums=(), cosine=False)
+        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu, needs)
         policy.read(chosen, [collector, moments])
         collector.reduce()
 
@@ -113,8 +119,10 @@ def main(
 
     work: dict[str, tuple[Callable[[], None], float]] = {
         "bare forward pass": (bare, 1),
-        "all sums, channels and blocks": (sums, 1),
-        "the same and second moments": (second_moments, 1),
+        "activation and block_influence": (one_criterion("activation"), 1),
+        "rms_contribution and block_influence": (one_criterion("rms_contribution"), 1),
+        "the sums of all criteria": (lambda: sums(Needs()), 1),
+        "second moments and block_influence": (second_moments, 1),
         "order of removal and new weights, all blocks": (solve, 1),
         "the released code's way": (released, sequences / few),
     }
@@ -125,7 +133,7 @@ def main(
         return
     report(work, repeats, sequences * length, model)
     held_mib = sum(weight.nbytes for weight in policy_model.parameters()) / MIB
-    passes = list(work)[:3]
+    passes = list(work)[:4]
     for name in passes:
         peaks = [peak_in_own_process(name) for _ in range(repeats)]
         print(f"{name}: peak {statistics.median(peaks):.1f} MiB above the model's {held_mib:.0f} MiB")

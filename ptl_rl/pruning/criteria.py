@@ -1,7 +1,7 @@
 """Importance criteria: pure functions from calibration statistics to scores. Large means: keep.
 
 A criterion of one's own is such a function in one's own file; ``criterion.path`` names the file, ``criterion.channels``
-the function; :func:`reads` says if it needs gradients or last tokens. ``obs`` needs more than sums and stands in
+the function; :func:`reads` says what it reads. ``obs`` needs more than sums and stands in
 :mod:`ptl_rl.pruning.compensation`; ``leave_one_out`` and ``explicit`` need none: :mod:`ptl_rl.pruning.blocks`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ptl_rl.pruning.statistics import Needs, Statistics
+from ptl_rl.pruning.statistics import CHANNEL_SUMS, Needs, Statistics
 
 ChannelCriterion = Callable[[Statistics], torch.Tensor]
 """From statistics to importance (L, C)."""
@@ -27,11 +27,24 @@ REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
 """How many reasoning sequences and lines of general text the released code of the paper reads."""
 
 
-def reads(*, gradients: bool = False, last_tokens: bool = False) -> Callable[[ChannelCriterion], ChannelCriterion]:
-    """Decorator: says which of the dearer statistics a criterion reads; without it they are None."""
+def reads(
+    *, sums: tuple[str, ...] = tuple(CHANNEL_SUMS), gradients: bool = False, last_tokens: bool = False
+) -> Callable[[ChannelCriterion], ChannelCriterion]:
+    """Decorator: says which statistics a criterion reads.
+
+    Args:
+        sums: of ``sum``, ``abs_sum`` and ``square_sum``; the others are NaN.
+        gradients: ``gradient_sum_LC``, None without.
+        last_tokens: ``last_lowest_LC`` and ``last_highest_LC``, None without.
+    """
 
     def mark(criterion: ChannelCriterion) -> ChannelCriterion:
-        criterion.needs = Needs(gradients, last_tokens)  # type: ignore[attr-defined]
+        if unknown := set(sums) - set(CHANNEL_SUMS):
+            raise CriterionError(
+                f"criterion {getattr(criterion, '__name__', criterion)} reads {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(CHANNEL_SUMS)}"
+            )
+        criterion.needs = Needs(sums, gradients=gradients, last_tokens=last_tokens)  # type: ignore[attr-defined]
         return criterion
 
     return mark
@@ -41,17 +54,20 @@ def _mean(sum_LC: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
     return sum_LC / weight_L[:, None]
 
 
+@reads(sums=("abs_sum",))
 def activation(statistics: Statistics) -> torch.Tensor:
     """Paper Eq. 4: mean absolute activation ``E|h_j|`` over reasoning tokens; (L, C) float32."""
     return _mean(statistics.abs_sum_LC, statistics.channel_weight_L).float()
 
 
+@reads(sums=("square_sum",))
 def rms_contribution(statistics: Statistics) -> torch.Tensor:
     """Size of the change in paper Eq. 2, ``sqrt(E[h_j^2]) * ||W_down[:, j]||``; (L, C) float32."""
     mean_square_LC = _mean(statistics.square_sum_LC, statistics.channel_weight_L)
     return (mean_square_LC.sqrt() * statistics.down_norm_LC).float()
 
 
+@reads(sums=("sum", "square_sum"))
 def fluctuation(statistics: Statistics) -> torch.Tensor:
     """``Var[h_j] * ||W_down[:, j]||^2``, what a constant could not stand in for (An et al. 2024); (L, C) float32."""
     mean_LC = _mean(statistics.sum_LC, statistics.channel_weight_L)
@@ -59,31 +75,34 @@ def fluctuation(statistics: Statistics) -> torch.Tensor:
     return (variance_LC.clamp_min(0) * statistics.down_norm_LC.square()).float()
 
 
+@reads(sums=("square_sum",))
 def wanda(statistics: Statistics) -> torch.Tensor:
     """``sqrt(E[h_j^2]) * sum_i |W_down[i, j]|``: weight times activation (Sun et al. 2024), summed over a column."""
     mean_square_LC = _mean(statistics.square_sum_LC, statistics.channel_weight_L)
     return (mean_square_LC.sqrt() * statistics.down_abs_LC).float()
 
 
-@reads(gradients=True)
+@reads(sums=(), gradients=True)
 def taylor(statistics: Statistics) -> torch.Tensor:
     """``E|h_j * dL/dh_j|``, the first order of the loss's change without the channel (Molchanov et al. 2017)."""
     assert statistics.gradient_sum_LC is not None
     return _mean(statistics.gradient_sum_LC, statistics.channel_weight_L).float()
 
 
+@reads(sums=())
 def magnitude(statistics: Statistics) -> torch.Tensor:
     """Euclidean norm of the channel's weights in all three projections; reads no data."""
     squares_LC = statistics.gate_norm_LC.square() + statistics.up_norm_LC.square() + statistics.down_norm_LC.square()
     return squares_LC.sqrt().float()
 
 
+@reads(sums=())
 def random(statistics: Statistics) -> torch.Tensor:
     """Uniform numbers that follow from the run's seed and the cycle."""
     return torch.rand(statistics.sum_LC.shape, generator=torch.Generator().manual_seed(statistics.seed))
 
 
-@reads(last_tokens=True)
+@reads(sums=(), last_tokens=True)
 def ptl_reference(statistics: Statistics) -> torch.Tensor:
     """The rule of the paper's released code, for comparison.
 
@@ -141,7 +160,7 @@ LAYER_CRITERIA: dict[str, Callable[[Statistics], torch.Tensor]] = {
 
 
 def needs_of(criterion: ChannelCriterion) -> Needs:
-    """What a criterion reads beside the cheapest sums: its attribute ``needs``, as :func:`reads` sets it."""
+    """What a criterion reads: its attribute ``needs``, as :func:`reads` sets it."""
     return getattr(criterion, "needs", Needs())
 
 
@@ -185,6 +204,8 @@ def try_out(criterion: ChannelCriterion) -> None:
     of_blocks = ("channel_weight", "change_sum", "cosine_sum", "block_weight")
     values: dict[str, Any] = {f"{name}_LC": numbers(layers, channels) for name in of_channels}
     values |= {f"{name}_L": numbers(layers) for name in of_blocks}
+    for name in CHANNEL_SUMS.keys() - needs_of(criterion).sums:
+        values[f"{name}_LC"] = torch.full((layers, channels), torch.nan)
     if needs_of(criterion).gradients:
         values["gradient_sum_LC"] = numbers(layers, channels)
     if needs_of(criterion).last_tokens:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import read_tensor
 from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
-from ptl_rl.pruning.statistics import Collector, Statistics
+from ptl_rl.pruning.statistics import Collector, Needs, Statistics
 from ptl_rl.pruning.streaming import CalibrationError, Listener, mean_loss, stream
 
 
@@ -154,10 +154,10 @@ def score(
     if criterion.is_ptl_reference:
         sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     function = rms_contribution if criterion.is_obs else load_criterion(criterion.channels, criterion.path)
-    needs = needs_of(function)
+    groups = policy.moment_groups() if criterion.is_obs and cut.channels else []
+    needs = replace(Needs(sums=()) if groups else needs_of(function), cosine=criterion.layers == "cosine")
     collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
     listeners: list[Listener] = [collector]
-    groups = policy.moment_groups() if criterion.is_obs and cut.channels else []
     if groups:
         listeners.append(_moments(policy, groups[0]))
     policy.read(sequences, listeners, sensitivity)
@@ -212,7 +212,8 @@ def _layer_order(
             return _losses_without(policy, gone, sequences)
         found = None if gone else statistics
         if found is None:
-            collector = Collector(policy.model, policy.family, policy.channels, policy.device)
+            needs = Needs(sums=(), cosine=criterion.layers == "cosine")
+            collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
             with skipped(policy.model, policy.family, gone):
                 policy.read(sequences, [collector])
             found = collector.reduce()

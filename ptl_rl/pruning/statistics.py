@@ -1,6 +1,6 @@
 """Sums over calibration tokens, from which criteria are computed: vectors per block, whatever the corpus."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,22 @@ CPU_ROWS = 256
 """Rows that a CPU adds up at a time, so that the temporaries stay in its cache."""
 
 
+CHANNEL_SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda hidden_NC: hidden_NC,
+    "abs_sum": torch.abs,
+    "square_sum": torch.square,
+}
+"""What is summed up for ``Statistics.sum_LC`` and the others."""
+
+
 @dataclass(frozen=True)
 class Needs:
-    """What a criterion reads beside the cheapest sums; each costs something."""
+    """What a criterion reads; each costs something."""
 
+    sums: tuple[str, ...] = tuple(CHANNEL_SUMS)
+    """Which of ``sum``, ``abs_sum``, ``square_sum``; the others are NaN."""
+    cosine: bool = True
+    """``cosine_sum_L``; NaN without."""
     gradients: bool = False
     """``gradient_sum_LC``; a backward pass."""
     last_tokens: bool = False
@@ -69,8 +81,8 @@ class Statistics:
 
 def _norms(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean norms and sums of absolute values along ``dim``, whole on every rank; collective if sharded."""
-    weight = weight.detach().double()
-    square, absolute = weight.square().sum(dim), weight.abs().sum(dim)
+    weight = weight.detach().float()
+    square, absolute = (part.sum(dim, dtype=torch.float64) for part in (weight.square(), weight.abs()))
     if isinstance(square, DTensor) and isinstance(absolute, DTensor):
         square, absolute = square.full_tensor(), absolute.full_tensor()
     return square.sqrt(), absolute
@@ -102,20 +114,25 @@ class Collector(Listener):
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-        self.sum_LC, self.abs_sum_LC, self.square_sum_LC, self.gradient_sum_LC = (
-            zeros(layers, self.channels) for _ in range(4)
-        )
+        self.gradient_sum_LC = zeros(layers, self.channels)
+        self.sums_LC = {name: zeros(layers, self.channels) for name in CHANNEL_SUMS}
+        for name in CHANNEL_SUMS.keys() - self.needs.sums:
+            self.sums_LC[name].fill_(torch.nan)
         self.channel_weight_L, self.change_sum_L, self.cosine_sum_L, self.block_weight_L = (
             zeros(layers) for _ in range(4)
         )
+        if not self.needs.cosine:
+            self.cosine_sum_L.fill_(torch.nan)
         self.last_lowest_LC, self.last_highest_LC = (zeros(layers, self.channels, dtype=torch.int64) for _ in range(2))
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
-        for hidden_RC, weight_R in _rows(hidden_NC, weight_N):
+        of_batch = {name: torch.zeros(self.channels, device=self.device) for name in self.needs.sums}
+        for hidden_RC, weight_R in _rows(hidden_NC, weight_N) if of_batch else ():
             hidden_RC = hidden_RC.float()
-            self.sum_LC[layer] += weight_R @ hidden_RC
-            self.abs_sum_LC[layer] += weight_R @ hidden_RC.abs()
-            self.square_sum_LC[layer] += weight_R @ hidden_RC.square()
+            for name, sum_C in of_batch.items():
+                sum_C.addmv_(CHANNEL_SUMS[name](hidden_RC).t(), weight_R)
+        for name, sum_C in of_batch.items():
+            self.sums_LC[name][layer] += sum_C
         self.channel_weight_L[layer] += weight_N.sum()
 
     def on_gradient(self, layer: int, hidden_NC: torch.Tensor, gradient_NC: torch.Tensor) -> None:
@@ -129,15 +146,19 @@ class Collector(Listener):
             self.last_highest_LC[layer] = torch.maximum(self.last_highest_LC[layer], highest_C)
 
     def on_block(self, layer: int, inputs_NH: torch.Tensor, outputs_NH: torch.Tensor, weight_N: torch.Tensor) -> None:
-        for before_RH, after_RH, weight_R in _rows(inputs_NH, outputs_NH, weight_N):
-            before_RH, after_RH, weight_R = before_RH.float(), after_RH.float(), weight_R.double()
-            before_R, after_R, change_R = (
-                vector_norm(x_RH, dim=-1).double() for x_RH in (before_RH, after_RH, after_RH - before_RH)
-            )
-            self.change_sum_L[layer] += change_R @ weight_R
+        norms: list[torch.Tensor] = []
+        for before_RH, after_RH in _rows(inputs_NH, outputs_NH):
+            before_RH, after_RH = before_RH.float(), after_RH.float()
+            read = (after_RH - before_RH, before_RH, after_RH) if self.needs.cosine else (after_RH - before_RH,)
+            norms.append(torch.stack([vector_norm(tensor_RH, dim=-1) for tensor_RH in read]))
+        change_N, *ends = torch.cat(norms, dim=1).double()
+        weight_N = weight_N.double()
+        self.change_sum_L[layer] += change_N @ weight_N
+        if self.needs.cosine:
             # By the law of cosines: three norms are cheaper than two norms and a product. Padding may be all zero.
-            product_R = (before_R.square() + after_R.square() - change_R.square()) / 2
-            self.cosine_sum_L[layer] += (product_R / (before_R * after_R).clamp_min(1e-12)) @ weight_R
+            before_N, after_N = ends
+            product_N = (before_N.square() + after_N.square() - change_N.square()) / 2
+            self.cosine_sum_L[layer] += (product_N / (before_N * after_N).clamp_min(1e-12)) @ weight_N
         self.block_weight_L[layer] += weight_N.sum()
 
     def _weight_norms(self) -> dict[str, torch.Tensor]:
@@ -158,14 +179,13 @@ class Collector(Listener):
         Raises:
             CalibrationError: no position of any sequence has any weight.
         """
-        sums = ["sum_LC", "abs_sum_LC", "square_sum_LC", "channel_weight_L"]
-        sums += ["change_sum_L", "cosine_sum_L", "block_weight_L", "gradient_sum_LC"]
+        sums = ["channel_weight_L", "change_sum_L", "cosine_sum_L", "block_weight_L", "gradient_sum_LC"]
         places = ["last_lowest_LC", "last_highest_LC"]
-        totals: dict[str, torch.Tensor] = {}
-        for name in sums + places:
-            totals[name] = getattr(self, name).clone()
-            if dist.is_initialized():
-                dist.all_reduce(totals[name], dist.ReduceOp.SUM if name in sums else dist.ReduceOp.MAX)
+        totals = {f"{name}_LC": sum_LC.clone() for name, sum_LC in self.sums_LC.items()}
+        totals |= {name: getattr(self, name).clone() for name in sums + places}
+        if dist.is_initialized():
+            for name, total in totals.items():
+                dist.all_reduce(total, dist.ReduceOp.MAX if name in places else dist.ReduceOp.SUM)
         if not (totals["channel_weight_L"].min() > 0 and totals["block_weight_L"].min() > 0):
             raise CalibrationError(NOTHING_COUNTS)
         unused = [] if self.needs.gradients else ["gradient_sum_LC"]

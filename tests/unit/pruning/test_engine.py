@@ -15,12 +15,11 @@ from ptl_rl.pruning import blocks, engine
 from ptl_rl.pruning.calibration import Sequence, batches_for_rank
 from ptl_rl.pruning.choice import make_plan
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA as CRITERIA
-from ptl_rl.pruning.criteria import needs_of
 from ptl_rl.pruning.masking import masked, skipped
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import load_sharded
 from ptl_rl.pruning.slicing import MissingWeightError, load_new_weight, save_new_weight, slice_checkpoint
-from ptl_rl.pruning.statistics import Collector
+from ptl_rl.pruning.statistics import Collector, Needs
 from ptl_rl.pruning.streaming import CalibrationError, mean_loss, stream
 from ptl_rl.pruning.verify import logit_difference
 
@@ -63,14 +62,15 @@ def test_every_criterion_scores_and_plans(channels, make_checkpoint):
     policy = policy_of(make_checkpoint("llama"), "llama")
     plan = plan_of(policy, criterion_of(channels), engine.Removal(channels=18, layers=0))
     assert plan.intermediate_size == 30 and plan.keep_layers == [0, 1, 2]
-    # Equal to the rule by hand: what is kept are the largest of what the criterion says.
+    # Equal to the rule by hand: what is kept are the largest of what the criterion says, were all statistics there.
     if channels in CRITERIA:
-        collector = Collector(policy.model, policy.family, 48, CPU, needs_of(CRITERIA[channels]))
+        everything = Needs(gradients=channels == "taylor", last_tokens=channels == "ptl_reference")
+        collector = Collector(policy.model, policy.family, 48, CPU, everything)
         chosen = sequences()[:10]
         policy.read(chosen, [collector])
         statistics = collector.reduce(remove_channels=18)
         if channels == "ptl_reference":
-            general = Collector(policy.model, policy.family, 48, CPU, needs_of(CRITERIA[channels]))
+            general = Collector(policy.model, policy.family, 48, CPU, everything)
             policy.read(sequences(1), [general])
             statistics.general = general.reduce()
         for kept, importance_C in zip(plan.keep_channels, CRITERIA[channels](statistics), strict=True):

@@ -167,3 +167,18 @@ def mine(statistics):
     criterion = load_criterion("mine", write(tmp_path / "mine.py", text))
     assert needs_of(criterion).gradients and not needs_of(criterion).last_tokens
     try_out(criterion)
+
+
+def test_a_sum_that_a_criterion_does_not_say_it_reads_is_missed_before_the_run(tmp_path):
+    text = """
+from ptl_rl.pruning.criteria import reads
+
+@reads(sums=("sum",))
+def mine(statistics):
+    return statistics.square_sum_LC
+"""
+    with pytest.raises(CriterionError, match="criterion mine returned numbers that are not finite"):
+        try_out(load_criterion("mine", write(tmp_path / "mine.py", text)))
+    text = text.replace('"sum"', '"squares"')
+    with pytest.raises(CriterionError, match="mine reads squares; there are sum, abs_sum, square_sum"):
+        load_criterion("mine", write(tmp_path / "other.py", text))
