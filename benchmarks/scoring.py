@@ -1,8 +1,8 @@
-"""What scoring costs beside a bare forward pass over the same batches, in one process, interleaved.
+"""What scoring costs beside a bare forward pass over the same batches, in one process, batch by batch in turns.
 
 ``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: one criterion, the sums of all of
 them, the second moments that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one
-prompt at a time, sets of ids on the host), extrapolated from a few prompts to the same number of tokens. Peaks of
+prompt at a time, sets of ids on the host), extrapolated from one prompt of each batch. Peaks of
 memory come from processes of their own, as what one pass leaves in the allocator would hide another's.
 """
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.statistics import Collector, Needs
+from ptl_rl.pruning.streaming import Listener
 
 
 def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Sequence]:
@@ -38,6 +39,21 @@ def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Seq
     if len(ids) < count * length:
         raise typer.BadParameter(f"the data has {len(ids)} tokens, {count} x {length} are wanted")
     return [Sequence(ids[i * length : (i + 1) * length], 0) for i in range(count)]
+
+
+RELEASED = "the released code's way"
+
+
+def nothing(*_: object) -> None:
+    """Takes no time."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """Something that reads all sequences, in parts, and then works out what it wants."""
+
+    read: Callable[[list[Sequence]], None] = nothing
+    finish: Callable[[], object] = nothing
 
 
 def released_way(model, family, prompts: list[Sequence], remove: int) -> None:
@@ -81,29 +97,20 @@ def main(
     policy = engine.Policy(policy_model, shape.family, Path(folder), torch.device("cpu"), batch_size, 0, 1.0)
     remove, cpu = shape.intermediate_size // 4, torch.device("cpu")
 
-    def bare() -> None:
+    moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
+
+    def bare(part: list[Sequence]) -> None:
         with torch.no_grad():
-            for batch in policy.batches(chosen):
+            for batch in policy.batches(part):
                 inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT}
                 policy_model(**inputs, use_cache=False, logits_to_keep=1)
 
-    def sums(needs: Needs) -> None:
+    def scoring(needs: Needs, *others: Listener) -> Way:
         collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu, needs)
-        policy.read(chosen, [collector])
-        collector.reduce()
+        return Way(lambda part: policy.read(part, [collector, *others]), lambda: collector.reduce())
 
-    def one_criterion(name: str) -> Callable[[], None]:
-        return lambda: sums(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
-
-    moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
-
-    def second_moments() -> None:
-        for moment_CC in moments.own_CC.values():
-            moment_CC.zero_()
-        needs = Needs(sums=(), cosine=False)
-        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu, needs)
-        policy.read(chosen, [collector, moments])
-        collector.reduce()
+    def criterion(name: str) -> Way:
+        return scoring(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
 
     def solve() -> None:
         for layer, moment_CC in moments.own_CC.items():
@@ -112,31 +119,28 @@ def main(
             keep = importance_C.topk(shape.intermediate_size - remove).indices.sort().values.tolist()
             least_squares(weight_HC, moment_CC, keep, 1e-3)
 
-    few = max(1, sequences // 16)
-
-    def released() -> None:
-        released_way(policy_model, shape.family, chosen[:few], remove)
-
-    work: dict[str, tuple[Callable[[], None], float]] = {
-        "bare forward pass": (bare, 1),
-        "activation and block_influence": (one_criterion("activation"), 1),
-        "rms_contribution and block_influence": (one_criterion("rms_contribution"), 1),
-        "the sums of all criteria": (lambda: sums(Needs()), 1),
-        "second moments and block_influence": (second_moments, 1),
-        "order of removal and new weights, all blocks": (solve, 1),
-        "the released code's way": (released, sequences / few),
+    ways = {
+        "bare forward pass": Way(bare),
+        "activation and block_influence": criterion("activation"),
+        "rms_contribution and block_influence": criterion("rms_contribution"),
+        "the sums of all criteria": scoring(Needs()),
+        "second moments and block_influence": scoring(Needs(sums=(), cosine=False), moments),
+        "order of removal and new weights, all blocks": Way(finish=solve),
+        RELEASED: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
     }
     if peak_of is not None:
         with PeakMemory() as peak:
-            work[peak_of][0]()
+            ways[peak_of].read(chosen)
+            ways[peak_of].finish()
         print(peak.added_mib)
         return
-    report(work, repeats, sequences * length, model)
+    parts = [chosen[start : start + batch_size] for start in range(0, sequences, batch_size)]
+    report(ways, parts, repeats, batch_size)
     held_mib = sum(weight.nbytes for weight in policy_model.parameters()) / MIB
-    passes = list(work)[:4]
-    for name in passes:
+    print(f"\nPeak of memory above the model's {held_mib:.0f} MiB, in a process that does nothing else:")
+    for name in list(ways)[:4]:
         peaks = [peak_in_own_process(name) for _ in range(repeats)]
-        print(f"{name}: peak {statistics.median(peaks):.1f} MiB above the model's {held_mib:.0f} MiB")
+        print(f"- {name}: {statistics.median(peaks):.1f} MiB", flush=True)
 
 
 def peak_in_own_process(name: str) -> float:
@@ -147,22 +151,37 @@ def peak_in_own_process(name: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def report(work: dict[str, tuple[Callable[[], None], float]], repeats: int, tokens: int, model: str) -> None:
-    """Run everything in turns and print medians, and medians of each round's ratio to its first."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    next(iter(work.values()))[0]()  # warm up
-    for _ in range(repeats):
-        for name, (function, factor) in work.items():
-            started = time.perf_counter()
-            function()
-            seconds[name].append((time.perf_counter() - started) * factor)
-    firsts = next(iter(seconds.values()))
-    print(f"{model}, {tokens} tokens, {torch.get_num_threads()} threads; medians of {repeats}")
+def report(ways: dict[str, Way], parts: list[list[Sequence]], repeats: int, batch_size: int) -> None:
+    """Print each way's time against the first one's, of every repeat and of their median.
+
+    All ways read a batch before any reads the next, so that a machine that is now fast and now slow is so for all.
+    """
+    seconds = {name: [0.0] * repeats for name in ways}
+    names = list(ways)
+    for name in names:
+        ways[name].read(parts[0])  # warm up
+    for repeat in range(repeats):
+        for place, part in enumerate(parts):
+            turn = (repeat + place) % len(names)
+            for name in names[turn:] + names[:turn]:
+                seconds[name][repeat] += timed(lambda way=ways[name], part=part: way.read(part))
+        for name in names:
+            scale = batch_size if name == RELEASED else 1
+            seconds[name][repeat] = seconds[name][repeat] * scale + timed(ways[name].finish)
+    firsts = seconds[names[0]]
+    tokens = sum(len(sequence.ids) for part in parts for sequence in part)
+    print(f"{tokens} tokens, {torch.get_num_threads()} threads; medians of {repeats} repeats")
     print("| | seconds | of the bare pass | lowest-highest |\n|---|---|---|---|")
     for name, values in seconds.items():
         ratios = [value / first for value, first in zip(values, firsts, strict=True)]
         spread = f"{min(ratios):.3f}-{max(ratios):.3f}"
-        print(f"| {name} | {statistics.median(values):.2f} | {statistics.median(ratios):.3f} | {spread} |")
+        print(f"| {name} | {statistics.median(values):.2f} | {statistics.median(ratios):.3f} | {spread} |", flush=True)
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    path: str = Field("testbed", description="Hugging Face folder, hub id, or 'testbed' for the shipped model.")
+    path: str = Field(
+        "testbed", description="Hugging Face folder, hub id, or a shipped model: 'testbed', 'testbed:llama'."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
@@ -424,14 +426,28 @@ def _recovery_entry(entry: Any) -> Any:
 
 
 class RewardConfig(_Section):
-    path: str | None = Field(None, description="Your Python file; default: 0.9 accuracy + 0.1 format.")
+    path: str | None = Field(
+        None, description="Your Python file, or 'code' for unit tests; default: 0.9 accuracy + 0.1 format."
+    )
     name: str = Field("compute_score", description="The function in that file, in verl's signature.")
     accuracy_weight: float = Field(0.9, ge=0, le=1)
     format_weight: float = Field(0.1, ge=0, le=1)
     format_style: Literal["boxed", "think_boxed"] = "boxed"
 
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        if path == "code":
+            import reward.code
+
+            return reward.code.__file__
+        return None if path is None else str(Path(path).expanduser().absolute())  # workers may run elsewhere
+
 
 class EvaluationConfig(_Section):
+    judge: Literal["boxed", "reward"] = Field(
+        "boxed", description="Right is a boxed answer that equals the known one, or what reward.path says ('acc')."
+    )
     max_response_tokens: int | None = Field(None, ge=1, description="Default: data.max_response_tokens.")
     batch_size: int = Field(128, ge=1, description="Concurrent sequences in vLLM.")
 

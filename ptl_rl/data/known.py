@@ -99,6 +99,16 @@ def _opencoder(row: dict[str, Any]) -> Parts:
     return Parts(_text(row, "instruction", "question"), _text(row, column, "solution"), "")
 
 
+def _mbpp(row: dict[str, Any]) -> Parts:
+    from reward.mbpp import mbpp_row
+
+    try:
+        made = mbpp_row(row)
+    except ValueError as error:
+        raise RowError(str(error)) from None
+    return Parts(made["question"], made["solution"], made["answer"])
+
+
 _MATH_500 = FieldMap(question="problem")
 _MATH_12K = FieldMap(question="problem", solution="answer")  # the hub's copy has no worked solutions
 KNOWN = {
@@ -109,6 +119,9 @@ KNOWN = {
     "HuggingFaceH4/MATH-500": field_layout(_MATH_500, "math500", split="test"),
     "OpenCoder-LLM/opc-sft-stage2": Layout(
         "opencoder", ("instruction", "code", "output"), _opencoder, config="educational_instruct"
+    ),
+    "google-research-datasets/mbpp": Layout(
+        "mbpp", ("text", "code", "test_list", "test_setup_code"), _mbpp, config="full"
     ),
     "bigcode/starcoderdata": _text_layout("starcoder", "content", data_dir="python"),
 }

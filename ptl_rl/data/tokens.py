@@ -7,6 +7,7 @@ from typing import Any
 from ptl_rl.config import ModelConfig
 from ptl_rl.data.corpora import Corpus
 from ptl_rl.data.records import Progress, no_progress
+from ptl_rl.testbed import shipped_checkpoint
 
 SAMPLE = 2000
 BATCH = 256
@@ -27,14 +28,10 @@ def local_tokenizer(model: ModelConfig) -> Any | None:
     """The model's tokenizer if it is on this machine; nothing is downloaded."""
     from transformers import AutoTokenizer
 
-    name = model.path
-    if name == "testbed":
-        from ptl_rl.testbed import CHECKPOINT_DIR
-
-        name = str(CHECKPOINT_DIR)
     try:
+        folder = shipped_checkpoint(model.path) or Path(model.path).expanduser()
         return AutoTokenizer.from_pretrained(
-            Path(name).expanduser() if Path(name).expanduser().is_dir() else name,
+            folder if folder.is_dir() else model.path,
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
         )

@@ -5,13 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
+from ptl_rl.config import ConfigError, CptConfig, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
+from ptl_rl.testbed import shipped_checkpoint
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
 
@@ -26,7 +27,7 @@ class Checked:
 
 
 def resolve_model(name: str, weights: bool = True) -> Path:
-    """Local folder of a model given as folder, 'testbed' or hub id; downloads a hub id.
+    """Local folder of a model given as folder, 'testbed', 'testbed:FAMILY' or hub id; downloads a hub id.
 
     Args:
         weights: False fetches the configuration only.
@@ -34,10 +35,11 @@ def resolve_model(name: str, weights: bool = True) -> Path:
     Raises:
         ConfigError: neither a folder nor to be had from the hub.
     """
-    if name == "testbed":
-        from ptl_rl.testbed import CHECKPOINT_DIR
-
-        return CHECKPOINT_DIR
+    try:
+        if shipped := shipped_checkpoint(name):
+            return shipped
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from None
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -82,18 +84,26 @@ def _check_weights(model: Path) -> None:
 
 
 def too_few(config: RunConfig, data: RunData) -> str | None:
-    """Why the subsets of the training data do not do for a step of RL, if they do not."""
-    if "train" not in data.subsets:
-        return None
-    parts = data.subsets["train"]
-    smallest = min(map(len, parts))
-    wanted = max((r.prompts_per_step for r in config.all_recoveries if isinstance(r, GrpoConfig)), default=1)
-    if smallest >= wanted:
-        return None
-    return (
-        f"data.train: {len(data.sets['train'])} rows in {len(parts)} subsets leave {smallest} in a subset, "
-        f"but recovery.prompts_per_step is {wanted}; give more rows or fewer prompts"
-    )
+    """Why the subsets of the data do not do for a step of a recovery, if they do not."""
+    corpus = "corpus" if "corpus" in data.subsets else "train"
+    rl = [("train", r.prompts_per_step, "prompts_per_step") for r in config.all_recoveries if isinstance(r, GrpoConfig)]
+    cpt = [
+        (corpus, r.sequences_per_step, "sequences_per_step")
+        for r in config.all_recoveries
+        if isinstance(r, CptConfig) and r.tokens_per_step is None
+    ]
+    for name, wanted, setting in sorted(rl + cpt, key=lambda needed: -needed[1]):
+        parts = data.subsets.get(name, [])
+        smallest = min(parts, key=len, default=())
+        if not parts or len(smallest) >= wanted:
+            continue
+        if setting == "sequences_per_step" and any(not record.question for record in smallest):
+            continue  # a text may become several sequences
+        return (
+            f"data.{name}: {len(data.sets[name])} rows in {len(parts)} subsets leave {len(smallest)} in a subset, "
+            f"but recovery.{setting} is {wanted}; give more rows or a smaller {setting}"
+        )
+    return None
 
 
 def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
@@ -108,16 +118,18 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
 
 
 def check_reward(config: RunConfig, data: RunData) -> None:
-    """Load a user's reward function and call it once on a sample of the training data."""
-    if config.reward.path is None or "train" not in data.sets:
+    """Load a user's reward function and call it once on a sample of the data that it will judge."""
+    judged = ["test"] if config.evaluation.judge == "reward" else []
+    judged += ["train"] if any(isinstance(recovery, GrpoConfig) for recovery in config.all_recoveries) else []
+    if config.reward.path is None or not judged:
         return
     from reward.check import RewardError, check_reward_function
 
-    sample = data.sets["train"][0].reward_sample()
-    try:
-        check_reward_function(config.reward.path, config.reward.name, sample)
-    except RewardError as error:
-        raise ConfigError(f"reward: {error}") from None
+    for name in judged:
+        try:
+            check_reward_function(config.reward.path, config.reward.name, data.sets[name][0].reward_sample())
+        except RewardError as error:
+            raise ConfigError(f"reward: {error} (on data.{name})") from None
 
 
 def check_chat_template(config: RunConfig, model: Path) -> None:

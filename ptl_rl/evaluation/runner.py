@@ -1,4 +1,4 @@
-"""The stage ``evaluate``: greedy answers to the test problems through vLLM, judged by the accuracy reward."""
+"""The stage ``evaluate``: greedy answers to the test problems through vLLM, and how many of them are right."""
 
 import json
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 from ptl_rl.config import RunConfig
 from ptl_rl.data.prepare import evaluation_data
 from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.evaluation.judge import judge
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
 
@@ -128,15 +129,14 @@ def evaluate(context: StageContext) -> dict:
     import pyarrow
     import pyarrow.parquet
 
-    from reward.accuracy import accuracy_reward
-
     config, spec = context.config, context.spec
     context.connect_ray()
     records = list(evaluation_data(config, "test"))
     max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
     prompts = _prompt_ids(config, spec.source, [record.question for record in records])
     answers, seconds = _generate(context, prompts, max_tokens)
-    correct = [accuracy_reward(a.text, r.answer) for a, r in zip(answers, records, strict=True)]
+    verdicts = judge(config, records, [a.text for a in answers], lambda: context.report(1, 1))
+    correct = verdicts.correct
     rows = [
         {"id": r.id, "question": r.question, "expected": r.answer, "correct": c, **asdict(a)}
         for r, a, c in zip(records, answers, correct, strict=True)
@@ -147,6 +147,7 @@ def evaluate(context: StageContext) -> dict:
     metrics = {
         "accuracy": sum(correct) / len(correct),
         "problems": len(records),
+        "reward_errors": verdicts.failed,
         "truncated": sum(a.truncated for a in answers),
         "tokens_per_answer": tokens / len(answers),
         "tokens_per_second": tokens / seconds,

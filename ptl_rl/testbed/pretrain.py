@@ -95,6 +95,7 @@ def main(
     peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of AdamW.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
     intermediate_size: Annotated[int, typer.Option(min=1, help="FFN channels per block.")] = 1280,
+    layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
     start_from: Annotated[Path | None, typer.Option(help="Continue from a checkpoint that this script wrote.")] = None,
@@ -104,7 +105,7 @@ def main(
     if start_from and not (start_from / "config.json").exists():
         raise typer.BadParameter(f"{start_from} is no checkpoint: it has no config.json")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, **ids)
+    model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, num_hidden_layers=layers, **ids)
     if start_from:
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -139,7 +140,8 @@ def main(
     model.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {"family": family, "steps": steps, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    record |= {"intermediate_size": model.config.intermediate_size, "autocast": autocast}
+    record |= {"intermediate_size": model.config.intermediate_size, "layers": model.config.num_hidden_layers}
+    record |= {"autocast": autocast}
     record |= {
         "seconds": round(seconds),
         "final_loss": loss.item(),

@@ -59,6 +59,22 @@ ROWS = {
         },
         ("Add two numbers.", "def add(a, b): return a + b", ""),
     ),
+    "google-research-datasets/mbpp": (
+        {
+            "task_id": 7,
+            "text": "Add two numbers.",
+            "code": "def add(a, b):\r\n    return a + b",
+            "test_list": ["assert add(2, 3) == 5"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        },
+        (
+            "Add two numbers.\n\nThe program has to pass these tests:\n```\nassert add(2, 3) == 5\n```\n"
+            "Answer with the whole program in one block that starts with ```python and ends with ```.",
+            "```python\ndef add(a, b):\n    return a + b\n```",
+            '{"tests": ["assert add(2, 3) == 5"], "setup": "", "entry": ["add"]}',
+        ),
+    ),
     "bigcode/starcoderdata": (
         {
             "max_stars_repo_path": "a.py",
@@ -74,6 +90,7 @@ CALLS = {
     "openai/gsm8k": {"name": "main"},
     "HuggingFaceH4/MATH-500": {"split": "test"},
     "OpenCoder-LLM/opc-sft-stage2": {"name": "educational_instruct"},
+    "google-research-datasets/mbpp": {"name": "full"},
     "bigcode/starcoderdata": {"data_dir": "python"},
 }
 

@@ -39,6 +39,9 @@ def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
         ConfigError, match=r"data\.train: 40 rows in 2 subsets leave 20 in a subset, but recovery\.prompts"
     ):
         preflight.check_data(parse_config(values))
+    values["recovery"] = [{"method": "cpt", "sequences_per_step": 21}]
+    with pytest.raises(ConfigError, match=r"leave 20 in a subset, but recovery\.sequences_per_step is 21; give more"):
+        preflight.check_data(parse_config(values))
     values["data"]["train"]["path"] = str(tmp_path / "no.jsonl")
     with pytest.raises(ConfigError, match=r"data\.train: .*no\.jsonl: no such file"):
         preflight.check_data(parse_config(values))
@@ -53,7 +56,13 @@ def test_the_reward_is_tried_on_the_training_data(tmp_path):
     values["schedule"] = {"channels_per_cycle": [64], "alignment": 32}
     values["recovery"] = [{"method": "grpo", "prompts_per_step": 1}]
     config = parse_config(values)
-    with pytest.raises(ConfigError, match=r"reward: .*s7"):
+    with pytest.raises(ConfigError, match=r"reward: .*s7.* \(on data\.train\)"):
+        preflight.check_reward(config, preflight.check_data(config))
+    values["recovery"] = [{"method": "cpt", "sequences_per_step": 1}]
+    config = parse_config(values)
+    preflight.check_reward(config, preflight.check_data(config))
+    config = parse_config(values | {"evaluation": {"judge": "reward"}})
+    with pytest.raises(ConfigError, match=r"\(on data\.test\)"):
         preflight.check_reward(config, preflight.check_data(config))
 
 

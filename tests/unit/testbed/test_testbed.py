@@ -1,11 +1,14 @@
 """The generator is seeded, its splits share nothing, and its solutions are right."""
 
 import itertools
+import json
 import re
 
 import pytest
 
-from ptl_rl.testbed import CHECKPOINT_DIR
+from ptl_rl.config import ConfigError
+from ptl_rl.driver.preflight import resolve_model
+from ptl_rl.testbed import shipped_checkpoint
 from ptl_rl.testbed.word_problems import LEVELS, SPLITS, TEMPLATES, problems, split_of
 
 
@@ -41,6 +44,18 @@ def test_solutions_are_right():
         assert box == f"\\boxed{{{problem.answer}}}" and lines[-1].endswith(f"= {problem.answer}")
 
 
-def test_shipped_checkpoint_is_small_and_safe():
-    assert (CHECKPOINT_DIR / "model.safetensors").stat().st_size <= 8 * 1000 * 1000
-    assert not [p for p in CHECKPOINT_DIR.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+@pytest.mark.parametrize("name", ["testbed", "testbed:qwen2", "testbed:llama", "testbed:gemma2"])
+def test_shipped_checkpoints_are_small_safe_and_of_their_family(name):
+    folder = shipped_checkpoint(name)
+    assert (folder / "model.safetensors").stat().st_size <= 8 * 1000 * 1000
+    assert not [p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+    family = name.partition(":")[2] or "qwen2"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == family
+    assert json.loads((folder / "pretraining.json").read_text())["family"] == family
+
+
+def test_what_is_not_shipped_is_refused_with_what_is(tmp_path):
+    assert shipped_checkpoint("org/testbed") is None
+    for name in ("testbed:mistral", "testbed:", "testbed:.."):
+        with pytest.raises(ConfigError, match=r"model\.path: testbed:.*; there are testbed:gemma2, testbed:llama, te"):
+            resolve_model(name)

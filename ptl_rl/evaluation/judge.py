@@ -1,0 +1,76 @@
+"""Is an answer right? By its boxed result, or by the run's own reward function."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptl_rl.config import RunConfig
+from ptl_rl.data.records import Record
+
+AT_ONCE = 32
+"""Calls of the reward function that run side by side."""
+
+
+class JudgeError(ValueError):
+    """Answers that cannot be judged; the message names setting and remedy."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """How right each answer is, and how many could not be judged."""
+
+    correct: list[float]
+    """From 0 to 1, in the order of the answers."""
+    failed: int = 0
+    """Answers on which the reward function raised; they count as wrong."""
+
+
+def judge(
+    config: RunConfig, records: Sequence[Record], answers: Sequence[str], progress: Callable[[], None] = lambda: None
+) -> Verdicts:
+    """Judge ``answers`` to ``records`` as ``evaluation.judge`` says.
+
+    Args:
+        progress: called after every answer that the reward function has judged.
+
+    Raises:
+        JudgeError: the reward function raised on every answer, or gave one a number outside 0 to 1.
+    """
+    if config.evaluation.judge == "reward":
+        return asyncio.run(_by_reward(config, records, answers, progress))
+    from reward.accuracy import accuracy_reward
+
+    return Verdicts([accuracy_reward(answer, record.answer) for answer, record in zip(answers, records, strict=True)])
+
+
+async def _by_reward(
+    config: RunConfig, records: Sequence[Record], answers: Sequence[str], progress: Callable[[], None]
+) -> Verdicts:
+    from reward.user import compute_score
+
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def result(index: int, record: Record, answer: str) -> dict[str, Any]:
+        async with free:
+            arguments = record.reward_sample() | {"solution_str": answer}
+            arguments["extra_info"] |= {"index": index}
+            found = await compute_score(**arguments, user_path=config.reward.path, user_name=config.reward.name)
+            progress()
+            return found
+
+    tasks = [result(i, *pair) for i, pair in enumerate(zip(records, answers, strict=True))]
+    results = await asyncio.gather(*tasks)
+    failed = sum(bool(found["reward_error"]) for found in results)
+    if results and failed == len(results):
+        raise JudgeError(
+            "evaluation.judge: the reward function raised on every answer; "
+            "reward_errors.jsonl in the run folder says why"
+        )
+    correct = [0.0 if found["reward_error"] else float(found.get("acc", found["score"])) for found in results]
+    if outside := [number for number in correct if not 0 <= number <= 1]:
+        raise JudgeError(
+            f"evaluation.judge: the reward function gave an answer {outside[0]:g}, which is no share of being right; "
+            "return a dict with 'acc' from 0 to 1 beside 'score', or set evaluation.judge to boxed"
+        )
+    return Verdicts(correct, failed)
