@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.config import CHANNEL_CRITERIA, ContrastConfig, CriterionConfig, FieldMap, SourceConfig
 from ptl_rl.data.corpora import Record, load_corpus
+from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import Sequence, batches_for_rank, encode_sequences
+from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.choice import Scores, make_plan
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.moments import SecondMoments

@@ -23,9 +23,9 @@ from peak_memory import MIB, PeakMemory
 from real_models import folder_of
 from transformers import AutoTokenizer
 
+from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import Sequence
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments

@@ -13,7 +13,7 @@ from criteria import Bench, Way, load
 from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig
-from ptl_rl.pruning.calibration import encode_sequences
+from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.pruning.engine import Removal
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy

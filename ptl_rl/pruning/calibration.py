@@ -1,24 +1,12 @@
-"""What the policy reads to be scored: sequences, how much each of their tokens counts, and their batches."""
+"""What the policy reads to be scored: batches of sequences, and how much each of their tokens counts."""
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ptl_rl.data.prompts import prompt_ids
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Question plus chain of thought, or plain text, as token ids."""
-
-    ids: list[int]
-    prompt_tokens: int
-    """How many of the ids belong to the prompt."""
-    weight: float = 1.0
-    """How much the sequence counts beside others: 1 for a worked solution, its reward for a rollout."""
+from ptl_rl.data.encoding import Sequence
 
 
 class Batch(NamedTuple):
@@ -36,25 +24,6 @@ class Batch(NamedTuple):
     """Random numbers in [0, 1) that belong to the sequence, whatever batch and rank it comes to."""
     is_sequence_B: torch.Tensor
     """False for rows that only fill the batch up."""
-
-
-def encode_sequences(
-    tokenizer, questions: list[str], solutions: list[str], max_tokens: int, weights: list[float] | None = None
-) -> list[Sequence]:
-    """Question plus chain of thought, as in RL, cut at ``max_tokens``; plain text where the question is empty.
-
-    Args:
-        weights: of the sequences; all 1 if None.
-    """
-    sequences = []
-    for question, solution, weight in zip(questions, solutions, weights or [1.0] * len(questions), strict=True):
-        if question:
-            prompt = prompt_ids(tokenizer, question)
-            ids = prompt + tokenizer.encode(solution, add_special_tokens=False) + [tokenizer.eos_token_id]
-        else:
-            prompt, ids = [], tokenizer.encode(solution)
-        sequences.append(Sequence(ids[:max_tokens], min(len(prompt), max_tokens), weight))
-    return sequences
 
 
 def batches_for_rank(

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
+from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import UnsupportedModelError, read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import Sequence, encode_sequences
 from ptl_rl.pruning.choice import aligned, make_plan
 from ptl_rl.pruning.criteria import CriterionError
 from ptl_rl.pruning.plan import PruningPlan

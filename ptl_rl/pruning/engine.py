@@ -10,9 +10,10 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ptl_rl.config import CriterionConfig
+from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import Family
 from ptl_rl.pruning import blocks
-from ptl_rl.pruning.calibration import Batch, Sequence, batches_for_rank
+from ptl_rl.pruning.calibration import Batch, batches_for_rank
 from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import (

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
+from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import Sequence, encode_sequences
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import load_sharded
 from ptl_rl.pruning.slicing import slice_weights, write_companions

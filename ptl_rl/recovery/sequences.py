@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ptl_rl.data.corpora import Record
-from ptl_rl.pruning.calibration import encode_sequences
+from ptl_rl.data.encoding import encode_sequences
 
 SCHEMA = pyarrow.schema([("ids", pyarrow.list_(pyarrow.int32())), ("loss_from", pyarrow.int32())])
 ROWS_AT_ONCE = 1024

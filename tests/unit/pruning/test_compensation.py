@@ -6,8 +6,9 @@ from gloo_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
+from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning.calibration import Sequence, batches_for_rank
+from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.compensation import least_squares, obs_importance, removal_order
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.sharded import load_sharded

@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.config import CHANNEL_CRITERIA, ContrastConfig, CriterionConfig, SourceConfig
+from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning import blocks, engine
-from ptl_rl.pruning.calibration import Sequence, batches_for_rank
+from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.choice import make_plan
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA as CRITERIA
 from ptl_rl.pruning.masking import masked, skipped
