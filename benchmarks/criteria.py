@@ -100,7 +100,7 @@ class Bench:
         if sensitivity not in self._moments:
             moments = SecondMoments(self.shape.num_hidden_layers, self.shape.intermediate_size, torch.device("cpu"))
             self.policy().read(self.sequences, [moments], sensitivity)
-            self._moments[sensitivity] = moments.own_CC
+            self._moments[sensitivity] = {layer: moments.take(layer) for layer in moments.layers}
         return self._moments[sensitivity]
 
     def scores(self, way: Way, cut: engine.Removal, seed: int) -> Scores:

@@ -2,8 +2,8 @@
 
 ``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: one criterion, the sums of all of
 them, the second moments that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one
-prompt at a time, sets of ids on the host), extrapolated from one prompt of each batch. Peaks of
-memory come from processes of their own, as what one pass leaves in the allocator would hide another's.
+prompt at a time, sets of ids on the host), extrapolated from one prompt of each batch. Peaks of memory come from
+processes of their own, as what one pass leaves in the allocator would hide another's.
 """
 
 import os
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -113,8 +114,9 @@ def main(
         return scoring(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
 
     def solve() -> None:
-        for layer, moment_CC in moments.own_CC.items():
-            weight_HC = policy.weight(layer, "down_proj")
+        own = deepcopy(moments)  # the next repeat adds to them
+        for layer in own.layers:
+            weight_HC, moment_CC = policy.weight(layer, "down_proj"), own.take(layer)
             importance_C = obs_importance(weight_HC, moment_CC, remove, 1e-3)
             keep = importance_C.topk(shape.intermediate_size - remove).indices.sort().values.tolist()
             least_squares(weight_HC, moment_CC, keep, 1e-3)

@@ -196,9 +196,8 @@ def _obs(policy: Policy, moments: SecondMoments, importance_LC: torch.Tensor, re
 
     Each matrix is let go when it was used, as what follows needs the memory.
     """
-    for layer in list(moments.own_CC):
-        moment_CC = moments.own_CC.pop(layer)
-        importance_LC[layer] = obs_importance(policy.weight(layer, "down_proj"), moment_CC, remove, ridge)
+    for layer in moments.layers:
+        importance_LC[layer] = obs_importance(policy.weight(layer, "down_proj"), moments.take(layer), remove, ridge)
 
 
 def _layer_order(
@@ -280,11 +279,11 @@ def _absorb_channels(
         moments = _moments(policy, [layer for layer in group if layer in plan.keep_layers])
         with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
             policy.read(sequences, [moments], sensitivity)
-        for layer in list(moments.own_CC):
+        for layer in moments.layers:
             weight_HC = load_new_weight(folder, layer, "down_proj")
             if weight_HC is None:
                 weight_HC = policy.weight(layer, "down_proj")
-            fit = least_squares(weight_HC, moments.own_CC.pop(layer), plan.keep_channels[layer], plan.ridge)
+            fit = least_squares(weight_HC, moments.take(layer), plan.keep_channels[layer], plan.ridge)
             save_new_weight(solved, layer, "down_proj", fit.weight_HK)
             shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
     _barrier()  # every rank has read the whole weights that these replace

@@ -120,7 +120,7 @@ def moments_of(model, family: str, rank: int = 0, ranks: int = 1) -> dict[int, t
     moments = SecondMoments(3, 48, torch.device("cpu"))
     batches = batches_for_rank(sequences(), 2, rank, ranks, 0, 0.3)
     stream(model, FAMILIES[family], batches, [moments], torch.device("cpu"))
-    return moments.own_CC
+    return {layer: moments.take(layer) for layer in moments.layers}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
