@@ -4,6 +4,9 @@ One matrix is (C, C) for C channels, 1.4 GB in float32 at 18944 channels, so no 
 rank l modulo ranks, every rank adds its tokens' share to it batch by batch, and the solve for a block runs where
 its matrix is. What a rank holds beside its own is one matrix, while it is being reduced. As the matrices are
 symmetric, a batch adds to stripes of their upper half only, which is 9/16 of the products.
+
+Where a block norms its FFN's output (Gemma 2, 3), ``w`` is the position's weight over the output's mean square: an
+error at a position where the output is small is as large behind the norm as a large one where it is large.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,6 +21,8 @@ STRIPES = 8
 
 class SecondMoments(Listener):
     """Sums up this rank's matrices."""
+
+    by_normed_output = True
 
     def __init__(self, layers: int, channels: int, device: torch.device, wanted: Collection[int] | None = None) -> None:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -6,6 +6,7 @@ listener or the weights need gradients, one backward pass more, and one batch's 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ class Listener:
     """The block whose ``o_proj`` inputs are to be handed to :meth:`on_attention`."""
     output_of: int | None = None
     """The block whose ``down_proj`` outputs are to be handed to :meth:`on_output`."""
+    by_normed_output = False
+    """Whether, where a block norms its FFN's output, :meth:`on_channels` is to be handed weights over that output's
+    mean square: a change of the output then counts as it reaches the residual stream."""
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
         """The input of a block's ``down_proj`` and how much each position counts."""
@@ -108,7 +112,8 @@ class _Taps:
         start_B = torch.arange(len(length_B), device=length_B.device) * batch.mask_BT.shape[1]
         self.last_B = (start_B + length_B - 1)[batch.is_sequence_B]
 
-    def on_down_proj(self, layer: int, inputs: tuple, output: torch.Tensor) -> None:
+    def on_down_proj(self, layer: int, inputs: tuple, output: torch.Tensor, eps: float | None) -> None:
+        """``eps`` is that of the norm that the output goes through, None without one."""
         hidden_NC = inputs[0].detach().flatten(0, -2)
         if self.for_gradient:
             inputs[0].register_hook(lambda gradient: self._on_input_gradient(layer, hidden_NC, gradient))
@@ -122,7 +127,10 @@ class _Taps:
             self.hidden[layer] = hidden_NC
             output.register_hook(lambda gradient: self._on_output_gradient(layer, gradient))
         else:
-            self._hand_on(layer, hidden_NC, self.weight_N)
+            normed_weight_N = self.weight_N
+            if eps is not None and any(listener.by_normed_output for listener in self.listeners):
+                normed_weight_N = self.weight_N / (output.detach().float().square().mean(-1).flatten() + eps)
+            self._hand_on(layer, hidden_NC, self.weight_N, normed_weight_N)
 
     @torch.no_grad()
     def _on_input_gradient(self, layer: int, hidden_NC: torch.Tensor, gradient_BTC: torch.Tensor) -> None:
@@ -130,12 +138,16 @@ class _Taps:
             listener.on_gradient(layer, hidden_NC, gradient_BTC.flatten(0, -2))
 
     def _on_output_gradient(self, layer: int, gradient_BTH: torch.Tensor) -> None:
-        self._hand_on(layer, self.hidden.pop(layer), gradient_BTH.float().norm(dim=-1).flatten())
+        # The gradient has come through the norm, if there is one.
+        weight_N = gradient_BTH.float().norm(dim=-1).flatten()
+        self._hand_on(layer, self.hidden.pop(layer), weight_N, weight_N)
 
     @torch.no_grad()
-    def _hand_on(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
+    def _hand_on(
+        self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor, normed_weight_N: torch.Tensor
+    ) -> None:
         for listener in self.listeners:
-            listener.on_channels(layer, hidden_NC, weight_N)
+            listener.on_channels(layer, hidden_NC, normed_weight_N if listener.by_normed_output else weight_N)
 
     @torch.no_grad()
     def on_o_proj(self, layer: int, inputs: tuple) -> None:
@@ -156,8 +168,11 @@ class _Taps:
         wanted = {listener.attention_of for listener in self.listeners}
         for layer, block in enumerate(model.get_submodule(family.layers).children()):
             down_proj = block.get_submodule(f"{family.mlp}.{family.down_proj}")
+            eps: Any = family.output_norm and block.get_submodule(family.output_norm).eps
             handles.append(
-                down_proj.register_forward_hook(lambda _m, args, out, layer=layer: self.on_down_proj(layer, args, out))
+                down_proj.register_forward_hook(
+                    lambda _m, args, out, layer=layer, eps=eps: self.on_down_proj(layer, args, out, eps)
+                )
             )
             if layer in wanted:
                 o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
