@@ -24,6 +24,7 @@ METRICS = {
     "distillation_loss": "actor/distillation/loss",
     "grad_norm": "actor/grad_norm",
     "step_seconds": "timing_s/step",
+    "tokens": "perf/total_num_tokens",
     "tokens_per_second": "perf/throughput",
 }
 """Our names of what verl logs at every step."""
