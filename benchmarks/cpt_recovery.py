@@ -9,12 +9,12 @@ already is not made again.
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import typer
 from criteria import BATCH, load, table
@@ -75,7 +75,7 @@ class Work:
     def __init__(self, model: Path, config: RunConfig, test: str, tokens: int, out: Path) -> None:
         self.model, self.config, self.tokens, self.out = model, config, tokens, out
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.records = load_corpus(config.data.train[0], config.seed, 0.01)
+        self.records = load_corpus(config.data.train_sources[0], config.seed, 0.01)
         self.held_out = self._encoded(list(load_corpus(SourceConfig(path=test), 0, 0.01)))
         self.address = ""
 
@@ -116,7 +116,7 @@ class Work:
         shutil.rmtree(work, ignore_errors=True)
         (work / "logs").mkdir(parents=True)
         save_config(self.config, work / "config.json")
-        label = f"bench-{os.getpid()}-{out.name}"
+        label = f"bench-{uuid4().hex[:8]}-{out.name}"
         spec = StageSpec(
             name="recover",
             cycle=1,
@@ -141,7 +141,7 @@ class Work:
         spec.out.mkdir()
         spec_path, log = work / "logs" / "spec.json", work / "logs" / "log"
         spec_path.write_text(spec.model_dump_json())
-        env = {**cpu_env_vars(1), "OMP_NUM_THREADS": str(os.cpu_count()), "RAY_ADDRESS": self.address}
+        env = {**cpu_env_vars(1), "RAY_ADDRESS": self.address}
         env |= {"PTL_RUN_ID": label, "PTL_STAGE_ID": label}
         if start_stage(spec_path, log, env).wait():
             raise SystemExit(f"the recovery failed; see {log}")
@@ -192,7 +192,8 @@ def main(
     only: Annotated[list[int] | None, typer.Option(help="Only these rows, from 0.")] = None,
 ) -> None:
     """Perplexity after each cut and each recovery."""
-    folder, out = folder_of(model), out.absolute()
+    folder = folder_of(model)
+    out = out.absolute() / f"{folder.name}-{tokens}-{tokens_per_step}-{learning_rate:g}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     config = parse_config(
         {

@@ -1,5 +1,6 @@
-"""GRPO, CPT, CPT then GRPO, and distillation of the demo's model after the same cut, on equally many trained tokens.
+"""GRPO, CPT, CPT then GRPO, and distillation of the demo's model after the same cut, on equally many sequences.
 
+A sequence is a question and its solution or response, so trained tokens are about equal too; the table has them.
 ``python benchmarks/recovery.py DIR`` makes ``ptl run`` for every method and seed with the settings of the demo recipes
 and prints accuracies, tokens and times. Runs that DIR holds already are not made again, a broken one goes on.
 """
@@ -89,7 +90,8 @@ def main(
         for name, recovery in methods(sequences).items():
             found = []
             for seed in range(seeds):
-                folder = out.absolute() / f"{name.replace(', ', '_').replace(' ', '_')}-{compensate}-{seed}"
+                settings = f"{channels}-{sequences}-{compensate}-{seed}"
+                folder = out.absolute() / f"{name.replace(', ', '_').replace(' ', '_')}-{settings}"
                 run(folder, recovery, channels, compensate, seed)
                 found.append(result(folder))
                 console.print(f"{name}, seed {seed}: {found[-1]}")

@@ -121,23 +121,24 @@ def main(
             keep = importance_C.topk(shape.intermediate_size - remove).indices.sort().values.tolist()
             least_squares(weight_HC, moment_CC, keep, 1e-3)
 
-    ways = {
-        "bare forward pass": Way(bare),
-        "activation and block_influence": criterion("activation"),
-        "rms_contribution and block_influence": criterion("rms_contribution"),
-        "the sums of all criteria": scoring(Needs()),
-        "second moments and block_influence": scoring(Needs(sums=(), cosine=False), moments),
-        "order of removal and new weights, all blocks": Way(finish=solve),
-        RELEASED: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
+    ways: dict[str, Callable[[], Way]] = {
+        "bare forward pass": lambda: Way(bare),
+        "activation and block_influence": lambda: criterion("activation"),
+        "rms_contribution and block_influence": lambda: criterion("rms_contribution"),
+        "the sums of all criteria": lambda: scoring(Needs()),
+        "second moments and block_influence": lambda: scoring(Needs(sums=(), cosine=False), moments),
+        "order of removal and new weights, all blocks": lambda: Way(finish=solve),
+        RELEASED: lambda: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
     }
     if peak_of is not None:
         with PeakMemory() as peak:
-            ways[peak_of].read(chosen)
-            ways[peak_of].finish()
+            way = ways[peak_of]()
+            way.read(chosen)
+            way.finish()
         print(peak.added_mib)
         return
     parts = [chosen[start : start + batch_size] for start in range(0, sequences, batch_size)]
-    report(ways, parts, repeats, batch_size)
+    report({name: make() for name, make in ways.items()}, parts, repeats, batch_size)
     held_mib = sum(weight.nbytes for weight in policy_model.parameters()) / MIB
     print(f"\nPeak of memory above the model's {held_mib:.0f} MiB, in a process that does nothing else:")
     for name in list(ways)[:4]:

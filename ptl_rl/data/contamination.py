@@ -1,8 +1,9 @@
 """Find rows of a corpus that hold a question which the model will be evaluated on.
 
 Words are compared, in small letters and without punctuation. A row is a hit if it holds ``min_overlap`` of the runs of
-``ngram`` words of some question. Questions with fewer words are compared whole, and with their operators, as "2 + 3"
-and "2 - 3" are the same words. Each row is read once: its runs of words are looked up among those of all questions.
+``ngram`` words of some question. Runs that many questions share are a template's and say nothing. Questions with
+fewer words, or with no run of their own, are compared whole, and with their operators, as "2 + 3" and "2 - 3" are the
+same words. Each row is read once: its runs of words are looked up among those of all questions.
 """
 
 import re
@@ -26,6 +27,8 @@ _APOSTROPHE = re.compile(r"['’`´]")
 _HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
 _WHOLE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[-+*/=<>^%|()]|(?<=[\d)])!")
 _FILTER_BITS = 22
+TEMPLATE = 5
+"""A run that more different questions than this have is a template's."""
 
 
 def whole_key(text: str) -> str:
@@ -76,12 +79,16 @@ class NgramIndex:
         pairs = numpy.empty(len(hashes), [("run", numpy.uint64), ("question", numpy.int64)])
         pairs["run"], pairs["question"] = hashes, owner
         pairs = numpy.unique(pairs)
+        text_of = numpy.unique([question.text for question in questions], return_inverse=True)[1]
+        of_texts = pairs.copy()
+        of_texts["question"] = text_of[pairs["question"]]
+        runs, texts = numpy.unique(numpy.unique(of_texts)["run"], return_counts=True)
+        pairs = pairs[~numpy.isin(pairs["run"], runs[texts > TEMPLATE])]
         self.sizes = numpy.bincount(pairs["question"], minlength=len(questions))
         self._runs_of_pairs, self._questions_of_pairs = pairs["run"], pairs["question"]
         self._filter = numpy.zeros(1 << _FILTER_BITS, bool)
-        self._filter[hashes >> numpy.uint64(64 - _FILTER_BITS)] = True
-        lengths = pc.list_value_length(found).to_numpy()
-        self.short = {whole_key(questions[i].text): int(i) for i in numpy.flatnonzero(lengths < n)[::-1]}
+        self._filter[pairs["run"] >> numpy.uint64(64 - _FILTER_BITS)] = True
+        self.short = {whole_key(questions[i].text): int(i) for i in numpy.flatnonzero(self.sizes == 0)[::-1]}
         self.short.pop("", None)
         # Copies of a short question that punctuation makes more than twice as long are not looked for.
         self.longest_short = 2 * max((len(questions[i].text) for i in self.short.values()), default=0) + 32

@@ -57,12 +57,19 @@ def package_versions() -> dict[str, str]:
 
 
 def detect_device(config: RunConfig) -> str:
-    """'cpu' or 'cuda', as the recipe asks or as the machine has."""
-    if config.resources.device != "auto":
-        return config.resources.device
-    from ptl_rl.platform.checks import is_cpu_only
+    """'cpu' or 'cuda', as the recipe asks or as the machine has.
 
-    return "cpu" if is_cpu_only() else "cuda"
+    Raises:
+        ConfigError: the recipe wants flash attention on CPUs.
+    """
+    device = config.resources.device
+    if device == "auto":
+        from ptl_rl.platform.checks import is_cpu_only
+
+        device = "cpu" if is_cpu_only() else "cuda"
+    if device == "cpu" and config.model.attention == "flash_attention_2":
+        raise ConfigError("model.attention: flash_attention_2 has no CPU build; set it to sdpa or eager")
+    return device
 
 
 class Driver:
@@ -238,6 +245,7 @@ class Driver:
         """Housekeeping once the journal holds a stage; doing it twice, or late, changes nothing."""
         if stage.name == "recover":
             shutil.rmtree(self.folder.work(stage), ignore_errors=True)
+        if stage.name in ("recover", "evaluate"):
             self._note_reward_errors()
         if stage.name == "gate":
             facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}

@@ -119,8 +119,10 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
 
 def check_reward(config: RunConfig, data: RunData) -> None:
     """Load a user's reward function and call it once on a sample of the data that it will judge."""
+    rl = [recovery for recovery in config.all_recoveries if isinstance(recovery, GrpoConfig)]
     judged = ["test"] if config.evaluation.judge == "reward" else []
-    judged += ["train"] if any(isinstance(recovery, GrpoConfig) for recovery in config.all_recoveries) else []
+    judged += ["train"] if rl else []
+    judged += ["validation"] if any(recovery.validate_before for recovery in rl) else []
     if config.reward.path is None or not judged:
         return
     from reward.check import RewardError, check_reward_function

@@ -35,7 +35,7 @@ def judge(
         progress: called after every answer that the reward function has judged.
 
     Raises:
-        JudgeError: the reward function raised on every answer, or gave one a number outside 0 to 1.
+        JudgeError: the reward function raised on every answer, or gave one what is no number from 0 to 1.
     """
     if config.evaluation.judge == "reward":
         return asyncio.run(_by_reward(config, records, answers, progress))
@@ -65,12 +65,18 @@ async def _by_reward(
     if results and failed == len(results):
         raise JudgeError(
             "evaluation.judge: the reward function raised on every answer; "
-            "reward_errors.jsonl in the run folder says why"
+            "logs/reward_errors.jsonl in the run folder says why"
         )
-    correct = [0.0 if found["reward_error"] else float(found.get("acc", found["score"])) for found in results]
-    if outside := [number for number in correct if not 0 <= number <= 1]:
-        raise JudgeError(
-            f"evaluation.judge: the reward function gave an answer {outside[0]:g}, which is no share of being right; "
-            "return a dict with 'acc' from 0 to 1 beside 'score', or set evaluation.judge to boxed"
-        )
+    correct = [0.0 if found["reward_error"] else _share(found) for found in results]
     return Verdicts(correct, failed)
+
+
+def _share(found: dict[str, Any]) -> float:
+    """``acc``, or ``score`` of an answer that the reward function gave none."""
+    value = found["score"] if found.get("acc") is None else found["acc"]
+    if not isinstance(value, float) or not 0 <= value <= 1:
+        raise JudgeError(
+            f"evaluation.judge: the reward function gave an answer {value!r}, which is no share of being right; "
+            "return a dict with a number 'acc' from 0 to 1 beside 'score', or set evaluation.judge to boxed"
+        )
+    return value

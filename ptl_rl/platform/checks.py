@@ -152,7 +152,6 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         "trainer.n_gpus_per_node": num_workers,
         # The padding-free path needs flash-attn, which has no CPU build.
         "actor_rollout_ref.model.use_remove_padding": False,
-        "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_torch_compile": False,
@@ -185,7 +184,6 @@ def verl_sft_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         "trainer.nnodes": 1,
         "trainer.n_gpus_per_node": num_workers,
         "model.use_remove_padding": False,
-        "model.override_config.attn_implementation": "sdpa",
         "engine.strategy": "fsdp2",
         **_fsdp_cpu_overrides("engine"),
         "data.num_workers": 0,

@@ -102,7 +102,7 @@ class _Taps:
         self.for_block = [listener for listener in listeners if listener.wants_blocks]
         self.weight_N = torch.zeros(0)
         self.last_B = torch.zeros(0, dtype=torch.long)
-        self.hidden: dict[int, torch.Tensor] = {}
+        self.hidden: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def begin(self, batch: Batch) -> None:
         """Get ready for a batch's forward pass."""
@@ -123,13 +123,14 @@ class _Taps:
             for listener in self.listeners:
                 if listener.output_of == layer:
                     listener.on_output(layer, output.detach().flatten(0, -2))
+        size_N = None
+        if eps is not None and any(listener.by_normed_output for listener in self.listeners):
+            size_N = (output.detach().float().square().mean(-1).flatten() + eps).sqrt()
         if self.sensitivity:
-            self.hidden[layer] = hidden_NC
+            self.hidden[layer] = hidden_NC, size_N
             output.register_hook(lambda gradient: self._on_output_gradient(layer, gradient))
         else:
-            normed_weight_N = self.weight_N
-            if eps is not None and any(listener.by_normed_output for listener in self.listeners):
-                normed_weight_N = self.weight_N / (output.detach().float().square().mean(-1).flatten() + eps)
+            normed_weight_N = self.weight_N if size_N is None else self.weight_N / size_N.square()
             self._hand_on(layer, hidden_NC, self.weight_N, normed_weight_N)
 
     @torch.no_grad()
@@ -138,9 +139,10 @@ class _Taps:
             listener.on_gradient(layer, hidden_NC, gradient_BTC.flatten(0, -2))
 
     def _on_output_gradient(self, layer: int, gradient_BTH: torch.Tensor) -> None:
-        # The gradient has come through the norm, if there is one.
+        hidden_NC, size_N = self.hidden.pop(layer)
         weight_N = gradient_BTH.float().norm(dim=-1).flatten()
-        self._hand_on(layer, self.hidden.pop(layer), weight_N, weight_N)
+        # The gradient has come through the norm, if there is one, which has divided it by the output's size once.
+        self._hand_on(layer, hidden_NC, weight_N, weight_N if size_N is None else weight_N / size_N)
 
     @torch.no_grad()
     def _hand_on(

@@ -142,3 +142,20 @@ def test_words():
     assert words(texts).to_pylist() == [["it", "s", "x", "1", "2", "not", "straße"], [""], ["中文", "題"]]
     index = NgramIndex([Question("a", "x y z x y z", 0, False)], 3)
     assert index.sizes.tolist() == [3]
+
+
+def test_what_many_questions_share_is_a_template():
+    """As in MBPP: the question's own words are few, and what surrounds them is the same in all."""
+    asked = "Write a function to find {}. The program has to pass these tests: assert {}({}) == True. Answer with the "
+    asked += "whole program in one block that starts with python and ends with three backticks."
+    questions = [
+        asked.format(f"the {name} of a list", name, i) for i, name in enumerate("max min sum mean mode".split())
+    ]
+    other = asked.format("whether a number is odd", "odd", 9)
+    assert hits([(other, "")], questions) != {}  # five may share by chance: copies of one another
+    questions.append(asked.format("the length of a list", "length", 7))
+    assert hits([(other, ""), (questions[2], ""), ("", "See: " + questions[5])], questions) == {1: 2, 2: 5}
+    # Six copies of one question are no template, and a question of template words alone is compared whole.
+    assert hits([(LONG, "")], [LONG] * 6) == {0: 0}
+    bare = asked.split(". ", 2)[2]
+    assert hits([(bare, ""), (other, "")], [*questions, bare]) == {0: 6}

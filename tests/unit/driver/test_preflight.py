@@ -7,6 +7,7 @@ from data_rows import row, run_config
 
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
+from ptl_rl.driver.loop import detect_device
 from ptl_rl.recipe import load_config, parse_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -47,6 +48,13 @@ def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
         preflight.check_data(parse_config(values))
 
 
+def test_flash_attention_needs_a_gpu():
+    values = {"schedule": {"channels_per_cycle": [16]}, "model": {"attention": "flash_attention_2"}}
+    assert detect_device(parse_config(values | {"resources": {"device": "cuda"}})) == "cuda"
+    with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2 has no CPU build; set it to sdpa"):
+        detect_device(parse_config(values | {"resources": {"device": "cpu"}}))
+
+
 def test_the_reward_is_tried_on_the_training_data(tmp_path):
     reward = tmp_path / "my_reward.py"
     reward.write_text(
@@ -64,6 +72,21 @@ def test_the_reward_is_tried_on_the_training_data(tmp_path):
     config = parse_config(values | {"evaluation": {"judge": "reward"}})
     with pytest.raises(ConfigError, match=r"\(on data\.test\)"):
         preflight.check_reward(config, preflight.check_data(config))
+
+
+def test_the_reward_is_tried_on_what_grpo_validates_on(tmp_path):
+    reward = tmp_path / "my_reward.py"
+    body = "if data_source == 'validation': raise KeyError('no such thing')\n    return 1.0"
+    reward.write_text(f"def score(data_source, solution_str, ground_truth, extra_info=None):\n    {body}\n")
+    values = run_config(tmp_path, [row(7)]).model_dump() | {"reward": {"path": str(reward), "name": "score"}}
+    values["schedule"] = {"channels_per_cycle": [64], "alignment": 32}
+    values["recovery"] = [{"method": "grpo", "prompts_per_step": 1}]
+    config = parse_config(values)
+    with pytest.raises(ConfigError, match=r"reward: .*no such thing.* \(on data\.validation\)"):
+        preflight.check_reward(config, preflight.check_data(config))
+    values["recovery"] = [{"method": "grpo", "prompts_per_step": 1, "validate_before": False}]
+    config = parse_config(values)
+    preflight.check_reward(config, preflight.check_data(config))
 
 
 def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):

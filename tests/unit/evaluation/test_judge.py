@@ -58,13 +58,20 @@ def test_the_reward_function_judges_and_its_acc_comes_before_its_score(tmp_path)
 def test_an_answer_it_raises_on_is_wrong_and_counted_and_all_of_them_are_an_error(tmp_path):
     verdicts = judged_by(tmp_path, "return float(int(solution_str) == int(ground_truth))")
     assert verdicts.correct == [1.0, 1.0, 0.0, 1.0] and verdicts.failed == 1
-    with pytest.raises(JudgeError, match=r"raised on every answer; reward_errors\.jsonl"):
+    with pytest.raises(JudgeError, match=r"raised on every answer; logs/reward_errors\.jsonl"):
         judged_by(tmp_path, "raise KeyError(solution_str)")
 
 
-@pytest.mark.parametrize("number", ["-1.0", "1.5", "{'score': 0.5, 'acc': 2.0}"])
+def test_the_score_counts_where_an_answer_has_no_acc(tmp_path):
+    body = (
+        "return {'score': 0.0} if solution_str == 'x' else {'score': 0.25, 'acc': float(solution_str == ground_truth)}"
+    )
+    assert judged_by(tmp_path, body).correct == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("number", ["-1.0", "1.5", "{'score': 0.5, 'acc': 2.0}", "{'score': 0.5, 'acc': 'yes'}"])
 def test_numbers_that_are_no_share_are_refused(number, tmp_path):
-    with pytest.raises(JudgeError, match="which is no share of being right; return a dict with 'acc'"):
+    with pytest.raises(JudgeError, match="which is no share of being right; return a dict with a number 'acc'"):
         judged_by(tmp_path, f"return {number}")
 
 

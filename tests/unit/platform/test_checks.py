@@ -11,10 +11,8 @@ from ptl_rl.platform import checks
 
 # Keys that verl's YAML does not list but its code reads.
 NOT_IN_YAML = {
-    "actor_rollout_ref.model.override_config.attn_implementation",
     "actor_rollout_ref.rollout.enable_sleep_mode",
     "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls",
-    "model.override_config.attn_implementation",
 }
 
 
