@@ -148,9 +148,8 @@ def test_what_many_questions_share_is_a_template():
     """As in MBPP: the question's own words are few, and what surrounds them is the same in all."""
     asked = "Write a function to find {}. The program has to pass these tests: assert {}({}) == True. Answer with the "
     asked += "whole program in one block that starts with python and ends with three backticks."
-    questions = [
-        asked.format(f"the {name} of a list", name, i) for i, name in enumerate("max min sum mean mode".split())
-    ]
+    names = ["max", "min", "sum", "mean", "mode"]
+    questions = [asked.format(f"the {name} of a list", name, i) for i, name in enumerate(names)]
     other = asked.format("whether a number is odd", "odd", 9)
     assert hits([(other, "")], questions) != {}  # five may share by chance: copies of one another
     questions.append(asked.format("the length of a list", "length", 7))
