@@ -204,6 +204,7 @@ def perplexity(
     ridge: Ridge = RIDGE,
     only: Annotated[list[str] | None, typer.Option(help="Only these criteria, of channels and of blocks.")] = None,
     sensitivity: Annotated[bool, typer.Option(help="Also weigh tokens by sensitivity.")] = False,
+    compensated: Annotated[bool, typer.Option(help="Only with least squares.")] = False,
 ) -> None:
     """Perplexity after one cut of channels, and after removing blocks."""
     folder = folder_of(model)
@@ -224,7 +225,11 @@ def perplexity(
     print(f"unpruned: {measure(bench.model):.3f}\n", flush=True)
     width = bench.shape.intermediate_size
     cuts = [engine.Removal(round(width * share), 0) for share in SHARES]
-    ways = [way for way in channel_ways(general, ridge, sensitivity) if not only or way.criterion.channels in only]
+    ways = [
+        way
+        for way in channel_ways(general, ridge, sensitivity)
+        if (not only or way.criterion.channels in only) and not (compensated and way.criterion.compensate == "none")
+    ]
     if ways:
         table(
             ["channels", *(f"{share:.1%} removed" for share in SHARES)],
@@ -233,10 +238,10 @@ def perplexity(
     of_blocks = [layers for layers in LAYER_CRITERIA if not only or layers in only]
     if of_blocks:
         print()
-        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, of_blocks))
+        table(["blocks", *(f"{count} removed" for count in BLOCKS)], block_rows(bench, of_blocks, compensated))
 
 
-def block_rows(bench: Bench, of_blocks: list[str]) -> Iterator[tuple[str, list[str]]]:
+def block_rows(bench: Bench, of_blocks: list[str], compensated: bool) -> Iterator[tuple[str, list[str]]]:
     """The layer criteria, each plain and compensated; one greedy order of removal serves all counts."""
     for layers in of_blocks:
         criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate="none")
@@ -244,7 +249,7 @@ def block_rows(bench: Bench, of_blocks: list[str]) -> Iterator[tuple[str, list[s
             bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
         ).layer_order
         console.print(f"{layers}: {order}")
-        for compensate in ("none", "least_squares"):
+        for compensate in ("least_squares",) if compensated else ("none", "least_squares"):
             found = []
             for count in BLOCKS:
                 explicit = CriterionConfig(
