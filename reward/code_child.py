@@ -252,7 +252,7 @@ def _remove(folder: str) -> None:
             os.unlink(f"{folder}/{name}")  # noqa: PTH108
         os.rmdir(folder)  # noqa: PTH106
     except OSError:
-        pass  # the parent removes what is left
+        return  # the parent removes what is left
 
 
 def _answer(program: _Program, namespaces: bool, settings: dict[str, Any]) -> None:
