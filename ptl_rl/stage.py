@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ptl_rl.config import AnyRecovery, RunConfig
+from ptl_rl.config import RunConfig
+from ptl_rl.recovery.settings import AnyRecovery
 
 
 class StageSpec(BaseModel):

@@ -7,7 +7,7 @@ those of sources named before theirs, so the first of several copies stays; only
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ptl_rl.config import GrpoConfig, RunConfig, SourceConfig
+from ptl_rl.config import RunConfig, SourceConfig
 from ptl_rl.data.contamination import Evaluation, Question, word_hits
 from ptl_rl.data.corpora import (
     Corpus,
@@ -24,6 +24,7 @@ from ptl_rl.data.partition import partition
 from ptl_rl.data.records import DataError, Progress, no_progress, question_key
 from ptl_rl.data.sources import TESTBED
 from ptl_rl.data.store import Store, open_store
+from ptl_rl.recovery.settings import GrpoConfig
 
 if TYPE_CHECKING:
     import numpy

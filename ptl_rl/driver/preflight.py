@@ -5,13 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl_rl.config import ConfigError, CptConfig, GrpoConfig, RunConfig
+from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
+from ptl_rl.recovery.settings import CptConfig, GrpoConfig
 from ptl_rl.testbed import shipped_checkpoint
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]

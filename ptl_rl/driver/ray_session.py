@@ -3,7 +3,8 @@
 import os
 import time
 
-from ptl_rl.config import ConfigError, DistillConfig, RunConfig
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.recovery.settings import DistillConfig
 
 
 class RaySession:

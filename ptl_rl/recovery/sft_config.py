@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.config import CptConfig, RunConfig
+from ptl_rl.config import RunConfig
+from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.verl_config import SAVE_ALL, composed
 from ptl_rl.stage import StageSpec
 

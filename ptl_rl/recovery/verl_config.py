@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"

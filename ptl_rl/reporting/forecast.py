@@ -2,9 +2,10 @@
 
 from rich.table import Table
 
-from ptl_rl.config import CptConfig, RunConfig
+from ptl_rl.config import RunConfig
 from ptl_rl.driver.schedule import planned_cuts
 from ptl_rl.families import ModelShape
+from ptl_rl.recovery.settings import CptConfig
 
 
 def forecast_table(config: RunConfig, shape: ModelShape, model: str) -> Table:

@@ -11,9 +11,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ptl_rl.config import AnyRecovery
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
+from ptl_rl.recovery.settings import AnyRecovery
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
 from ptl_rl.reporting.summary import table
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from verl.utils.config import omega_conf_to_dataclass
 
-from ptl_rl.config import ConfigError, CptConfig
+from ptl_rl.config import ConfigError
 from ptl_rl.recipe import load_config
+from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec

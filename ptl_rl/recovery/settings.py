@@ -1,0 +1,142 @@
+"""What a recipe may say of its recoveries; :mod:`ptl_rl.config` has everything else. Imports neither torch nor ray."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RecoveryConfig(BaseModel):
+    """What every way of recovery has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or one number per cycle.")
+    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After the warm-up; cosine: to 0."
+    )
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_checkpointing: bool = True
+    offload: bool = Field(False, description="Keep parameters and optimizer in host memory when not in use.")
+    save_every_steps: int = Field(0, ge=0, description="verl checkpoint within a recovery; 0: at its end only.")
+    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "RecoveryConfig":
+        steps = self.steps if isinstance(self.steps, list) else [self.steps]
+        if not steps or any(step < 1 for step in steps):
+            raise ValueError(f"steps {self.steps}: each cycle needs at least 1")
+        return self
+
+    def steps_of(self, cut: int) -> int:
+        """Steps of the ``cut``-th planned cut (from 0); the last number of a list serves all later ones."""
+        return self.steps if isinstance(self.steps, int) else self.steps[min(cut, len(self.steps) - 1)]
+
+
+class GrpoConfig(RecoveryConfig):
+    """RL from rewards with verl's GRPO trainer and vLLM rollouts."""
+
+    method: Literal["grpo"] = "grpo"
+    prompts_per_step: int = Field(128, ge=1)
+    rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
+    temperature: float = Field(1.0, gt=0)
+    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.3, gt=0)
+    mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
+    micro_batch_sequences: int = Field(8, ge=1, description="Sequences per backward pass on each worker.")
+    validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "GrpoConfig":
+        mini = self.mini_batch_prompts
+        if mini and self.prompts_per_step % mini:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of mini_batch_prompts {mini}")
+        return self
+
+
+class CptConfig(RecoveryConfig):
+    """Continued pre-training on worked solutions or plain text with verl's SFT trainer."""
+
+    method: Literal["cpt"] = "cpt"
+    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="After the warm-up; cosine: to 0."
+    )
+    warmup_ratio: float | None = Field(0.05, ge=0, lt=1, description="Share of the steps; null: warmup_steps.")
+    loss: Literal["all", "response"] = Field(
+        "all", description="Tokens that count: question and solution, or the latter."
+    )
+    sequences_per_step: int = Field(32, ge=1, description="Global batch; a longer document is several sequences.")
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="Global batch in tokens, on average; takes the place of sequences_per_step."
+    )
+    max_tokens: int = Field(1024, ge=8, description="A longer solution is cut, a longer text is several sequences.")
+    micro_batch_tokens: int = Field(
+        16384, ge=8, description="Tokens per backward pass on each worker: as many whole sequences as fit."
+    )
+    parent_kl: float = Field(
+        0.0, ge=0, description="Weight of KL(unpruned parent || policy) at every token; loads the parent, sharded, too."
+    )
+    cross_entropy: float = Field(1.0, ge=0, description="Weight of the data's own tokens beside parent_kl.")
+    reshard_after_forward: bool = Field(
+        True, description="Free gathered parameters between forward and backward pass (as ZeRO-3); false: as ZeRO-2."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CptConfig":
+        if not self.parent_kl and not self.cross_entropy:
+            raise ValueError("parent_kl and cross_entropy are both 0: there is nothing to learn")
+        if self.micro_batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"micro_batch_tokens {self.micro_batch_tokens} cannot hold a sequence of max_tokens {self.max_tokens}"
+            )
+        return self
+
+
+class DistillConfig(GrpoConfig):
+    """On-policy distillation: the sliced policy answers, and learns what the unpruned parent would have said there.
+
+    The parent is served by vLLM on GPUs of its own.
+    """
+
+    method: Literal["distill"] = "distill"  # type: ignore[assignment]
+    rollouts_per_prompt: int = Field(1, ge=1, description="Responses to a prompt.")
+    kl_loss: float = Field(0.0, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    loss: Literal["forward_kl_topk", "k1"] = Field(
+        "forward_kl_topk",
+        description="KL over the parent's topk tokens, or (k1) the parent's log-probability as a reward of each token.",
+    )
+    topk: int = Field(32, ge=1, description="Of forward_kl_topk.")
+    rewards: bool = Field(False, description="Also learn from the reward function, as GRPO does.")
+    distillation_weight: float = Field(1.0, gt=0, description="Of the distillation loss beside that of rewards.")
+    teacher_workers_per_node: int = Field(
+        1, ge=1, description="GPUs per node for the parent, taken from resources.workers_per_node; extra on CPU."
+    )
+    teacher_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine of the parent.")
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> "DistillConfig":
+        if self.rewards and self.rollouts_per_prompt < 2:
+            raise ValueError("rewards compares the responses to one prompt; set rollouts_per_prompt to 2 or more")
+        if self.teacher_workers_per_node % self.teacher_tensor_parallel_size:
+            raise ValueError(
+                f"teacher_workers_per_node {self.teacher_workers_per_node} is not a multiple of "
+                f"teacher_tensor_parallel_size {self.teacher_tensor_parallel_size}"
+            )
+        return self
+
+
+AnyRecovery = Annotated[GrpoConfig | CptConfig | DistillConfig, Field(discriminator="method")]
+METHODS = ("grpo", "cpt", "distill")
+
+
+def recovery_entry(entry: Any) -> Any:
+    """``{cpt: {...}}`` is short for ``{method: cpt, ...}``; without a method it is GRPO."""
+    if not isinstance(entry, dict):
+        return entry
+    if len(entry) == 1 and next(iter(entry)) in METHODS:
+        ((method, settings),) = entry.items()
+        return {"method": method, **(settings or {})} if isinstance(settings, dict | None) else entry
+    return {"method": "grpo", **entry}
