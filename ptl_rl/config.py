@@ -32,7 +32,9 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    path: str = Field("testbed", description="Hugging Face folder, hub id, or 'testbed' for the shipped model.")
+    path: str = Field(
+        "testbed", description="Hugging Face folder, hub id, or a shipped model: 'testbed', 'testbed:llama'."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False

@@ -4,8 +4,9 @@ Several blocks are chosen one at a time, each by what is measured without those 
 done without need not both be.
 
 What a removed block added to the residual stream is regressed, over the calibration tokens, on what went into the
-``o_proj`` and ``down_proj`` of the nearest block before it that stays, and added to those two weights; the architecture
-stays stock. The change of ``o_proj`` also changes what that block's own FFN reads, which the regression leaves out.
+``o_proj`` and ``down_proj`` of the nearest block before it that is still there, and added to those two weights; the
+architecture stays stock. The change of ``o_proj`` also changes what that block's own FFN reads, which the regression
+leaves out. :mod:`ptl_rl.pruning.absorption` reads and solves them.
 
 Where a block norms its FFN's output before it adds it (Gemma 2, 3), the sum of both contributions is written as one
 normed output: the norm's weight becomes the root mean square of that sum, and ``down_proj`` gives its direction.
@@ -53,7 +54,7 @@ class BlockMoments(Listener):
     wants_blocks = True
 
     def __init__(self, removed: int, predecessor: int) -> None:
-        self.removed, self.attention_of = removed, predecessor
+        self.removed, self.predecessor, self.attention_of = removed, predecessor, predecessor
         self.heads_NA = self.hidden_NC = torch.zeros(0)
         self.xx_XX = self.xy_XH = torch.zeros(0)
         self.yy = torch.zeros((), dtype=torch.float64)
@@ -70,6 +71,7 @@ class BlockMoments(Listener):
             return
         root_N = weight_N.sqrt()[:, None]
         x_NX = torch.cat([self.heads_NA, self.hidden_NC], dim=1).float() * root_N
+        self.heads_NA = self.hidden_NC = torch.zeros(0)
         y_NH = (outputs_NH.float() - inputs_NH.float()) * root_N
         if not len(self.xx_XX):
             self.xx_XX = torch.zeros(x_NX.shape[1], x_NX.shape[1], device=x_NX.device)
@@ -139,6 +141,7 @@ class NormedBlockMoments(Listener):
         y_NH = outputs_NH.float() - inputs_NH.float()
         self.sum_square_H += ((self.output_NH + y_NH) * root_N1).square().sum(0)
         x_NC, y_NH = self.x_NC * root_N1, y_NH * root_N1
+        self.output_NH = self.x_NC = torch.zeros(0)
         if not len(self.xx_CC):
             self.xx_CC = torch.zeros(x_NC.shape[1], x_NC.shape[1], device=x_NC.device)
             self.xy_CH = torch.zeros(x_NC.shape[1], y_NH.shape[1], device=x_NC.device)

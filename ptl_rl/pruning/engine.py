@@ -1,19 +1,17 @@
 """Scoring and compensation of one model: on every rank of the pruning worker, or in one process."""
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
-from ptl_rl.families import Family
 from ptl_rl.pruning import blocks
-from ptl_rl.pruning.calibration import Batch, batches_for_rank
+from ptl_rl.pruning.absorption import LeaveOneOut, absorb, groups, lookup
 from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import (
@@ -28,81 +26,12 @@ from ptl_rl.pruning.criteria import (
 from ptl_rl.pruning.masking import masked, skipped
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import read_tensor
+from ptl_rl.pruning.policy import Policy, barrier
 from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
 from ptl_rl.pruning.statistics import Collector, Needs, Statistics
-from ptl_rl.pruning.streaming import CalibrationError, Listener, mean_loss, stream
+from ptl_rl.pruning.streaming import Listener
 
-
-@dataclass
-class Policy:
-    """A model to be pruned, and how it reads."""
-
-    model: PreTrainedModel
-    family: Family
-    source: Path
-    """Folder of the checkpoint that the model was loaded from."""
-    device: torch.device
-    batch_size: int
-    pad_token_id: int
-    prompt_weight: float
-    moments_gib: float | None = None
-    """Most memory of a rank for second moments; None: no limit."""
-    progress: Callable[[], None] = lambda: None
-    """Called after every batch."""
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def ranks(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
-    def layers(self) -> int:
-        return len(list(self.model.get_submodule(self.family.layers).children()))
-
-    @property
-    def channels(self) -> int:
-        """Per block."""
-        return self.model.config.intermediate_size
-
-    def moment_groups(self) -> list[list[int]]:
-        """Blocks whose second moments are summed up together, so that no rank holds more of them than it may.
-
-        Raises:
-            CalibrationError: a rank may not hold one.
-        """
-        every = list(range(self.layers))
-        if self.moments_gib is None:
-            return [every]
-        each_gib = self.channels**2 * 4 / 2**30
-        at_once = int(self.moments_gib / each_gib) * self.ranks
-        if not at_once:
-            raise CalibrationError(
-                f"calibration.moments_gib is {self.moments_gib:g}, but the matrix of one block of {self.channels} "
-                f"channels takes {each_gib:.2g}; raise it, or choose a criterion that reads sums, and compensate: none"
-            )
-        return [every[start : start + at_once] for start in range(0, len(every), at_once)]
-
-    def batches(self, sequences: list[Sequence]) -> Iterator[Batch]:
-        for batch in batches_for_rank(
-            sequences, self.batch_size, self.rank, self.ranks, self.pad_token_id, self.prompt_weight
-        ):
-            yield batch
-            self.progress()
-
-    def rounds(self, sequences: list[Sequence]) -> int:
-        """Batches that every rank reads in one pass."""
-        return -(-len(sequences) // (self.batch_size * self.ranks))
-
-    def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
-        stream(self.model, self.family, self.batches(sequences), listeners, self.device, sensitivity=sensitivity)
-
-    def weight(self, layer: int, name: str) -> torch.Tensor:
-        """A projection's weight, read whole from the checkpoint."""
-        return read_tensor(self.source, self.family.projection(layer, name) + ".weight").to(self.device)
+__all__ = ["Losses", "Policy", "Removal", "batches_to_compensate", "batches_to_read", "compensate", "score"]
 
 
 @dataclass(frozen=True)
@@ -118,15 +47,18 @@ def batches_to_read(
     policy: Policy, criterion: CriterionConfig, cut: Removal, sequences: list[Sequence], general: list[Sequence]
 ) -> int:
     """How many batches :func:`score` reads on every rank."""
-    for_layers, passes = sequences[: criterion.layer_sequences], 0
+    every, for_layers, passes, tried = sequences, sequences[: criterion.layer_sequences], 0, 0
     if criterion.is_ptl_reference:
         sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     if criterion.layers == "leave_one_out":
-        passes = sum(policy.layers - gone for gone in range(cut.layers))
+        left = [policy.layers - gone for gone in range(cut.layers)]
+        passes = sum(left)
+        tried = sum(len(groups(policy, count - 1)) for count in left) if criterion.compensate != "none" else 0
     elif criterion.layers in LAYER_CRITERIA:
         passes = max(0, cut.layers - (for_layers == sequences))
     for_channels = len(policy.moment_groups()) if criterion.is_obs and cut.channels else 1
-    return for_channels * policy.rounds(sequences) + policy.rounds(general) + passes * policy.rounds(for_layers)
+    of_blocks = passes * policy.rounds(for_layers) + tried * policy.rounds(every)
+    return for_channels * policy.rounds(sequences) + policy.rounds(general) + of_blocks
 
 
 def batches_to_compensate(policy: Policy, cut_channels: bool, layers: int, sequences: list[Sequence]) -> int:
@@ -155,24 +87,24 @@ def score(
     if criterion.is_ptl_reference:
         sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     function = rms_contribution if criterion.is_obs else load_criterion(criterion.channels, criterion.path)
-    groups = policy.moment_groups() if criterion.is_obs and cut.channels else []
-    needs = replace(Needs(sums=()) if groups else needs_of(function), cosine=criterion.layers == "cosine")
+    moment_groups = policy.moment_groups() if criterion.is_obs and cut.channels else []
+    needs = replace(Needs(sums=()) if moment_groups else needs_of(function), cosine=criterion.layers == "cosine")
     collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
     listeners: list[Listener] = [collector]
-    if groups:
-        listeners.append(_moments(policy, groups[0]))
+    if moment_groups:
+        listeners.append(_moments(policy, moment_groups[0]))
     policy.read(sequences, listeners, sensitivity)
     statistics = collector.reduce(remove_channels=cut.channels, seed=seed)
     if general:
         of_general = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
         policy.read(general, [of_general], sensitivity)
         statistics.general = of_general.reduce(remove_channels=cut.channels, seed=seed)
-    if groups:
+    if moment_groups:
         first = listeners.pop()
         assert isinstance(first, SecondMoments)
         importance_LC = torch.zeros(policy.layers, policy.channels, device=policy.device)
         _obs(policy, first, importance_LC, cut.channels, criterion.ridge)
-        for group in groups[1:]:
+        for group in moment_groups[1:]:
             moments = _moments(policy, group)
             policy.read(sequences, [moments], sensitivity)
             _obs(policy, moments, importance_LC, cut.channels, criterion.ridge)
@@ -181,8 +113,8 @@ def score(
         importance_LC = importance_LC.cpu()
     else:
         importance_LC = channel_importance(function, statistics, criterion.contrast.weight if criterion.contrast else 0)
-    for_layers = every[: criterion.layer_sequences]
-    order = _layer_order(policy, criterion, cut, for_layers, statistics if for_layers == sequences else None)
+    known = statistics if every[: criterion.layer_sequences] == sequences else None
+    order = _layer_order(policy, criterion, cut, every, known)
     influence_L = LAYER_CRITERIA.get(criterion.layers, LAYER_CRITERIA["block_influence"])(statistics)
     return Scores(importance_LC, influence_L, order)
 
@@ -203,33 +135,25 @@ def _obs(policy: Policy, moments: SecondMoments, importance_LC: torch.Tensor, re
 def _layer_order(
     policy: Policy, criterion: CriterionConfig, cut: Removal, sequences: list[Sequence], statistics: Statistics | None
 ) -> list[int]:
-    """Which blocks go; ``statistics`` are those of ``sequences`` and the whole model, if they are known already."""
+    """Which blocks go; ``statistics`` are those of the judged sequences and the whole model, if they are known."""
+    judged = sequences[: criterion.layer_sequences]
     if criterion.layers == "explicit":
         return blocks.explicit(criterion.layer_ids, cut.layers_before, cut.layers)
+    if criterion.layers == "leave_one_out":
+        ridge = None if criterion.compensate == "none" else criterion.block_ridge
+        return blocks.greedy(LeaveOneOut(policy, judged, sequences, ridge), cut.layers)
 
     def measured(gone: list[int]) -> torch.Tensor:
-        if criterion.layers == "leave_one_out":
-            return _losses_without(policy, gone, sequences)
         found = None if gone else statistics
         if found is None:
             needs = Needs(sums=(), cosine=criterion.layers == "cosine")
             collector = Collector(policy.model, policy.family, policy.channels, policy.device, needs)
             with skipped(policy.model, policy.family, gone):
-                policy.read(sequences, [collector])
+                policy.read(judged, [collector])
             found = collector.reduce()
         return LAYER_CRITERIA[criterion.layers](found)
 
     return blocks.greedy(measured, cut.layers)
-
-
-def _losses_without(policy: Policy, gone: list[int], sequences: list[Sequence]) -> torch.Tensor:
-    """(L,) mean loss once ``gone`` and one block more are left out, which is how much that one matters."""
-    losses_L = torch.zeros(policy.layers)
-    for layer in range(policy.layers):
-        if layer not in gone:
-            with skipped(policy.model, policy.family, [*gone, layer]):
-                losses_L[layer] = mean_loss(policy.model, policy.batches(sequences), policy.device)
-    return losses_L
 
 
 @dataclass(frozen=True)
@@ -254,10 +178,8 @@ def compensate(
     if policy.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier plan's weights are not this one's
         folder.mkdir(parents=True)
-    _barrier()
-    lost_blocks = [_absorb_block(policy, plan, index, sequences, folder) for index in range(len(plan.layer_order))]
-    known = [lost for lost in lost_blocks if lost is not None]
-    blocks_lost = sum(known) / len(known) if known else None
+    barrier()
+    blocks_lost = _absorb_blocks(policy, plan, sequences, folder)
     if plan.intermediate_size == plan.source_intermediate_size:
         return Losses(blocks=blocks_lost)
     shares = _absorb_channels(policy, plan, sequences, folder, sensitivity)
@@ -266,6 +188,23 @@ def compensate(
         dist.all_reduce(shares)
     plain, left = (shares / plan.num_hidden_layers).tolist()
     return Losses(plain, left, blocks_lost)
+
+
+def _absorb_blocks(policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path) -> float | None:
+    """Let what stays take over for one removed block after the other; the mean share lost, None if none can be."""
+    new: dict[tuple[int, str], torch.Tensor] = {}
+    lost = []
+    for index, removed in enumerate(plan.layer_order):
+        gone = plan.layer_order[:index]
+        (found,) = absorb(policy, gone, [removed], sequences, plan.block_ridge, lookup(new))
+        new |= found.new
+        lost += [] if found.lost is None else [found.lost]
+    if policy.rank == 0:
+        for (layer, name), weight in new.items():
+            if layer in plan.keep_layers:  # one that took over may have gone itself later
+                save_new_weight(folder, layer, name, weight)
+    barrier()
+    return sum(lost) / len(lost) if lost else None
 
 
 def _absorb_channels(
@@ -286,65 +225,10 @@ def _absorb_channels(
             fit = least_squares(weight_HC, moments.take(layer), plan.keep_channels[layer], plan.ridge)
             save_new_weight(solved, layer, "down_proj", fit.weight_HK)
             shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
-    _barrier()  # every rank has read the whole weights that these replace
+    barrier()  # every rank has read the whole weights that these replace
     if policy.rank == 0:
         for file in sorted(solved.glob("*")):
             file.replace(folder / file.name)
         shutil.rmtree(solved, ignore_errors=True)
-    _barrier()
+    barrier()
     return shares
-
-
-def _absorb_block(
-    policy: Policy, plan: PruningPlan, index: int, sequences: list[Sequence], folder: Path
-) -> float | None:
-    """Let the nearest kept predecessor of a removed block take over; the share that stays lost, None if none can."""
-    removed = plan.layer_order[index]
-    before = [layer for layer in plan.keep_layers if layer < removed]
-    if not before:
-        return None
-    predecessor = before[-1]
-    gone = set(plan.layer_order[:index])
-    so_far = plan.without_channel_cut([layer for layer in range(policy.layers) if layer not in gone])
-
-    def current(name: str) -> torch.Tensor:
-        weight = load_new_weight(folder, predecessor, name)
-        return (policy.weight(predecessor, name) if weight is None else weight.to(policy.device)).float()
-
-    moments = _block_moments(policy, removed, predecessor, current)
-    with masked(policy.model, policy.family, so_far, lambda layer, name: load_new_weight(folder, layer, name)):
-        policy.read(sequences, [moments])
-    moments.reduce()
-    lost = 0.0
-    if policy.rank == 0:
-        if isinstance(moments, blocks.NormedBlockMoments):
-            down_HC, norm_H, lost = moments.solve(current("down_proj"), plan.block_ridge)
-            new = {"down_proj": down_HC, "output_norm": norm_H - policy.family.norm_offset}
-        else:
-            o_proj, down_proj = current("o_proj"), current("down_proj")
-            gain_o, gain_down, lost = moments.solve(o_proj.shape[1], plan.block_ridge)
-            new = {"o_proj": o_proj + gain_o, "down_proj": down_proj + gain_down}
-        for name, weight in new.items():
-            save_new_weight(folder, predecessor, name, weight)
-    _barrier()
-    if dist.is_initialized():
-        shared = torch.tensor([lost], dtype=torch.float64, device=policy.device)
-        dist.broadcast(shared, 0)
-        lost = float(shared)
-    return lost
-
-
-def _block_moments(
-    policy: Policy, removed: int, predecessor: int, current: Callable[[str], torch.Tensor]
-) -> blocks.BlockMoments | blocks.NormedBlockMoments:
-    family = policy.family
-    if family.output_norm is None:
-        return blocks.BlockMoments(removed, predecessor)
-    block = list(policy.model.get_submodule(family.layers).children())[predecessor]
-    eps = block.get_submodule(family.output_norm).eps
-    return blocks.NormedBlockMoments(removed, predecessor, family.norm_offset + current("output_norm"), float(eps))
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -4,7 +4,7 @@ Also what scoring reads with when blocks are already chosen to go.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -39,16 +39,44 @@ def masked(
                 lambda _m, inputs, keep_C=keep_C: (inputs[0] * keep_C.to(inputs[0]), *inputs[1:])
             )
         )
-        if new_weights is not None:
-            handles.append(_replaced(down_proj, layer, "down_proj", new_weights, plan.keep_channels[layer]))
-            o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
-            handles.append(_replaced(o_proj, layer, "o_proj", new_weights))
-            if family.output_norm is not None:
-                norm = block.get_submodule(family.output_norm)
-                handles.append(_replaced_norm(norm, layer, family.norm_offset, new_weights))
     try:
-        with skipped(model, family, [layer for layer in range(len(blocks)) if layer not in keep_layers]):
+        with ExitStack() as stack:
+            if new_weights is not None:
+                stack.enter_context(replaced(model, family, new_weights, plan.keep_layers, plan.keep_channels))
+            stack.enter_context(skipped(model, family, [x for x in range(len(blocks)) if x not in keep_layers]))
             yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced(
+    model: nn.Module,
+    family: Family,
+    new_weights: NewWeights,
+    layers: Collection[int],
+    keep_channels: list[list[int]] | None = None,
+) -> Iterator[None]:
+    """Within this context the blocks ``layers`` have their new weights.
+
+    Args:
+        keep_channels: of every block of the model, where new ``down_proj`` weights stand over these only.
+    """
+    handles = []
+    for layer, block in enumerate(model.get_submodule(family.layers).children()):
+        if layer not in layers:
+            continue
+        down_proj = block.get_submodule(f"{family.mlp}.{family.down_proj}")
+        channels = None if keep_channels is None else keep_channels[layer]
+        handles.append(_replaced(down_proj, layer, "down_proj", new_weights, channels))
+        o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
+        handles.append(_replaced(o_proj, layer, "o_proj", new_weights))
+        if family.output_norm is not None:
+            norm = block.get_submodule(family.output_norm)
+            handles.append(_replaced_norm(norm, layer, family.norm_offset, new_weights))
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

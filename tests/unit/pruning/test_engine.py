@@ -142,7 +142,9 @@ class TestBlocksThatGo:
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     def test_leave_one_out_is_the_loss_without(self, family, make_checkpoint):
         policy = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
-        order = plan_of(policy, criterion_of(layers="leave_one_out"), engine.Removal(0, 2)).layer_order
+        order = plan_of(
+            policy, criterion_of(layers="leave_one_out", compensate="none"), engine.Removal(0, 2)
+        ).layer_order
         gone: list[int] = []
         for found in order:
             losses = {}
@@ -152,6 +154,38 @@ class TestBlocksThatGo:
                     losses[layer] = mean_loss(policy.model, batches, CPU)
             assert found == min(losses, key=lambda layer: losses[layer])
             gone.append(found)
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_leave_one_out_is_the_loss_of_what_slicing_leaves(self, family, make_checkpoint, tmp_path):
+        folder = make_checkpoint(family, num_hidden_layers=4)
+        policy = policy_of(folder, family)
+        order = plan_of(policy, criterion_of(layers="leave_one_out"), engine.Removal(0, 2)).layer_order
+        for place, found in enumerate(order):
+            losses = {}
+            for layer in {0, 1, 2, 3} - set(order[:place]):
+                ids = criterion_of(layers="explicit", layer_ids=[*order[:place], layer])
+                plan = plan_of(policy, ids, engine.Removal(0, place + 1))
+                new, out = tmp_path / f"{place}-{layer}.new", tmp_path / f"{place}-{layer}"
+                engine.compensate(policy, plan, sequences(), new)
+                slice_checkpoint(folder, plan, out, new_weights=new)
+                sliced = policy_of(out, family).model
+                losses[layer] = mean_loss(sliced, batches_for_rank(sequences(), 8, 0, 1, 0, 0.3), CPU)
+            assert found == min(losses, key=lambda layer: losses[layer])
+
+    def test_few_regressions_at_once_give_the_same_order(self, make_checkpoint):
+        folder = make_checkpoint("llama", num_hidden_layers=5)
+        orders, criterion = [], criterion_of("activation", layers="leave_one_out")
+        for gib in (None, 1e-9):
+            policy, read = policy_of(folder, "llama"), []
+            policy.moments_gib = gib
+            policy.progress = lambda read=read: read.append(1)
+            cut = engine.Removal(0, 2)
+            orders.append(plan_of(policy, criterion, cut).layer_order)
+            rounds = policy.rounds(sequences())
+            # Scores, then every candidate, and what those with a predecessor leave to it: together or one by one.
+            assert len(read) == rounds * (1 + (5 + 1) + (4 + 1) if gib is None else 1 + (5 + 4) + (4 + 3))
+            assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), [])
+        assert orders[0] == orders[1]
 
     @pytest.mark.parametrize("layers", ["block_influence", "cosine"])
     def test_measured_influence_of_the_second_is_without_the_first(self, layers, make_checkpoint):

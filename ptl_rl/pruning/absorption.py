@@ -1,0 +1,174 @@
+"""What the block before a removed one takes over, and which block is least missed once it has.
+
+:mod:`ptl_rl.pruning.blocks` has the regressions; here they are read, solved and, for ``leave_one_out``, tried out.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.pruning.blocks import BlockMoments, NormedBlockMoments
+from ptl_rl.pruning.masking import NewWeights, replaced, skipped
+from ptl_rl.pruning.policy import Policy
+from ptl_rl.pruning.streaming import mean_loss
+
+GIB = 4.0
+"""Most memory of a rank for regressions that are read in one pass, where ``calibration.moments_gib`` does not say."""
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """How the model changes if one block more goes."""
+
+    removed: int
+    new: dict[tuple[int, str], torch.Tensor]
+    """New weights of the block before it, by block and projection, float32, whole on every rank; {} if none is left."""
+    lost: float | None
+    """Share of what the removed block added that stays lost; None if no block is left to take over."""
+
+
+def groups(policy: Policy, count: int) -> list[int]:
+    """How many of ``count`` regressions are read in each pass, so that memory holds; at least one."""
+    block, family = policy.blocks[0], policy.family
+    inputs, hidden = policy.channels, policy.model.config.hidden_size
+    if family.output_norm is None:
+        inputs += _linear(block, family.attention, family.o_proj).in_features
+    each_gib = inputs * (inputs + hidden) * 4 / 2**30
+    at_once = max(1, int((policy.moments_gib or GIB) / each_gib))
+    return [min(at_once, count - start) for start in range(0, count, at_once)]
+
+
+@contextmanager
+def without(policy: Policy, gone: list[int], new_weights: NewWeights) -> Iterator[None]:
+    """Within this context the blocks ``gone`` pass their input on and the others have their new weights."""
+    with ExitStack() as stack:
+        kept = [layer for layer in range(policy.layers) if layer not in gone]
+        stack.enter_context(replaced(policy.model, policy.family, new_weights, kept))
+        stack.enter_context(skipped(policy.model, policy.family, gone))
+        yield
+
+
+def absorb(
+    policy: Policy,
+    gone: list[int],
+    candidates: list[int],
+    sequences: list[Sequence],
+    ridge: float,
+    new_weights: NewWeights,
+) -> Iterator[Absorbed]:
+    """For each of ``candidates``, what changes if it goes after ``gone``; collective over all ranks.
+
+    Those that no block is left to take over for come first, the others in groups, each read in one pass.
+
+    Args:
+        new_weights: what ``gone`` have left to other blocks; is asked again for every group.
+    """
+    kept = [layer for layer in range(policy.layers) if layer not in gone]
+    for removed in candidates:
+        if removed == kept[0]:
+            yield Absorbed(removed, {}, None)
+    predecessors = {layer: before for before, layer in pairwise(kept) if layer in candidates}
+    waiting = list(predecessors)
+    for size in groups(policy, len(waiting)):
+        group, waiting = waiting[:size], waiting[size:]
+        moments = [_moments(policy, removed, predecessors[removed], new_weights) for removed in group]
+        with without(policy, gone, new_weights):
+            policy.read(sequences, list(moments))
+        while moments:
+            yield _solved(policy, moments.pop(0), ridge, new_weights)
+
+
+def lookup(new: dict[tuple[int, str], torch.Tensor]) -> NewWeights:
+    """New weights that are held in memory."""
+    return lambda layer, name: new.get((layer, name))
+
+
+def _linear(block: nn.Module, part: str, name: str) -> nn.Linear:
+    module = block.get_submodule(f"{part}.{name}")
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _current(policy: Policy, layer: int, name: str, new_weights: NewWeights) -> torch.Tensor:
+    weight = new_weights(layer, name)
+    return (policy.weight(layer, name) if weight is None else weight.to(policy.device)).float()
+
+
+def _moments(
+    policy: Policy, removed: int, predecessor: int, new_weights: NewWeights
+) -> BlockMoments | NormedBlockMoments:
+    family = policy.family
+    if family.output_norm is None:
+        return BlockMoments(removed, predecessor)
+    norm_H = family.norm_offset + _current(policy, predecessor, "output_norm", new_weights)
+    eps = policy.blocks[predecessor].get_submodule(family.output_norm).eps
+    return NormedBlockMoments(removed, predecessor, norm_H, float(eps))  # type: ignore[arg-type]
+
+
+def _solved(
+    policy: Policy, moments: BlockMoments | NormedBlockMoments, ridge: float, new_weights: NewWeights
+) -> Absorbed:
+    """Rank 0 solves, the others are told: the same numbers everywhere."""
+    family, predecessor = policy.family, moments.predecessor
+    moments.reduce()
+    block = policy.blocks[predecessor]
+    down_proj = _linear(block, family.mlp, family.down_proj)
+    o_proj = _linear(block, family.attention, family.o_proj)
+    shapes: dict[str, tuple] = {"down_proj": (down_proj.out_features, down_proj.in_features)}
+    normed = isinstance(moments, NormedBlockMoments)
+    shapes |= (
+        {"output_norm": shapes["down_proj"][:1]} if normed else {"o_proj": (o_proj.out_features, o_proj.in_features)}
+    )
+    lost = torch.zeros(1, dtype=torch.float64, device=policy.device)
+    if policy.rank == 0:
+        current = {name: _current(policy, predecessor, name, new_weights) for name in shapes}
+        if isinstance(moments, NormedBlockMoments):
+            down_HC, norm_H, share = moments.solve(current["down_proj"], ridge)
+            new = {"down_proj": down_HC, "output_norm": norm_H - family.norm_offset}
+        else:
+            gain_HA, gain_HC, share = moments.solve(shapes["o_proj"][1], ridge)
+            new = {"o_proj": current["o_proj"] + gain_HA, "down_proj": current["down_proj"] + gain_HC}
+        lost.fill_(share)
+    else:
+        new = {name: torch.empty(shape, device=policy.device) for name, shape in shapes.items()}
+    if dist.is_initialized():
+        for tensor in (*(new[name] for name in sorted(new)), lost):
+            dist.broadcast(tensor, 0)
+    return Absorbed(moments.removed, {(predecessor, name): weight for name, weight in new.items()}, float(lost))
+
+
+class LeaveOneOut:
+    """Loss once one block more is gone: as it then is, or, with ``ridge``, once the one before it has taken over.
+
+    Importance for :func:`ptl_rl.pruning.blocks.greedy`, which is to remove the block with the smallest loss each time.
+    """
+
+    def __init__(self, policy: Policy, judged: list[Sequence], sequences: list[Sequence], ridge: float | None) -> None:
+        self.policy, self.judged, self.sequences, self.ridge = policy, judged, sequences, ridge
+        self.new: dict[tuple[int, str], torch.Tensor] = {}
+        self.best = Absorbed(-1, {}, None)
+
+    def __call__(self, gone: list[int]) -> torch.Tensor:
+        if gone:
+            self.new |= self.best.new
+        losses_L = torch.full((self.policy.layers,), torch.inf)
+        left = [layer for layer in range(self.policy.layers) if layer not in gone]
+        for candidate in self._candidates(gone, left):
+            new_weights = lookup({**self.new, **candidate.new})
+            with without(self.policy, [*gone, candidate.removed], new_weights):
+                loss = mean_loss(self.policy.model, self.policy.batches(self.judged), self.policy.device)
+            if loss < float(losses_L.min()):
+                self.best = candidate
+            losses_L[candidate.removed] = loss
+        return losses_L
+
+    def _candidates(self, gone: list[int], left: list[int]) -> Iterator[Absorbed]:
+        if self.ridge is None:
+            return (Absorbed(layer, {}, None) for layer in left)
+        return absorb(self.policy, gone, left, self.sequences, self.ridge, lookup(dict(self.new)))
