@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,8 +108,8 @@ def _moments(
     if family.output_norm is None:
         return BlockMoments(removed, predecessor)
     norm_H = family.norm_offset + _current(policy, predecessor, "output_norm", new_weights)
-    eps = policy.blocks[predecessor].get_submodule(family.output_norm).eps
-    return NormedBlockMoments(removed, predecessor, norm_H, float(eps))  # type: ignore[arg-type]
+    eps: Any = policy.blocks[predecessor].get_submodule(family.output_norm).eps
+    return NormedBlockMoments(removed, predecessor, norm_H, float(eps))
 
 
 def _solved(
@@ -157,6 +158,7 @@ class LeaveOneOut:
     def __call__(self, gone: list[int]) -> torch.Tensor:
         if gone:
             self.new |= self.best.new
+        self.best = Absorbed(-1, {}, None)
         losses_L = torch.full((self.policy.layers,), torch.inf)
         left = [layer for layer in range(self.policy.layers) if layer not in gone]
         for candidate in self._candidates(gone, left):

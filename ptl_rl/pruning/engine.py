@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning import blocks
-from ptl_rl.pruning.absorption import LeaveOneOut, absorb, groups, lookup
+from ptl_rl.pruning.absorption import LeaveOneOut, absorb, groups
 from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import (
@@ -192,18 +192,17 @@ def compensate(
 
 def _absorb_blocks(policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path) -> float | None:
     """Let what stays take over for one removed block after the other; the mean share lost, None if none can be."""
-    new: dict[tuple[int, str], torch.Tensor] = {}
     lost = []
     for index, removed in enumerate(plan.layer_order):
         gone = plan.layer_order[:index]
-        (found,) = absorb(policy, gone, [removed], sequences, plan.block_ridge, lookup(new))
-        new |= found.new
+        (found,) = absorb(
+            policy, gone, [removed], sequences, plan.block_ridge, lambda *key: load_new_weight(folder, *key)
+        )
         lost += [] if found.lost is None else [found.lost]
-    if policy.rank == 0:
-        for (layer, name), weight in new.items():
-            if layer in plan.keep_layers:  # one that took over may have gone itself later
+        if policy.rank == 0:  # a block that takes over may go itself later: slicing does not read its weights
+            for (layer, name), weight in found.new.items():
                 save_new_weight(folder, layer, name, weight)
-    barrier()
+        barrier()
     return sum(lost) / len(lost) if lost else None
 
 
