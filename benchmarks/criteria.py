@@ -244,12 +244,13 @@ def perplexity(
 def block_rows(bench: Bench, of_blocks: list[str], compensated: bool) -> Iterator[tuple[str, list[str]]]:
     """The layer criteria, each plain and compensated; one greedy order of removal serves all counts."""
     for layers in of_blocks:
-        criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate="none")
-        order = engine.score(
-            bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
-        ).layer_order
-        console.print(f"{layers}: {order}")
         for compensate in ("least_squares",) if compensated else ("none", "least_squares"):
+            criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate=compensate)
+            started = time.monotonic()
+            order = engine.score(
+                bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
+            ).layer_order
+            console.print(f"{layers}, {compensate}: {order} in {time.monotonic() - started:.0f} s")
             found = []
             for count in BLOCKS:
                 explicit = CriterionConfig(

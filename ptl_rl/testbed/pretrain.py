@@ -87,6 +87,26 @@ def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0) -> 
     return right / count
 
 
+@torch.no_grad()
+def add_blocks(model, larger):
+    """``larger`` with the weights of ``model``, which has fewer blocks; those beyond pass their input on at first."""
+    missing, unexpected = larger.load_state_dict(model.state_dict(), strict=False)
+    of_new_blocks = [f"model.layers.{i}." for i in range(model.config.num_hidden_layers, len(larger.model.layers))]
+    strangers = [name for name in missing if not name.startswith(tuple(of_new_blocks))] + unexpected
+    if strangers:
+        raise ValueError(f"the models differ in more than their number of blocks: {', '.join(strangers)}")
+    for prefix in of_new_blocks:
+        block = larger.get_submodule(prefix[:-1])
+        if hasattr(block, "pre_feedforward_layernorm"):
+            # Gemma 2 and 3 norm what both halves add, and scale it by one plus the weight.
+            block.post_attention_layernorm.weight.fill_(-1)
+            block.post_feedforward_layernorm.weight.fill_(-1)
+        else:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    return larger
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
     family: Annotated[str, typer.Option(help="qwen2, llama, qwen3, gemma2 or gemma3.")] = "qwen2",
@@ -98,7 +118,10 @@ def main(
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
-    start_from: Annotated[Path | None, typer.Option(help="Continue from a checkpoint that this script wrote.")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Continue from a checkpoint of this script, with further blocks if --layers asks for more."),
+    ] = None,
 ) -> None:
     """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
     tokenizer = build_tokenizer()
@@ -107,7 +130,9 @@ def main(
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, num_hidden_layers=layers, **ids)
     if start_from:
-        model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+        smaller = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+        grows = smaller.config.num_hidden_layers < layers
+        model = add_blocks(smaller, model) if grows else smaller
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
