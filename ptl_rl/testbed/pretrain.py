@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
@@ -88,15 +88,20 @@ def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0) -> 
 
 
 @torch.no_grad()
-def add_blocks(model, larger):
-    """``larger`` with the weights of ``model``, which has fewer blocks; those beyond pass their input on at first."""
-    missing, unexpected = larger.load_state_dict(model.state_dict(), strict=False)
-    of_new_blocks = [f"model.layers.{i}." for i in range(model.config.num_hidden_layers, len(larger.model.layers))]
-    strangers = [name for name in missing if not name.startswith(tuple(of_new_blocks))] + unexpected
-    if strangers:
-        raise ValueError(f"the models differ in more than their number of blocks: {', '.join(strangers)}")
-    for prefix in of_new_blocks:
-        block = larger.get_submodule(prefix[:-1])
+def add_blocks(model, layers: int):
+    """``model`` grown to ``layers`` blocks, of which those at the end pass their input on at first.
+
+    Raises:
+        ValueError: it has as many already.
+    """
+    before = model.config.num_hidden_layers
+    if before >= layers:
+        raise ValueError(f"the model has {before} blocks, {layers} are asked for")
+    fields = model.config.to_dict() | {"num_hidden_layers": layers}
+    fields.pop("layer_types", None)  # one entry per block; the config works it out anew
+    larger = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+    larger.load_state_dict(model.state_dict(), strict=False)
+    for block in larger.model.layers[before:]:
         if hasattr(block, "pre_feedforward_layernorm"):
             # Gemma 2 and 3 norm what both halves add, and scale it by one plus the weight.
             block.post_attention_layernorm.weight.fill_(-1)
@@ -120,7 +125,9 @@ def main(
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
     start_from: Annotated[
         Path | None,
-        typer.Option(help="Continue from a checkpoint of this script, with further blocks if --layers asks for more."),
+        typer.Option(
+            help="Continue from a checkpoint of this script, its family and sizes; more blocks if --layers is more."
+        ),
     ] = None,
 ) -> None:
     """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
@@ -130,9 +137,9 @@ def main(
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, num_hidden_layers=layers, **ids)
     if start_from:
-        smaller = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
-        grows = smaller.config.num_hidden_layers < layers
-        model = add_blocks(smaller, model) if grows else smaller
+        model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+        if model.config.num_hidden_layers < layers:
+            model = add_blocks(model, layers)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -164,7 +171,13 @@ def main(
     accuracy = greedy_accuracy(model, tokenizer, "validation", 500)
     model.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {"family": family, "steps": steps, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
+    record = {
+        "family": model.config.model_type,
+        "steps": steps,
+        "batch_size": batch_size,
+        "peak_lr": peak_lr,
+        "seed": seed,
+    }
     record |= {"intermediate_size": model.config.intermediate_size, "layers": model.config.num_hidden_layers}
     record |= {"autocast": autocast}
     record |= {
