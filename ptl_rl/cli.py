@@ -204,7 +204,7 @@ def _bar(console, what: str):
     return bar, progress
 
 
-Model = Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors weights.")]
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a shipped model: 'testbed:llama'.")]
 
 
 @app.command()
@@ -236,12 +236,13 @@ def score(
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         config = score_config({"data": {"path": data}}, settings or [])
+        from ptl_rl.driver.preflight import resolve_model
         from ptl_rl.pruning.command import score_folder
 
         bar, progress = _bar(console, "reading")
         try:
             plan, losses = score_folder(
-                model,
+                resolve_model(model, setting="MODEL"),
                 out,
                 config,
                 remove_channels=remove_channels,
@@ -282,11 +283,12 @@ def slice_model(
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
+        from ptl_rl.driver.preflight import resolve_model
         from ptl_rl.pruning.command import slice_folder
 
         bar, progress = _bar(console, "writing")
         try:
-            difference = slice_folder(model, plan, out, check=check, progress=progress)
+            difference = slice_folder(resolve_model(model, setting="MODEL"), plan, out, check=check, progress=progress)
         finally:
             bar.stop()
     except (ConfigError, ValueError, OSError) as error:

@@ -198,7 +198,7 @@ class CriterionConfig(_Section):
         None, gt=0, description="Only channels below this share of their block's mean importance go; the rest stays."
     )
     contrast: ContrastConfig | None = None
-    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = "block_influence"
+    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = "leave_one_out"
     layer_ids: list[int] = Field(
         [], description="explicit: blocks of the original model, in the order in which they go."
     )

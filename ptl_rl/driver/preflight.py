@@ -27,11 +27,12 @@ class Checked:
     notes: list[str]
 
 
-def resolve_model(name: str, weights: bool = True) -> Path:
+def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:
     """Local folder of a model given as folder, 'testbed', 'testbed:FAMILY' or hub id; downloads a hub id.
 
     Args:
         weights: False fetches the configuration only.
+        setting: what to call the name in errors.
 
     Raises:
         ConfigError: neither a folder nor to be had from the hub.
@@ -40,12 +41,12 @@ def resolve_model(name: str, weights: bool = True) -> Path:
         if shipped := shipped_checkpoint(name):
             return shipped
     except ValueError as error:
-        raise ConfigError(f"model.path: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"model.path: {name} is not a folder")
+        raise ConfigError(f"{setting}: {name} is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -53,8 +54,8 @@ def resolve_model(name: str, weights: bool = True) -> Path:
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         reason = str(error).split("\n")[0]
         raise ConfigError(
-            f"model.path: {name} is neither a folder nor a model that the hub gives ({reason}); offline, download it "
-            "elsewhere and set model.path to its folder"
+            f"{setting}: {name} is neither a folder nor a model that the hub gives ({reason}); offline, download it "
+            f"elsewhere and give its folder as {setting}"
         ) from None
 
 

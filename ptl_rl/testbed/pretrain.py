@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.masking import skipped
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
 from ptl_rl.testbed.word_problems import Problem, problems
@@ -112,6 +114,53 @@ def add_blocks(model, layers: int):
     return larger
 
 
+def train(
+    model,
+    stream: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    peak_lr: float,
+    *,
+    block_drop: float = 0.0,
+    seed: int = 0,
+    autocast: bool = False,
+) -> float:
+    """Train all weights of ``model`` in place by AdamW; returns the last step's loss.
+
+    Args:
+        stream: gives (input_ids_BT, labels_BT).
+        block_drop: share of steps in which one block, drawn at random, passes its input on. Few blocks have nothing to
+            spare; where each is missing at times, one can go for good at a cost that training makes up for.
+    """
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=peak_lr,
+        betas=(0.9, 0.98),
+    )
+    family, rng, loss = FAMILIES[model.config.model_type], random.Random(seed), 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task, started = bar.add_task("pre-training", total=steps), time.time()
+        for step in range(steps):
+            ids_BT, labels_BT = next(stream)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak_lr)
+            dropped = [rng.randrange(model.config.num_hidden_layers)] if rng.random() < block_drop else []
+            with skipped(model, family, dropped), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits_BTV = model(input_ids=ids_BT).logits.float()
+            of_step = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE)
+            of_step.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = of_step.item()
+            bar.update(task, advance=1, description=f"loss {loss:.3f}")
+            if step % 100 == 99:
+                bar.print(f"step {step + 1} loss {loss:.4f} {time.time() - started:.0f} s")
+    return loss
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
     family: Annotated[str, typer.Option(help="qwen2, llama, qwen3, gemma2 or gemma3.")] = "qwen2",
@@ -121,6 +170,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
     intermediate_size: Annotated[int, typer.Option(min=1, help="FFN channels per block.")] = 1280,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
+    block_drop: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of steps that leave one block out, so that each can be done without at some cost."
+        ),
+    ] = 0.0,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
     start_from: Annotated[
@@ -140,31 +195,8 @@ def main(
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
         if model.config.num_hidden_layers < layers:
             model = add_blocks(model, layers)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=peak_lr,
-        betas=(0.9, 0.98),
-    )
-    stream, started, loss = batches(tokenizer, batch_size, seed), time.time(), torch.zeros(())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("pre-training", total=steps)
-        for step in range(steps):
-            ids_BT, labels_BT = next(stream)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak_lr)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits_BTV = model(input_ids=ids_BT).logits.float()
-            loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update(task, advance=1, description=f"loss {loss.item():.3f}")
-            if step % 500 == 499:
-                bar.print(f"step {step + 1} loss {loss.item():.4f} {time.time() - started:.0f} s")
+    stream, started = batches(tokenizer, batch_size, seed), time.time()
+    loss = train(model, stream, steps, peak_lr, block_drop=block_drop, seed=seed, autocast=autocast)
     seconds = time.time() - started
     # Rounded as they are saved, so that the accuracy is that of the saved weights.
     model = model.to(getattr(torch, dtype)).float().eval()
@@ -179,10 +211,10 @@ def main(
         "seed": seed,
     }
     record |= {"intermediate_size": model.config.intermediate_size, "layers": model.config.num_hidden_layers}
-    record |= {"autocast": autocast}
+    record |= {"block_drop": block_drop, "autocast": autocast}
     record |= {
         "seconds": round(seconds),
-        "final_loss": loss.item(),
+        "final_loss": loss,
         "greedy_accuracy_validation_500": accuracy,
     }
     if start_from:

@@ -43,7 +43,7 @@ def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
         ({"criterion": {"channels": "obs", "threshold": 0.5}}, ["threshold", "obs gives an order"]),
         ({"criterion": {"channels": "ptl_reference"}}, ["set contrast.data"]),
         ({"criterion": {"layers": "explicit"}}, ["layers is explicit and layer_ids []"]),
-        ({"criterion": {"layer_ids": [1]}}, ["layers is block_influence and layer_ids [1]"]),
+        ({"criterion": {"layer_ids": [1]}}, ["layers is leave_one_out and layer_ids [1]"]),
         ({"criterion": {"layers": "explicit", "layer_ids": [1, 1]}}, ["[1, 1] must be different"]),
         ({"criterion": {"layers": "explicit", "layer_ids": [1]}}, ["names 1 blocks", "layers_total is 0"]),
         (

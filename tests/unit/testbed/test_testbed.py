@@ -10,7 +10,7 @@ import torch
 from ptl_rl.config import ConfigError
 from ptl_rl.driver.preflight import resolve_model
 from ptl_rl.testbed import shipped_checkpoint
-from ptl_rl.testbed.pretrain import add_blocks
+from ptl_rl.testbed.pretrain import add_blocks, train
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
 from ptl_rl.testbed.word_problems import LEVELS, SPLITS, TEMPLATES, problems, split_of
 
@@ -74,6 +74,17 @@ def test_added_blocks_change_nothing_at_first_and_can_learn(family):
     assert torch.equal(logits, small(ids_BT).logits)
     logits.square().mean().backward()
     assert any(p.grad is not None and p.grad.norm() > 0 for p in grown.model.layers[2].parameters())
+
+
+def test_a_dropped_block_learns_nothing_in_that_step():
+    model = tiny_model("llama", num_hidden_layers=3, hidden_size=32, intermediate_size=48)
+    before = [block.mlp.down_proj.weight.clone() for block in model.model.layers]
+    ids_BT = torch.arange(24).view(2, 12)
+    loss = train(model, iter([(ids_BT, ids_BT)]), 1, 1e-2, block_drop=1.0)
+    changed = [not torch.equal(b.mlp.down_proj.weight, w) for b, w in zip(model.model.layers, before, strict=True)]
+    assert sum(changed) == 2 and 4 < loss < 8  # about the log of 512 tokens
+    train(model, iter([(ids_BT, ids_BT)]), 1, 1e-2)
+    assert all(not torch.equal(b.mlp.down_proj.weight, w) for b, w in zip(model.model.layers, before, strict=True))
 
 
 def test_blocks_are_only_added_where_there_are_fewer():
