@@ -8,5 +8,7 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
+    # Side by side: one process runs the tests that start the stack, the other the rest (tests/conftest.py).
+    set -- -n 2 --dist loadgroup
 fi
 exec python -m pytest "$@"

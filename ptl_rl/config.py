@@ -203,7 +203,9 @@ class CriterionConfig(_Section):
         [], description="explicit: blocks of the original model, in the order in which they go."
     )
     layer_sequences: int | None = Field(
-        None, ge=1, description="Sequences of a pass for blocks; leave_one_out makes one per block. Default: all."
+        None,
+        ge=1,
+        description="Sequences of a pass for blocks (default: all); leave_one_out judges the best four on all of them.",
     )
     compensate: Literal["none", "least_squares"] = Field(
         "least_squares", description="What stays takes over, in closed form, what goes; channels and blocks."

@@ -3,6 +3,7 @@
 :mod:`ptl_rl.pruning.blocks` has the regressions; here they are read, solved and, for ``leave_one_out``, tried out.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from ptl_rl.pruning.streaming import mean_loss
 
 GIB = 4.0
 """Most memory of a rank for regressions that are read in one pass, where ``calibration.moments_gib`` does not say."""
+
+
+FINALISTS = 4
+"""Candidates of ``leave_one_out`` whose new weights are held, and which are judged on all sequences."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ def groups(policy: Policy, count: int) -> list[int]:
     each_gib = inputs * (inputs + hidden) * 4 / 2**30
     at_once = max(1, int((policy.moments_gib or GIB) / each_gib))
     return [min(at_once, count - start) for start in range(0, count, at_once)]
+
+
+def _by_loss(judged: tuple[float, Absorbed]) -> float:
+    return judged[0]
 
 
 @contextmanager
@@ -148,27 +157,35 @@ class LeaveOneOut:
     """Loss once one block more is gone: as it then is, or, with ``ridge``, once the one before it has taken over.
 
     Importance for :func:`ptl_rl.pruning.blocks.greedy`, which is to remove the block with the smallest loss each time.
+    Where ``judged`` is only a part of ``sequences``, the :data:`FINALISTS` best on it are judged on all, and the others
+    are out: infinite.
     """
 
     def __init__(self, policy: Policy, judged: list[Sequence], sequences: list[Sequence], ridge: float | None) -> None:
         self.policy, self.judged, self.sequences, self.ridge = policy, judged, sequences, ridge
         self.new: dict[tuple[int, str], torch.Tensor] = {}
-        self.best = Absorbed(-1, {}, None)
+        self.best: Absorbed | None = None
 
     def __call__(self, gone: list[int]) -> torch.Tensor:
-        if gone:
+        if self.best is not None:
             self.new |= self.best.new
-        self.best = Absorbed(-1, {}, None)
-        losses_L = torch.full((self.policy.layers,), torch.inf)
         left = [layer for layer in range(self.policy.layers) if layer not in gone]
+        found: list[tuple[float, Absorbed]] = []
         for candidate in self._candidates(gone, left):
-            new_weights = lookup({**self.new, **candidate.new})
-            with without(self.policy, [*gone, candidate.removed], new_weights):
-                loss = mean_loss(self.policy.model, self.policy.batches(self.judged), self.policy.device)
-            if loss < float(losses_L.min()):
-                self.best = candidate
+            found.append((self._loss(gone, candidate, self.judged), candidate))
+            found = sorted(found, key=_by_loss)[:FINALISTS]  # the others' weights are let go
+        if len(self.judged) < len(self.sequences):
+            found = [(self._loss(gone, candidate, self.sequences), candidate) for _, candidate in found]
+        self.best = min(found, key=_by_loss)[1]
+        losses_L = torch.full((self.policy.layers,), torch.inf)
+        for loss, candidate in found:
             losses_L[candidate.removed] = loss
         return losses_L
+
+    def _loss(self, gone: list[int], candidate: Absorbed, judged: list[Sequence]) -> float:
+        with without(self.policy, [*gone, candidate.removed], lookup({**self.new, **candidate.new})):
+            loss = mean_loss(self.policy.model, self.policy.batches(judged), self.policy.device)
+        return loss if math.isfinite(loss) else math.inf  # a model that breaks without the block needs it
 
     def _candidates(self, gone: list[int], left: list[int]) -> Iterator[Absorbed]:
         if self.ridge is None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning import blocks
-from ptl_rl.pruning.absorption import LeaveOneOut, absorb, groups
+from ptl_rl.pruning.absorption import FINALISTS, LeaveOneOut, absorb, groups
 from ptl_rl.pruning.choice import Scores
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import (
@@ -47,17 +47,18 @@ def batches_to_read(
     policy: Policy, criterion: CriterionConfig, cut: Removal, sequences: list[Sequence], general: list[Sequence]
 ) -> int:
     """How many batches :func:`score` reads on every rank."""
-    every, for_layers, passes, tried = sequences, sequences[: criterion.layer_sequences], 0, 0
+    every, for_layers, passes, on_all = sequences, sequences[: criterion.layer_sequences], 0, 0
     if criterion.is_ptl_reference:
         sequences, general = sequences[:REFERENCE_PROMPTS], general[:REFERENCE_LINES]
     if criterion.layers == "leave_one_out":
         left = [policy.layers - gone for gone in range(cut.layers)]
         passes = sum(left)
-        tried = sum(len(groups(policy, count - 1)) for count in left) if criterion.compensate != "none" else 0
+        on_all = sum(len(groups(policy, count - 1)) for count in left) if criterion.compensate != "none" else 0
+        on_all += sum(min(FINALISTS, count) for count in left) if for_layers != every else 0
     elif criterion.layers in LAYER_CRITERIA:
         passes = max(0, cut.layers - (for_layers == sequences))
     for_channels = len(policy.moment_groups()) if criterion.is_obs and cut.channels else 1
-    of_blocks = passes * policy.rounds(for_layers) + tried * policy.rounds(every)
+    of_blocks = passes * policy.rounds(for_layers) + on_all * policy.rounds(every)
     return for_channels * policy.rounds(sequences) + policy.rounds(general) + of_blocks
 
 

@@ -177,55 +177,6 @@ if __name__ == "__main__":
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 
 
-@pytest.mark.timeout(500)
-def test_two_workers_and_an_own_reward(repository, tmp_path):
-    reward = tmp_path / "my_reward.py"
-    reward.write_text(
-        "def my_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    if extra_info['index'] == 3:\n"
-        "        raise RuntimeError('planted')\n"
-        "    return 0.25 if ground_truth in solution_str else 0.125\n"
-    )
-    run_dir = tmp_path / "run"
-    # Steps large enough that rollouts with the weights of the step before would differ visibly, and verl's own
-    # log-probabilities to compare vLLM's with.
-    grpo = {"steps": 2, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}
-    grpo |= {"learning_rate": 1e-3, "verl": {"algorithm.rollout_correction.bypass_mode": False}}
-    arguments = command(
-        repository,
-        run_dir,
-        schedule__channels_per_cycle=[128],
-        data__train__rows=16,
-        resources__workers_per_node=2,
-        reward__path=str(reward),
-        reward__name="my_score",
-        recovery=[
-            {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
-            {"grpo": grpo},
-        ],
-    )
-    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=450)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
-    cpt, grpo = (e for e in in_cycle if e.stage == "recover")
-    assert (cpt.metrics["method"], cpt.artefact) == ("cpt", "cycles/001/recovered")
-    assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt.metrics["curve"]] == [True, True]
-    grpo_artefact = "cycles/001/recovered-part2"
-    assert (grpo.metrics["method"], grpo.artefact) == ("grpo", grpo_artefact)
-    assert (run_dir / "best").resolve() == run_dir / "cycles/001/recovered-part2"
-    check_that_trained_weights_reach_vllm(run_dir / grpo_artefact / "verl_metrics.jsonl", steps=2)
-    journal = {e.stage: e for e in in_cycle}
-    assert 0 < journal["recover"].metrics["reward_last"] <= 0.25
-    sliced = journal["slice"].metrics
-    assert sliced["logit_difference"] < 1e-4
-    assert 0 < sliced["output_error"] < sliced["output_error_plain"]
-    assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
-    errors = (run_dir / "logs/reward_errors.jsonl").read_text()
-    assert "planted" in errors
-    assert "the reward function raised on some samples" in finished.stdout and "planted" in finished.stdout
-    assert processes_of(run_dir) == []
-
-
 def check_that_trained_weights_reach_vllm(path: Path, steps: int) -> None:
     """verl's workers and vLLM's replicas agree on the probability of every token, after updates, too."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -277,30 +228,76 @@ def ray_head() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.timeout(400)
-def test_submitted_as_a_job_to_a_running_ray(repository, tmp_path, ray_head):
+@pytest.mark.timeout(700)
+def test_submitted_job_with_two_workers_all_recoveries_and_an_own_reward(repository, tmp_path, ray_head):
+    reward = tmp_path / "my_reward.py"
+    reward.write_text(
+        "def my_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    if extra_info['index'] == 3:\n"
+        "        raise RuntimeError('planted')\n"
+        "    return 0.25 if ground_truth in solution_str else 0.125\n"
+    )
     run_dir = tmp_path / "run"
     # The unpruned parent teaches: its vLLM server takes a worker of its own.
     distill = {"steps": 1, "prompts_per_step": 16, "micro_batch_sequences": 16}
-    options = command(repository, run_dir, schedule__channels_per_cycle=[64], recovery=[{"distill": distill}])[4:]
+    # Steps large enough that rollouts with the weights of the step before would differ visibly, and verl's own
+    # log-probabilities to compare vLLM's with.
+    grpo = {"steps": 2, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}
+    grpo |= {"learning_rate": 1e-3, "verl": {"algorithm.rollout_correction.bypass_mode": False}}
+    options = command(
+        repository,
+        run_dir,
+        schedule__channels_per_cycle=[128],
+        data__train__rows=16,
+        resources__workers_per_node=2,
+        reward__path=str(reward),
+        reward__name="my_score",
+        recovery=[
+            {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
+            {"distill": distill},
+            {"grpo": grpo},
+        ],
+    )[4:]
+    submitted = submit(repository, ray_head, options)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
+    assert f"final model: {run_dir}" in submitted.stdout
+    in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
+    assert [e.stage for e in in_cycle] == ["score", "slice", "recover", "recover", "recover", "evaluate", "gate"]
+    recoveries = [e for e in in_cycle if e.stage == "recover"]
+    artefacts = [f"cycles/001/recovered{part}" for part in ("", "-part2", "-part3")]
+    assert [(e.metrics["method"], e.artefact) for e in recoveries] == list(
+        zip(("cpt", "distill", "grpo"), artefacts, strict=True)
+    )
+    cpt, distilled, trained = (e.metrics for e in recoveries)
+    assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt["curve"]] == [True, True]
+    assert distilled["curve"][-1]["distillation_loss"] > 0
+    assert 0 < trained["reward_last"] <= 0.25
+    assert (run_dir / "best").resolve() == run_dir / artefacts[-1]
+    check_that_trained_weights_reach_vllm(run_dir / artefacts[-1] / "verl_metrics.jsonl", steps=2)
+    sliced = next(e.metrics for e in in_cycle if e.stage == "slice")
+    assert sliced["logit_difference"] < 1e-4
+    assert 0 < sliced["output_error"] < sliced["output_error_plain"]
+    assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
+    assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
+    assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
+    assert processes_of(run_dir) == []
+
+
+def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:
+    """``launch/submit.sh`` with a run's options, once the head takes jobs."""
     for _ in range(20):
         submitted = subprocess.run(
             ["bash", str(repository / "launch/submit.sh"), *options],
-            env={**environment_of_a_shell(), "RAY_API_SERVER_ADDRESS": ray_head},
+            env={**environment_of_a_shell(), "RAY_API_SERVER_ADDRESS": address},
             capture_output=True,
             text=True,
-            timeout=350,
+            timeout=600,
         )
         if "No available agent" not in submitted.stderr:  # the head's job agent starts a little after the head
             break
         time.sleep(2)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert entries(run_dir) == ["0.evaluate", *(f"1.{stage}" for stage in STAGES)]
-    assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
-    (recovery,) = (e for e in Journal(run_dir / "journal.jsonl").entries() if e.stage == "recover")
-    assert recovery.metrics["method"] == "distill" and recovery.metrics["curve"][-1]["distillation_loss"] > 0
-    assert f"final model: {run_dir}" in submitted.stdout
-    assert processes_of(run_dir) == []
+    return submitted
 
 
 @pytest.mark.timeout(120)

@@ -172,6 +172,29 @@ class TestBlocksThatGo:
                 losses[layer] = mean_loss(sliced, batches_for_rank(sequences(), 8, 0, 1, 0, 0.3), CPU)
             assert found == min(losses, key=lambda layer: losses[layer])
 
+    def test_leave_one_out_judges_the_best_of_few_sequences_on_all(self, make_checkpoint):
+        policy, read = policy_of(make_checkpoint("llama", num_hidden_layers=6), "llama"), []
+        policy.progress = lambda: read.append(1)
+
+        def losses(layers, judged):
+            found = {}
+            for layer in layers:
+                with skipped(policy.model, policy.family, [layer]):
+                    found[layer] = mean_loss(policy.model, batches_for_rank(judged, 8, 0, 1, 0, 0.3), CPU)
+            return sorted(found, key=lambda layer: found[layer])
+
+        # Some sequence puts another block first than all of them do; the fourth or better of it is what all put first.
+        few = next(
+            n
+            for n in range(1, len(sequences()))
+            if losses(range(6), sequences()[:n])[0] != losses(range(6), sequences())[0]
+        )
+        finalists = losses(range(6), sequences()[:few])[:4]
+        criterion = criterion_of("activation", layers="leave_one_out", compensate="none", layer_sequences=few)
+        cut = engine.Removal(0, 1)
+        assert plan_of(policy, criterion, cut).layer_order == losses(finalists, sequences())[:1] != finalists[:1]
+        assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), [])
+
     def test_few_regressions_at_once_give_the_same_order(self, make_checkpoint):
         folder = make_checkpoint("llama", num_hidden_layers=5)
         orders, criterion = [], criterion_of("activation", layers="leave_one_out")
