@@ -28,7 +28,7 @@ class Checked:
 
 
 def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:
-    """Local folder of a model given as folder, 'testbed', 'testbed:FAMILY' or hub id; downloads a hub id.
+    """Local folder of a model given as folder, 'testbed', 'testbed:NAME' or hub id; downloads a hub id.
 
     Args:
         weights: False fetches the configuration only.

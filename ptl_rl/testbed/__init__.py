@@ -12,16 +12,16 @@ CHECKPOINT_DIR = _CHECKPOINTS / "qwen2"
 
 
 def shipped_checkpoint(name: str) -> Path | None:
-    """Folder of ``testbed`` or ``testbed:FAMILY``; None for any other name.
+    """Folder of ``testbed`` or ``testbed:NAME``; None for any other name.
 
     Raises:
-        ValueError: no checkpoint of that family is shipped.
+        ValueError: no checkpoint of that name is shipped.
     """
-    testbed, colon, family = name.partition(":")
+    testbed, colon, shipped = name.partition(":")
     if testbed != "testbed":
         return None
-    folder = _CHECKPOINTS / family if colon else CHECKPOINT_DIR
-    if not colon or (family and (folder / "config.json").is_file()):
+    folder = _CHECKPOINTS / shipped if colon else CHECKPOINT_DIR
+    if not colon or (shipped and (folder / "config.json").is_file()):
         return folder
     there = ", ".join(sorted(f"testbed:{path.name}" for path in _CHECKPOINTS.iterdir()))
     raise ValueError(f"{name}: no such checkpoint is shipped; there are {there}")

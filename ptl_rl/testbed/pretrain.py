@@ -218,7 +218,8 @@ def main(
         "greedy_accuracy_validation_500": accuracy,
     }
     if start_from:
-        record["continued_from"] = json.loads((start_from / "pretraining.json").read_text())
+        before = start_from / "pretraining.json"  # a sliced checkpoint has none
+        record["continued_from"] = json.loads(before.read_text()) if before.exists() else start_from.name
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 
