@@ -51,6 +51,8 @@ def run(folder: Path, recovery: list[dict[str, Any]], channels: int, compensate:
     else:
         settings = {
             "recovery": recovery,
+            "model.path": "testbed",
+            "calibration.sequences": 512,
             "schedule": {"channels_per_cycle": [channels], "alignment": 16},
             "criterion.compensate": compensate,
             "gate.min_accuracy_ratio": 0.01,

@@ -227,7 +227,7 @@ def score(
         ),
     ] = None,
 ) -> None:
-    """Score channels and blocks of a model folder and plan a cut, without Ray; `ptl slice` makes it."""
+    """Score channels and blocks of a model and plan a cut, without Ray; `ptl slice` makes it."""
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
@@ -236,13 +236,12 @@ def score(
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         config = score_config({"data": {"path": data}}, settings or [])
-        from ptl_rl.driver.preflight import resolve_model
-        from ptl_rl.pruning.command import score_folder
+        from ptl_rl.pruning.command import score_model
 
         bar, progress = _bar(console, "reading")
         try:
-            plan, losses = score_folder(
-                resolve_model(model, setting="MODEL"),
+            plan, losses = score_model(
+                model,
                 out,
                 config,
                 remove_channels=remove_channels,
@@ -276,19 +275,18 @@ def slice_model(
     out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
     check: Annotated[bool, typer.Option(help="Compare the logits with the masked original's.")] = True,
 ) -> None:
-    """Cut a model folder down to a plan: an ordinary Hugging Face folder again."""
+    """Cut a model down to a plan: an ordinary Hugging Face folder again."""
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        from ptl_rl.driver.preflight import resolve_model
-        from ptl_rl.pruning.command import slice_folder
+        from ptl_rl.pruning import command
 
         bar, progress = _bar(console, "writing")
         try:
-            difference = slice_folder(resolve_model(model, setting="MODEL"), plan, out, check=check, progress=progress)
+            difference = command.slice_model(model, plan, out, check=check, progress=progress)
         finally:
             bar.stop()
     except (ConfigError, ValueError, OSError) as error:

@@ -11,14 +11,6 @@ if not torch.cuda.is_available():
     # As the driver sets it for its stages: a torch that was built for CUDA is no proof of a machine without it.
     os.environ.setdefault("VERL_PLATFORM", "cpu")
 
-
-def pytest_collection_modifyitems(items):
-    """Tests that start the stack run one after the other where pytest-xdist runs several at a time."""
-    for item in items:
-        if item.get_closest_marker("stack"):
-            item.add_marker(pytest.mark.xdist_group("stack"))
-
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -139,7 +139,7 @@ def _testbed(path: str, rows: int | None, seed: int) -> Store:
     if split not in SPLITS:
         raise DataError(f"{path}: no such split of the test bed; there are {', '.join(SPLITS)}")
     if rows is None:
-        raise DataError(f"{path}: the test bed is endless; set rows (`ptl score`: --set data.rows=512)")
+        raise DataError(f"{path}: the test bed is endless; set rows (`ptl score`: --set data.rows=256)")
     # Evaluation problems do not depend on the run's seed, so that seeds can be compared.
     stream = itertools.islice(problems(split, seed if split in ("rl", "pretrain") else 0), rows)
     records = (Record(p.question, p.solution, p.answer, "ptl_rl/word_problems", p.id) for p in stream)

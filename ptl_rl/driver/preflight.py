@@ -12,10 +12,8 @@ from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
+from ptl_rl.models import resolve_model
 from ptl_rl.recovery.settings import CptConfig, GrpoConfig
-from ptl_rl.testbed import shipped_checkpoint
-
-WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -25,38 +23,6 @@ class Checked:
     model: Path
     shape: ModelShape
     notes: list[str]
-
-
-def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:
-    """Local folder of a model given as folder, 'testbed', 'testbed:NAME' or hub id; downloads a hub id.
-
-    Args:
-        weights: False fetches the configuration only.
-        setting: what to call the name in errors.
-
-    Raises:
-        ConfigError: neither a folder nor to be had from the hub.
-    """
-    try:
-        if shipped := shipped_checkpoint(name):
-            return shipped
-    except ValueError as error:
-        raise ConfigError(f"{setting}: {error}") from None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{setting}: {name} is not a folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS if weights else ["config.json"]))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
-        reason = str(error).split("\n")[0]
-        raise ConfigError(
-            f"{setting}: {name} is neither a folder nor a model that the hub gives ({reason}); offline, download it "
-            f"elsewhere and give its folder as {setting}"
-        ) from None
 
 
 def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelShape]:

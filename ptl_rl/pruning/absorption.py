@@ -50,10 +50,6 @@ def groups(policy: Policy, count: int) -> list[int]:
     return [min(at_once, count - start) for start in range(0, count, at_once)]
 
 
-def _by_loss(judged: tuple[float, Absorbed]) -> float:
-    return judged[0]
-
-
 @contextmanager
 def without(policy: Policy, gone: list[int], new_weights: NewWeights) -> Iterator[None]:
     """Within this context the blocks ``gone`` pass their input on and the others have their new weights."""
@@ -158,7 +154,7 @@ class LeaveOneOut:
 
     Importance for :func:`ptl_rl.pruning.blocks.greedy`, which is to remove the block with the smallest loss each time.
     Where ``judged`` is only a part of ``sequences``, the :data:`FINALISTS` best on it are judged on all, and the others
-    are out: infinite.
+    are out: infinite. Until then their new weights are held, on every rank.
     """
 
     def __init__(self, policy: Policy, judged: list[Sequence], sequences: list[Sequence], ridge: float | None) -> None:
@@ -170,16 +166,19 @@ class LeaveOneOut:
         if self.best is not None:
             self.new |= self.best.new
         left = [layer for layer in range(self.policy.layers) if layer not in gone]
-        found: list[tuple[float, Absorbed]] = []
+        losses_L = torch.full((self.policy.layers,), torch.inf, dtype=torch.float64)
+        finals = len(self.judged) < len(self.sequences)
+        best: list[Absorbed] = []  # the others' weights are let go
         for candidate in self._candidates(gone, left):
-            found.append((self._loss(gone, candidate, self.judged), candidate))
-            found = sorted(found, key=_by_loss)[:FINALISTS]  # the others' weights are let go
-        if len(self.judged) < len(self.sequences):
-            found = [(self._loss(gone, candidate, self.sequences), candidate) for _, candidate in found]
-        self.best = min(found, key=_by_loss)[1]
-        losses_L = torch.full((self.policy.layers,), torch.inf)
-        for loss, candidate in found:
-            losses_L[candidate.removed] = loss
+            losses_L[candidate.removed] = self._loss(gone, candidate, self.judged)
+            ranked = sorted([*best, candidate], key=lambda one: (float(losses_L[one.removed]), one.removed))
+            best = ranked[: FINALISTS if finals else 1]
+        if finals:
+            losses_L.fill_(torch.inf)
+            for candidate in best:
+                losses_L[candidate.removed] = self._loss(gone, candidate, self.sequences)
+            best.sort(key=lambda one: (float(losses_L[one.removed]), one.removed))
+        self.best = best[0]
         return losses_L
 
     def _loss(self, gone: list[int], candidate: Absorbed, judged: list[Sequence]) -> float:

@@ -1,4 +1,4 @@
-"""Scoring and slicing of a checkpoint folder in one process, without Ray: ``ptl score`` and ``ptl slice``."""
+"""Scoring and slicing of one model in one process, without Ray: ``ptl score`` and ``ptl slice``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import UnsupportedModelError, read_shape
+from ptl_rl.models import resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choice import aligned, make_plan
 from ptl_rl.pruning.criteria import CriterionError
@@ -52,7 +53,7 @@ def channels_to_remove(amount: str, width: int) -> int:
     return count
 
 
-def _check(model: Path, config: ScoreConfig, layers: int, remove_layers: int) -> None:
+def _check(config: ScoreConfig, layers: int, remove_layers: int) -> None:
     if not 0 <= remove_layers < layers:
         raise ConfigError(
             f"--remove-layers {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go"
@@ -62,11 +63,10 @@ def _check(model: Path, config: ScoreConfig, layers: int, remove_layers: int) ->
         raise ConfigError(f"criterion.layer_ids {ids}: the model's {layers} blocks are 0..{layers - 1}")
     if ids and len(ids) != remove_layers:
         raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but --remove-layers is {remove_layers}")
-    checkpoint_files(model)
 
 
-def score_folder(
-    model_folder: Path,
+def score_model(
+    model: str,
     out: Path,
     config: ScoreConfig,
     *,
@@ -75,9 +75,12 @@ def score_folder(
     alignment: int,
     progress: Progress = lambda done, total: None,
 ) -> tuple[PruningPlan, engine.Losses]:
-    """Write scores, plan and compensated weights of ``model_folder`` into ``out``.
+    """Write scores, plan and compensated weights of ``model`` into ``out``.
+
+    A model of the hub is fetched once all else is known to be usable.
 
     Args:
+        model: as :func:`ptl_rl.models.resolve_model` takes it.
         remove_channels: as :func:`channels_to_remove` takes it.
         progress: called with batches read and batches to read.
 
@@ -85,8 +88,8 @@ def score_folder(
         ConfigError: a model, data or setting that cannot be used.
     """
     try:
-        shape = read_shape(model_folder)
-        _check(model_folder, config, shape.num_hidden_layers, remove_layers)
+        shape = read_shape(resolve_model(model, weights=False, setting="MODEL"))
+        _check(config, shape.num_hidden_layers, remove_layers)
         cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
         possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
         if cut.channels and not possible:
@@ -94,6 +97,8 @@ def score_folder(
         records = load_corpus(config.data, config.seed, config.max_bad_fraction)
         texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
         general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
+        model_folder = resolve_model(model, setting="MODEL")
+        checkpoint_files(model_folder)
         policy, sequences, general_sequences = _policy(model_folder, config, texts, general)
         out.mkdir(parents=True, exist_ok=True)
         total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
@@ -182,8 +187,8 @@ def read_plan(path: Path) -> tuple[PruningPlan, Path]:
     return plan, weights
 
 
-def slice_folder(
-    model_folder: Path,
+def slice_model(
+    model: str,
     plan_path: Path,
     out: Path,
     *,
@@ -192,7 +197,10 @@ def slice_folder(
 ) -> float | None:
     """Write the sliced checkpoint; returns the largest relative difference from the masked original's logits.
 
+    A model of the hub is fetched once the plan is known to be its own.
+
     Args:
+        model: as :func:`ptl_rl.models.resolve_model` takes it.
         check: compare the logits, which loads both models in float32, one after the other.
         progress: called with tensors written and tensors to write.
 
@@ -200,9 +208,10 @@ def slice_folder(
         ConfigError: a plan that is not this model's, or a folder that is not empty.
     """
     plan, new_weights = read_plan(plan_path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder")
     try:
-        shape = read_shape(model_folder)
-        checkpoint_files(model_folder)
+        shape = read_shape(resolve_model(model, weights=False, setting="MODEL"))
     except UnsupportedModelError as error:
         raise ConfigError(str(error)) from None
     found = (shape.num_hidden_layers, shape.intermediate_size)
@@ -210,15 +219,18 @@ def slice_folder(
     if found != planned:
         raise ConfigError(
             f"{plan_path}: the plan is of a model with {planned[0]} blocks of {planned[1]} channels, but "
-            f"{model_folder} has {found[0]} of {found[1]}"
+            f"{model} has {found[0]} of {found[1]}"
         )
+    model_folder = resolve_model(model, setting="MODEL")
+    try:
+        checkpoint_files(model_folder)
+    except UnsupportedModelError as error:
+        raise ConfigError(str(error)) from None
     if plan.compensate != "none" and checkpoint_hash(model_folder) != plan.source_hash:
         raise ConfigError(
-            f"{plan_path}: its compensated weights belong to {plan.source}, and {model_folder} is another model; score "
+            f"{plan_path}: its compensated weights belong to {plan.source}, and {model} is another model; score "
             "that one"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     weights = new_weights if plan.compensate != "none" else None
     slice_checkpoint(model_folder, plan, out, new_weights=weights, progress=progress)

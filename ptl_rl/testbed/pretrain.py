@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.masking import skipped
+from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
 from ptl_rl.testbed.word_problems import Problem, problems
@@ -124,7 +125,7 @@ def train(
     seed: int = 0,
     autocast: bool = False,
 ) -> float:
-    """Train all weights of ``model`` in place by AdamW; returns the last step's loss.
+    """Train all weights of ``model`` in place by AdamW; returns the last step's loss, blocks left out or not.
 
     Args:
         stream: gives (input_ids_BT, labels_BT).
@@ -161,6 +162,17 @@ def train(
     return loss
 
 
+def history(folder: Path) -> dict[str, Any]:
+    """How a checkpoint came about: this script's record, or what ``ptl slice`` cut it from, as far as is known."""
+    if (folder / "pretraining.json").exists():
+        return json.loads((folder / "pretraining.json").read_text())
+    if not (folder / "plan.json").exists():
+        return {"folder": folder.name}
+    plan = PruningPlan.load(folder / "plan.json")
+    cut = {"intermediate_size": plan.intermediate_size, "layers": plan.num_hidden_layers}
+    return {"sliced_to": cut, "continued_from": history(Path(plan.source))}
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
     family: Annotated[str, typer.Option(help="qwen2, llama, qwen3, gemma2 or gemma3.")] = "qwen2",
@@ -192,6 +204,7 @@ def main(
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = tiny_model(family, seed=seed, intermediate_size=intermediate_size, num_hidden_layers=layers, **ids)
     if start_from:
+        continued_from = history(start_from)
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
         if model.config.num_hidden_layers < layers:
             model = add_blocks(model, layers)
@@ -218,8 +231,7 @@ def main(
         "greedy_accuracy_validation_500": accuracy,
     }
     if start_from:
-        before = start_from / "pretraining.json"  # a sliced checkpoint has none
-        record["continued_from"] = json.loads(before.read_text()) if before.exists() else start_from.name
+        record["continued_from"] = continued_from
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 

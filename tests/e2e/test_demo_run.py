@@ -112,8 +112,8 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
         run_dir,
         schedule__channels_per_cycle=[128],
         schedule__layers_total=1,
-        criterion__layers="leave_one_out",
         calibration__source="both",
+        resources__workers_per_node=2,
         recovery_of_cycle={2: [{"cpt": CPT}]},
     )
     kill_in_stage(start, run_dir, "evaluate", 2)
@@ -262,6 +262,7 @@ def test_submitted_job_with_two_workers_all_recoveries_and_an_own_reward(reposit
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
     assert f"final model: {run_dir}" in submitted.stdout
+    assert entries(run_dir)[0] == "0.evaluate"
     in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
     assert [e.stage for e in in_cycle] == ["score", "slice", "recover", "recover", "recover", "evaluate", "gate"]
     recoveries = [e for e in in_cycle if e.stage == "recover"]

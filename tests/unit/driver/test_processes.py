@@ -9,6 +9,7 @@ from multiprocessing import shared_memory
 import pytest
 
 from ptl_rl.config import WatchdogConfig
+from ptl_rl.driver import processes
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, tagged_processes
 from ptl_rl.driver.watchdog import StageStalled, watch
 
@@ -43,10 +44,12 @@ def test_tagged_processes_end_and_others_live(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")  # noqa: PTH112
-def test_only_unmapped_new_segments_are_removed():
+def test_only_unmapped_new_segments_are_removed(monkeypatch):
+    prefix = f"ptltest{os.getpid()}"  # not those that runs on this machine have, nor theirs this one's
+    monkeypatch.setattr(processes, "SEGMENT_PREFIXES", (prefix,))
     since = time.time() - 1
-    held = shared_memory.SharedMemory(create=True, size=64, name=f"psm_ptlheld{os.getpid()}")
-    orphan = shared_memory.SharedMemory(create=True, size=64, name=f"psm_ptlorphan{os.getpid()}")
+    held = shared_memory.SharedMemory(create=True, size=64, name=f"{prefix}held")
+    orphan = shared_memory.SharedMemory(create=True, size=64, name=f"{prefix}orphan")
     orphan.close()
     try:
         assert orphan.name not in remove_orphaned_segments(since=time.time() + 60)

@@ -38,6 +38,20 @@ def test_score_and_slice(family, make_checkpoint, tmp_path):
     assert status == 2 and "is another model; score that one" in output
 
 
+def test_shipped_models_by_their_name_and_others_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no folder of that name here
+    status, output = ptl("score", "testbed:llama", *DATA, "--remove-layers", 1, "--out", "scores")
+    assert status == 0 and "keeps 5 blocks of 768 channels, of 6 of 768" in output, output
+    assert ptl("slice", "testbed:llama", "scores", "sliced", "--no-check")[0] == 0
+    for name, message in (
+        ("testbed:bert", "MODEL: testbed:bert: no such checkpoint"),
+        ("llama", "MODEL: llama is not"),
+    ):
+        for arguments in (["score", name, *DATA, "--out", "other"], ["slice", name, "scores", "other"]):
+            status, output = ptl(*arguments)
+            assert status == 2 and message in output
+
+
 def test_general_text_and_another_criterion(make_checkpoint, tmp_path):
     text = tmp_path / "english.jsonl"
     text.write_text("".join(json.dumps({"text": f"The {i}th morning was cold."}) + "\n" for i in range(9)))

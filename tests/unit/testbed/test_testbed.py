@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ptl_rl.config import ConfigError
-from ptl_rl.driver.preflight import resolve_model
+from ptl_rl.models import resolve_model
 from ptl_rl.testbed import shipped_checkpoint
-from ptl_rl.testbed.pretrain import add_blocks, train
+from ptl_rl.testbed.pretrain import add_blocks, history, train
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
 from ptl_rl.testbed.word_problems import LEVELS, SPLITS, TEMPLATES, problems, split_of
 
@@ -60,7 +60,9 @@ def test_shipped_checkpoints_are_small_safe_and_of_their_family(name):
 def test_what_is_not_shipped_is_refused_with_what_is(tmp_path):
     assert shipped_checkpoint("org/testbed") is None
     for name in ("testbed:mistral", "testbed:", "testbed:.."):
-        with pytest.raises(ConfigError, match=r"model\.path: testbed:.*; there are testbed:gemma2, testbed:llama, testbed:q"):
+        with pytest.raises(
+            ConfigError, match=r"model\.path: testbed:.*; there are testbed:gemma2, testbed:llama, testbed:q"
+        ):
             resolve_model(name)
 
 
@@ -85,6 +87,18 @@ def test_a_dropped_block_learns_nothing_in_that_step():
     assert sum(changed) == 2 and 4 < loss < 8  # about the log of 512 tokens
     train(model, iter([(ids_BT, ids_BT)]), 1, 1e-2)
     assert all(not torch.equal(b.mlp.down_proj.weight, w) for b, w in zip(model.model.layers, before, strict=True))
+
+
+def test_the_record_goes_back_over_cuts(tmp_path):
+    assert history(tmp_path) == {"folder": tmp_path.name}
+    plan = {"keep_channels": [[0, 2], [1, 2]], "keep_layers": [0, 1], "layer_order": [], "alignment": 1}
+    plan |= {"source_intermediate_size": 3, "channel_criterion": "random", "layer_criterion": "explicit"}
+    (tmp_path / "plan.json").write_text(
+        json.dumps({**plan, "subset_hash": "", "source": str(shipped_checkpoint("testbed"))})
+    )
+    found = history(tmp_path)
+    assert found["sliced_to"] == {"intermediate_size": 2, "layers": 2}
+    assert found["continued_from"]["greedy_accuracy_validation_500"] == 0.944
 
 
 def test_blocks_are_only_added_where_there_are_fewer():

@@ -1,0 +1,40 @@
+"""From a model's name to its folder: a Hugging Face folder, a shipped checkpoint, or one of the hub."""
+
+from pathlib import Path
+
+from ptl_rl.config import ConfigError
+from ptl_rl.testbed import shipped_checkpoint
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:
+    """Local folder of a model given as folder, 'testbed', 'testbed:NAME' or hub id; downloads a hub id.
+
+    Args:
+        weights: False fetches the configuration only.
+        setting: what to call the name in errors.
+
+    Raises:
+        ConfigError: neither a folder nor to be had from the hub.
+    """
+    try:
+        if shipped := shipped_checkpoint(name):
+            return shipped
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ConfigError(f"{setting}: {name} is not a folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS if weights else ["config.json"]))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"{setting}: {name} is neither a folder nor a model that the hub gives ({reason}); offline, download it "
+            f"elsewhere and give its folder as {setting}"
+        ) from None
