@@ -27,6 +27,15 @@ def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str,
     }
 
 
+def _micro_batch(config: RunConfig, recovery: GrpoConfig, device: str) -> int:
+    """As many sequences as ``micro_batch_sequences`` allows and a worker's part of an update can be shared out by."""
+    workers = config.resources.nodes * _trainer_workers(config, recovery, device)
+    prompts = recovery.mini_batch_prompts or recovery.prompts_per_step
+    of_worker = prompts * recovery.rollouts_per_prompt // workers
+    largest = min(of_worker, recovery.micro_batch_sequences)
+    return next(size for size in range(largest, 0, -1) if of_worker % size == 0)
+
+
 def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     seed = config.seed * 1009 + spec.cycle * 31 + spec.round
     save = SAVE_ALL if recovery.save_every_steps else ["hf_model"]
@@ -37,7 +46,7 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "optim.lr_warmup_steps": recovery.warmup_steps,
         "optim.weight_decay": recovery.weight_decay,
         "ppo_mini_batch_size": recovery.mini_batch_prompts or recovery.prompts_per_step,
-        "ppo_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
+        "ppo_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "clip_ratio": recovery.clip_low,
         "clip_ratio_low": recovery.clip_low,
         "clip_ratio_high": recovery.clip_high,
@@ -53,7 +62,7 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "fsdp_config.dtype": config.model.dtype,
     }
     return {f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()} | {
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "actor_rollout_ref.ref.fsdp_config.param_offload": recovery.offload,
         "actor_rollout_ref.ref.fsdp_config.dtype": config.model.dtype,
         "actor_rollout_ref.model.path": str(spec.source),
@@ -73,7 +82,7 @@ def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "tensor_model_parallel_size": config.resources.tensor_parallel_size,
         "gpu_memory_utilization": config.resources.gpu_memory_utilization,
         "max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens,
-        "log_prob_micro_batch_size_per_gpu": recovery.micro_batch_sequences,
+        "log_prob_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "calculate_log_probs": True,
         "seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
         "val_kwargs.do_sample": False,

@@ -213,7 +213,7 @@ def ray_head() -> Iterator[str]:
             str(Path(sys.executable).with_name("ray")),
             *start.split(),
             f"--temp-dir={folder}",
-            "--num-gpus=2",
+            "--num-gpus=3",  # two workers, and the parent of a distillation
             "--num-cpus=64",
         ],
         env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},

@@ -1,5 +1,6 @@
 """Recipes render to configurations that verl's own validation accepts, and keep what was asked for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
         contents = actor.checkpoint.save_contents
     assert "hf_model" in contents
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rollouts", "workers", "wanted", "found"),
+    [(32, 8, 1, 64, 64), (16, 1, 2, 16, 8), (12, 4, 2, 16, 12), (6, 7, 1, 8, 7), (4, 1, 2, 64, 2)],
+)
+def test_a_micro_batch_divides_what_a_worker_gets(prompts, rollouts, workers, wanted, found, tmp_path):
+    sizes = {"prompts_per_step": prompts, "rollouts_per_prompt": rollouts, "micro_batch_sequences": wanted}
+    settings = [f"recovery={{distill: {json.dumps(sizes)}}}", f"resources.workers_per_node={workers}"]
+    verl = compose(render(load_config(DEMO, settings), spec("cpu", tmp_path)))
+    actor, rollout = verl.actor_rollout_ref.actor, verl.actor_rollout_ref.rollout
+    assert actor.ppo_micro_batch_size_per_gpu == rollout.log_prob_micro_batch_size_per_gpu == found
 
 
 def test_verl_keys_of_a_recipe_win(tmp_path):
