@@ -185,7 +185,7 @@ def main(
     test: Annotated[str, typer.Option(help="jsonl of other problems, which perplexity is measured on.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")],
     model: Annotated[str, typer.Option(help="smollm2-135m, gemma3-270m, or a folder.")] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="Training tokens of each row.")] = 131072,
+    tokens: Annotated[int, typer.Option(help="Training tokens of each row.")] = 65536,
     tokens_per_step: Annotated[int, typer.Option(help="Global batch.")] = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Order of data.")] = 0,

@@ -103,8 +103,21 @@ def steps_of(run_dir: Path, stage: str) -> list[int]:
     return [json.loads(line)["done"] for line in lines if line.endswith("}")]
 
 
+@pytest.fixture
+def raising_reward(tmp_path) -> Path:
+    """A file with the reward function ``my_score``, which raises on some samples and gives at most 0.25."""
+    path = tmp_path / "my_reward.py"
+    path.write_text(
+        "def my_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    if extra_info['index'] % 8 == 3:\n"
+        "        raise RuntimeError('planted')\n"
+        "    return 0.25 if ground_truth in solution_str else 0.125\n"
+    )
+    return path
+
+
 @pytest.mark.timeout(800)
-def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path):
+def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path, raising_reward):
     run_dir = tmp_path / "run"
     # Channels first, then a block that is chosen on the first cycle's rollouts.
     start = command(
@@ -114,6 +127,14 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
         schedule__layers_total=1,
         calibration__source="both",
         resources__workers_per_node=2,
+        reward__path=str(raising_reward),
+        reward__name="my_score",
+        # Two steps so large that rollouts with the weights of the step before would differ visibly, and verl's own
+        # log-probabilities to compare vLLM's with.
+        recovery__steps=2,
+        recovery__learning_rate=1e-3,
+        recovery__verl={"algorithm.rollout_correction.bypass_mode": False},
+        gate__min_accuracy_ratio=0.01,
         recovery_of_cycle={2: [{"cpt": CPT}]},
     )
     kill_in_stage(start, run_dir, "evaluate", 2)
@@ -135,6 +156,9 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     check_result(run_dir, channels=1152)
     journal = {(e.cycle, e.stage): e.metrics for e in Journal(run_dir / "journal.jsonl").entries()}
     assert journal[1, "score"]["calibration_rollouts"] == 0 < journal[2, "score"]["calibration_rollouts"]
+    assert 0 < journal[1, "recover"]["reward_last"] <= 0.25
+    assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
+    check_that_trained_weights_reach_vllm(run_dir / "cycles/001/recovered/verl_metrics.jsonl", steps=2)
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
     assert steps_of(run_dir, "002-recover")[0] == CPT["save_every_steps"] + 1
     assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
@@ -229,33 +253,22 @@ def ray_head() -> Iterator[str]:
 
 
 @pytest.mark.timeout(700)
-def test_submitted_job_with_two_workers_all_recoveries_and_an_own_reward(repository, tmp_path, ray_head):
-    reward = tmp_path / "my_reward.py"
-    reward.write_text(
-        "def my_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    if extra_info['index'] == 3:\n"
-        "        raise RuntimeError('planted')\n"
-        "    return 0.25 if ground_truth in solution_str else 0.125\n"
-    )
+def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, tmp_path, ray_head, raising_reward):
     run_dir = tmp_path / "run"
     # The unpruned parent teaches: its vLLM server takes a worker of its own.
     distill = {"steps": 1, "prompts_per_step": 16, "micro_batch_sequences": 16}
-    # Steps large enough that rollouts with the weights of the step before would differ visibly, and verl's own
-    # log-probabilities to compare vLLM's with.
-    grpo = {"steps": 2, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 16}
-    grpo |= {"learning_rate": 1e-3, "verl": {"algorithm.rollout_correction.bypass_mode": False}}
+    distill |= {"rewards": True, "rollouts_per_prompt": 4}
     options = command(
         repository,
         run_dir,
         schedule__channels_per_cycle=[128],
         data__train__rows=16,
         resources__workers_per_node=2,
-        reward__path=str(reward),
+        reward__path=str(raising_reward),
         reward__name="my_score",
         recovery=[
             {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
             {"distill": distill},
-            {"grpo": grpo},
         ],
     )[4:]
     submitted = submit(repository, ray_head, options)
@@ -264,18 +277,16 @@ def test_submitted_job_with_two_workers_all_recoveries_and_an_own_reward(reposit
     assert f"final model: {run_dir}" in submitted.stdout
     assert entries(run_dir)[0] == "0.evaluate"
     in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
-    assert [e.stage for e in in_cycle] == ["score", "slice", "recover", "recover", "recover", "evaluate", "gate"]
+    assert [e.stage for e in in_cycle] == ["score", "slice", "recover", "recover", "evaluate", "gate"]
     recoveries = [e for e in in_cycle if e.stage == "recover"]
-    artefacts = [f"cycles/001/recovered{part}" for part in ("", "-part2", "-part3")]
-    assert [(e.metrics["method"], e.artefact) for e in recoveries] == list(
-        zip(("cpt", "distill", "grpo"), artefacts, strict=True)
-    )
-    cpt, distilled, trained = (e.metrics for e in recoveries)
+    artefacts = [f"cycles/001/recovered{part}" for part in ("", "-part2")]
+    methods = [(e.metrics["method"], e.artefact) for e in recoveries]
+    assert methods == list(zip(("cpt", "distill"), artefacts, strict=True))
+    cpt, distilled = (e.metrics for e in recoveries)
     assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt["curve"]] == [True, True]
     assert distilled["curve"][-1]["distillation_loss"] > 0
-    assert 0 < trained["reward_last"] <= 0.25
+    assert 0 < distilled["reward_last"] <= 0.25
     assert (run_dir / "best").resolve() == run_dir / artefacts[-1]
-    check_that_trained_weights_reach_vllm(run_dir / artefacts[-1] / "verl_metrics.jsonl", steps=2)
     sliced = next(e.metrics for e in in_cycle if e.stage == "slice")
     assert sliced["logit_difference"] < 1e-4
     assert 0 < sliced["output_error"] < sliced["output_error_plain"]
