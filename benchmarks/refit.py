@@ -41,7 +41,7 @@ class BlockByBlock:
         self.blocks = list(model.get_submodule(family.layers).children())
 
     @contextmanager
-    def only(self, layer: int | None) -> Iterator[None]:
+    def only(self, layer: int) -> Iterator[None]:
         """The other blocks, and the output head, are not computed."""
         passed: list[Any] = [block for index, block in enumerate(self.blocks) if index != layer]
         for block in passed:
@@ -166,7 +166,10 @@ def main(
 ) -> None:
     """Perplexity of the cut model whose kept blocks were refit."""
     folder = Path(folder_of(model))
-    tokenizer, family = AutoTokenizer.from_pretrained(folder), read_shape(folder).family
+    shape, tokenizer = read_shape(folder), AutoTokenizer.from_pretrained(folder)
+    family, ids = shape.family, [str(layer) for layer in range(shape.num_hidden_layers)]
+    if not set(gone.split(",")) < set(ids):
+        raise typer.BadParameter(f"--gone {gone}: give some of the model's {len(ids)} blocks, 0..{ids[-1]}, as 3,5,6")
     calibration, evaluated = split(data, text, tokenizer, tokens, held_out, 512)
     pad = tokenizer.pad_token_id or 0
     batches, judged = (list(batches_for_rank(part, BATCH, 0, 1, pad, 1.0)) for part in (calibration, evaluated))
