@@ -263,8 +263,8 @@ def score(
             "compensation",
             highlight=False,
         )
-    if losses.blocks is not None:
-        console.print(f"of what the removed blocks added {losses.blocks:.2%} is lost", highlight=False)
+    if losses.stream is not None:
+        console.print(f"of the last block's residual stream {losses.stream:.2%} is lost", highlight=False)
     console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True, markup=False)
 
 

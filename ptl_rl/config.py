@@ -213,10 +213,10 @@ class CriterionConfig(_Section):
     ridge: float = Field(
         1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
     )
-    block_ridge: float = Field(
+    stream_ridge: float = Field(
         0.5,
         gt=0,
-        description="Of removed blocks' compensation, relative to the median square of its inputs; little overfits.",
+        description="Of what follows the original's residual stream, relative to its median square; little overfits.",
     )
 
     @field_validator("path")

@@ -1,6 +1,7 @@
 """Supported model families; see :mod:`ptl_rl.families.base` for what one consists of."""
 
 from pathlib import Path
+from typing import Any
 
 from ptl_rl.families.base import (
     Family,
@@ -10,6 +11,13 @@ from ptl_rl.families.base import (
     shape_from_config,
 )
 
+_GEMMA: dict[str, Any] = {
+    "norms_per_layer": 4,
+    "attention_norm": "post_attention_layernorm",
+    "output_norm": "post_feedforward_layernorm",
+    "norm_offset": 1.0,
+}
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -17,10 +25,8 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2", qkv_bias=True),
         Family("qwen3", qk_norm=True),
-        Family("gemma2", norms_per_layer=4, output_norm="post_feedforward_layernorm", norm_offset=1.0),
-        Family(
-            "gemma3_text", norms_per_layer=4, qk_norm=True, output_norm="post_feedforward_layernorm", norm_offset=1.0
-        ),
+        Family("gemma2", **_GEMMA),
+        Family("gemma3_text", qk_norm=True, **_GEMMA),
     )
 }
 

@@ -34,6 +34,8 @@ class Family:
     gate_proj: str = "gate_proj"
     up_proj: str = "up_proj"
     down_proj: str = "down_proj"
+    attention_norm: str | None = None
+    """Norm of what the attention gives, before it joins the residual stream (Gemma 2 and 3)."""
     output_norm: str | None = None
     """Norm of what the feed-forward network gives, before it joins the residual stream (Gemma 2 and 3)."""
     norm_offset: float = 0.0
@@ -44,9 +46,9 @@ class Family:
         return f"{self.layers}.{layer}."
 
     def projection(self, layer: int, name: str) -> str:
-        """Full name of a projection of one block, e.g. ``model.layers.3.mlp.up_proj``, or of its ``output_norm``."""
-        if name == "output_norm":
-            return f"{self.layer_prefix(layer)}{self.output_norm}"
+        """Full name of a projection of one block, e.g. ``model.layers.3.mlp.up_proj``, or of its norms."""
+        if name.endswith("_norm"):
+            return f"{self.layer_prefix(layer)}{getattr(self, name)}"
         parent = self.attention if name == "o_proj" else self.mlp
         return f"{self.layer_prefix(layer)}{parent}.{getattr(self, name)}"
 

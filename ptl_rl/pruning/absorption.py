@@ -35,8 +35,6 @@ class Absorbed:
     removed: int
     new: dict[tuple[int, str], torch.Tensor]
     """New weights of the block before it, by block and projection, float32, whole on every rank; {} if none is left."""
-    lost: float | None
-    """Share of what the removed block added that stays lost; None if no block is left to take over."""
 
 
 def groups(policy: Policy, count: int) -> list[int]:
@@ -78,7 +76,7 @@ def absorb(
     kept = [layer for layer in range(policy.layers) if layer not in gone]
     for removed in candidates:
         if removed == kept[0]:
-            yield Absorbed(removed, {}, None)
+            yield Absorbed(removed, {})
     predecessors = {layer: before for before, layer in pairwise(kept) if layer in candidates}
     waiting = list(predecessors)
     for size in groups(policy, len(waiting)):
@@ -131,22 +129,20 @@ def _solved(
     shapes |= (
         {"output_norm": shapes["down_proj"][:1]} if normed else {"o_proj": (o_proj.out_features, o_proj.in_features)}
     )
-    lost = torch.zeros(1, dtype=torch.float64, device=policy.device)
     if policy.rank == 0:
         current = {name: _current(policy, predecessor, name, new_weights) for name in shapes}
         if isinstance(moments, NormedBlockMoments):
-            down_HC, norm_H, share = moments.solve(current["down_proj"], ridge)
+            down_HC, norm_H = moments.solve(current["down_proj"], ridge)
             new = {"down_proj": down_HC, "output_norm": norm_H - family.norm_offset}
         else:
-            gain_HA, gain_HC, share = moments.solve(shapes["o_proj"][1], ridge)
+            gain_HA, gain_HC = moments.solve(shapes["o_proj"][1], ridge)
             new = {"o_proj": current["o_proj"] + gain_HA, "down_proj": current["down_proj"] + gain_HC}
-        lost.fill_(share)
     else:
         new = {name: torch.empty(shape, device=policy.device) for name, shape in shapes.items()}
     if dist.is_initialized():
-        for tensor in (*(new[name] for name in sorted(new)), lost):
-            dist.broadcast(tensor, 0)
-    return Absorbed(moments.removed, {(predecessor, name): weight for name, weight in new.items()}, float(lost))
+        for name in sorted(new):
+            dist.broadcast(new[name], 0)
+    return Absorbed(moments.removed, {(predecessor, name): weight for name, weight in new.items()})
 
 
 class LeaveOneOut:
@@ -183,10 +179,10 @@ class LeaveOneOut:
 
     def _loss(self, gone: list[int], candidate: Absorbed, judged: list[Sequence]) -> float:
         with without(self.policy, [*gone, candidate.removed], lookup({**self.new, **candidate.new})):
-            loss = mean_loss(self.policy.model, self.policy.batches(judged), self.policy.device)
+            loss = mean_loss(self.policy.model, self.policy.counted(self.policy.batches(judged)), self.policy.device)
         return loss if math.isfinite(loss) else math.inf  # a model that breaks without the block needs it
 
     def _candidates(self, gone: list[int], left: list[int]) -> Iterator[Absorbed]:
         if self.ridge is None:
-            return (Absorbed(layer, {}, None) for layer in left)
+            return (Absorbed(layer, {}) for layer in left)
         return absorb(self.policy, gone, left, self.sequences, self.ridge, lookup(dict(self.new)))

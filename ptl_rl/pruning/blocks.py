@@ -57,7 +57,6 @@ class BlockMoments(Listener):
         self.removed, self.predecessor, self.attention_of = removed, predecessor, predecessor
         self.heads_NA = self.hidden_NC = torch.zeros(0)
         self.xx_XX = self.xy_XH = torch.zeros(0)
-        self.yy = torch.zeros((), dtype=torch.float64)
 
     def on_attention(self, layer: int, heads_NA: torch.Tensor) -> None:
         self.heads_NA = heads_NA
@@ -76,31 +75,25 @@ class BlockMoments(Listener):
         if not len(self.xx_XX):
             self.xx_XX = torch.zeros(x_NX.shape[1], x_NX.shape[1], device=x_NX.device)
             self.xy_XH = torch.zeros(x_NX.shape[1], y_NH.shape[1], device=x_NX.device)
-            self.yy = self.yy.to(x_NX.device)
         self.xx_XX.addmm_(x_NX.T, x_NX)
         self.xy_XH.addmm_(x_NX.T, y_NH)
-        self.yy += y_NH.square().sum()
 
     def reduce(self) -> None:
         """Add up over all ranks."""
         if dist.is_initialized():
-            for total in (self.xx_XX, self.xy_XH, self.yy):
+            for total in (self.xx_XX, self.xy_XH):
                 dist.all_reduce(total)
 
-    def solve(self, attention_width: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def solve(self, attention_width: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What to add to the predecessor's ``o_proj`` (H, A) and ``down_proj`` (H, C), float32.
 
         Args:
             attention_width: A.
             ridge: relative to the median square of each of the two inputs; holds the changes small.
-
-        Returns:
-            The two changes, and the share of the removed block's contribution, by mean square, that stays lost.
         """
         parts = [slice(0, attention_width), slice(attention_width, None)]
-        gain_XH, lost = _ridge_regression(self.xx_XX, self.xy_XH, self.yy, parts, ridge)
-        gain_HX = gain_XH.T.float()
-        return gain_HX[:, :attention_width], gain_HX[:, attention_width:], lost
+        gain_HX = ridge_regression(self.xx_XX, self.xy_XH, parts, ridge).T.float()
+        return gain_HX[:, :attention_width], gain_HX[:, attention_width:]
 
 
 class NormedBlockMoments(Listener):
@@ -122,7 +115,7 @@ class NormedBlockMoments(Listener):
         self.xx_CC = torch.zeros(0)
         self.xy_CH = torch.zeros(0)
         self.sum_square_H = torch.zeros(hidden_size, dtype=torch.float64, device=norm_H.device)
-        self.yy, self.weight = (torch.zeros((), dtype=torch.float64, device=norm_H.device) for _ in range(2))
+        self.weight = torch.zeros((), dtype=torch.float64, device=norm_H.device)
 
     def on_output(self, layer: int, output_NH: torch.Tensor) -> None:
         self.output_NH = output_NH.float()
@@ -147,50 +140,40 @@ class NormedBlockMoments(Listener):
             self.xy_CH = torch.zeros(x_NC.shape[1], y_NH.shape[1], device=x_NC.device)
         self.xx_CC.addmm_(x_NC.T, x_NC)
         self.xy_CH.addmm_(x_NC.T, y_NH)
-        self.yy += y_NH.square().sum()
         self.weight += weight_N.sum()
 
     def reduce(self) -> None:
         """Add up over all ranks."""
         if dist.is_initialized():
-            for total in (self.xx_CC, self.xy_CH, self.sum_square_H, self.yy, self.weight):
+            for total in (self.xx_CC, self.xy_CH, self.sum_square_H, self.weight):
                 dist.all_reduce(total)
 
-    def solve(self, down_HC: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def solve(self, down_HC: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The predecessor's new ``down_proj`` (H, C) and new norm, offset included, (H,); float32.
 
         Args:
             down_HC: its present ``down_proj``.
             ridge: relative to the median square of the regression's inputs.
-
-        Returns:
-            Both, and the share of the removed block's contribution that the regression leaves, by mean square; that the
-            norm fixes the sum's length is not in it.
         """
-        gain_CH, lost = _ridge_regression(self.xx_CC, self.xy_CH, self.yy, [slice(None)], ridge)
+        gain_CH = ridge_regression(self.xx_CC, self.xy_CH, [slice(None)], ridge)
         size_H = (self.sum_square_H / self.weight).sqrt().clamp_min(1e-12)
         new_norm_H = torch.where(self.norm_H < 0, -size_H, size_H)
         new_down_HC = (
             self.norm_H.double()[:, None] * down_HC.to(self.norm_H.device).double() + gain_CH.T
         ) / new_norm_H[:, None]
-        return new_down_HC.float(), new_norm_H.float(), lost
+        return new_down_HC.float(), new_norm_H.float()
 
 
-def _ridge_regression(
-    xx_XX: torch.Tensor, xy_XH: torch.Tensor, yy: torch.Tensor, parts: list[slice], ridge: float
-) -> tuple[torch.Tensor, float]:
-    """(X, H) float64 coefficients, and the share of the mean square that they leave.
+def ridge_regression(xx_XX: torch.Tensor, xy_XH: torch.Tensor, parts: list[slice], ridge: float) -> torch.Tensor:
+    """(X, H) float64 coefficients.
 
     Args:
         parts: of X, each with a ridge relative to the median of its own squares: a few massive activations, which some
             models have, would say nothing about the others.
     """
-    exact_XX, wanted_XH = xx_XX.double(), xy_XH.double()
-    ridged_XX = exact_XX.clone()
+    ridged_XX = xx_XX.to(torch.float64, copy=True)
     for part in parts:
         diagonal = ridged_XX.diagonal()[part]
         median = float(diagonal.median())
         diagonal += ridge * median if median > 0 else 1.0
-    gain_XH = torch.cholesky_solve(wanted_XH, torch.linalg.cholesky(ridged_XX))
-    explained = 2 * (gain_XH * wanted_XH).sum() - (gain_XH * (exact_XX @ gain_XH)).sum()
-    return gain_XH, float(1 - explained / yy) if yy > 0 else 0.0
+    return torch.cholesky_solve(xy_XH.double(), torch.linalg.cholesky(ridged_XX))

@@ -83,17 +83,13 @@ def make_plan(
     subset_hash: str,
     source: Path,
 ) -> PruningPlan:
-    """What goes, given the scores; ``notes`` say what was rounded or cannot be compensated."""
+    """What goes, given the scores; ``notes`` say what was rounded."""
     width = scores.importance_LC.shape[1]
     keep_layers = [layer for layer in range(len(scores.importance_LC)) if layer not in scores.layer_order]
     remove, notes = below_threshold(scores.importance_LC, keep_layers, remove_channels, criterion.threshold)
     if remove:
         remove, rounded = aligned(width, remove, alignment)
         notes = notes + rounded
-    absorbed = [layer for layer in scores.layer_order if layer > keep_layers[0]]
-    if criterion.compensate != "none":
-        notes += _not_absorbed(scores.layer_order, absorbed)
-    compensate = criterion.compensate if remove or absorbed else "none"
     return PruningPlan(
         keep_channels=most_important(scores.importance_LC, remove),
         keep_layers=keep_layers,
@@ -102,15 +98,11 @@ def make_plan(
         alignment=alignment if remove else 1,
         channel_criterion=criterion.channels,
         layer_criterion=criterion.layers,
-        compensate=compensate,
+        compensate=criterion.compensate if remove or scores.layer_order else "none",
         ridge=criterion.ridge,
-        block_ridge=criterion.block_ridge,
+        stream_ridge=criterion.stream_ridge,
         subset_hash=subset_hash,
         source=str(source),
         source_hash=checkpoint_hash(source),
         notes=notes,
     )
-
-
-def _not_absorbed(gone: list[int], absorbed: list[int]) -> list[str]:
-    return [f"block {layer} is not compensated: no block before it stays" for layer in gone if layer not in absorbed]

@@ -101,11 +101,11 @@ def score_model(
         checkpoint_files(model_folder)
         policy, sequences, general_sequences = _policy(model_folder, config, texts, general)
         out.mkdir(parents=True, exist_ok=True)
+        sensitivity = config.calibration.token_weights == "sensitivity"
         total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
         if config.criterion.compensate != "none":
-            total += engine.batches_to_compensate(policy, bool(cut.channels), remove_layers, sequences)
+            total += engine.batches_to_compensate(policy, remove_layers, sequences, sensitivity=sensitivity)
         policy.progress = _counter(progress, total)
-        sensitivity = config.calibration.token_weights == "sensitivity"
         scores = engine.score(
             policy,
             config.criterion,

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ import torch.distributed as dist
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning import blocks
-from ptl_rl.pruning.absorption import FINALISTS, LeaveOneOut, absorb, groups
+from ptl_rl.pruning.absorption import FINALISTS, LeaveOneOut, groups
 from ptl_rl.pruning.choice import Scores
-from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.compensation import obs_importance
 from ptl_rl.pruning.criteria import (
     LAYER_CRITERIA,
     REFERENCE_LINES,
@@ -23,11 +24,12 @@ from ptl_rl.pruning.criteria import (
     needs_of,
     rms_contribution,
 )
-from ptl_rl.pruning.masking import masked, skipped
+from ptl_rl.pruning.masking import skipped
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.policy import Policy, barrier
-from ptl_rl.pruning.slicing import load_new_weight, save_new_weight
+from ptl_rl.pruning.refit import Losses, most_passes, refit
+from ptl_rl.pruning.slicing import save_new_weight
 from ptl_rl.pruning.statistics import Collector, Needs, Statistics
 from ptl_rl.pruning.streaming import Listener
 
@@ -62,9 +64,9 @@ def batches_to_read(
     return for_channels * policy.rounds(sequences) + policy.rounds(general) + of_blocks
 
 
-def batches_to_compensate(policy: Policy, cut_channels: bool, layers: int, sequences: list[Sequence]) -> int:
-    """How many batches :func:`compensate` reads on every rank, at most, where ``layers`` blocks go."""
-    return policy.rounds(sequences) * (layers + (len(policy.moment_groups()) if cut_channels else 0))
+def batches_to_compensate(policy: Policy, layers: int, sequences: list[Sequence], *, sensitivity: bool = False) -> int:
+    """How often :func:`compensate` has a block read a batch, at most, where ``layers`` blocks go."""
+    return policy.rounds(sequences) * most_passes(policy.layers, layers, sensitivity=sensitivity)
 
 
 def score(
@@ -141,7 +143,7 @@ def _layer_order(
     if criterion.layers == "explicit":
         return blocks.explicit(criterion.layer_ids, cut.layers_before, cut.layers)
     if criterion.layers == "leave_one_out":
-        ridge = None if criterion.compensate == "none" else criterion.block_ridge
+        ridge = None if criterion.compensate == "none" else criterion.stream_ridge
         return blocks.greedy(LeaveOneOut(policy, judged, sequences, ridge), cut.layers)
 
     def measured(gone: list[int]) -> torch.Tensor:
@@ -157,78 +159,17 @@ def _layer_order(
     return blocks.greedy(measured, cut.layers)
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Shares, by mean square over the calibration tokens, of what a cut loses, averaged over blocks."""
-
-    channels_plain: float | None = None
-    """Of the FFN outputs, if the kept columns stay as they are."""
-    channels: float | None = None
-    """The same with compensation."""
-    blocks: float | None = None
-    """Of what the removed blocks contributed, with compensation; without, all of it is lost."""
-
-
 def compensate(
     policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path, *, sensitivity: bool = False
 ) -> Losses:
     """Write the weights that let what stays take over what goes into ``folder``; collective over all ranks.
 
-    Blocks first, one at a time in the order of removal, each with the earlier ones gone and absorbed; then channels.
+    Args:
+        sensitivity: weigh positions by the gradient that reaches them.
     """
     if policy.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier plan's weights are not this one's
         folder.mkdir(parents=True)
-    barrier()
-    blocks_lost = _absorb_blocks(policy, plan, sequences, folder)
-    if plan.intermediate_size == plan.source_intermediate_size:
-        return Losses(blocks=blocks_lost)
-    shares = _absorb_channels(policy, plan, sequences, folder, sensitivity)
-    if dist.is_initialized():
-        shares = shares.to(policy.device)
-        dist.all_reduce(shares)
-    plain, left = (shares / plan.num_hidden_layers).tolist()
-    return Losses(plain, left, blocks_lost)
-
-
-def _absorb_blocks(policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path) -> float | None:
-    """Let what stays take over for one removed block after the other; the mean share lost, None if none can be."""
-    lost = []
-    for index, removed in enumerate(plan.layer_order):
-        gone = plan.layer_order[:index]
-        (found,) = absorb(
-            policy, gone, [removed], sequences, plan.block_ridge, lambda *key: load_new_weight(folder, *key)
-        )
-        lost += [] if found.lost is None else [found.lost]
-        if policy.rank == 0:  # a block that takes over may go itself later: slicing does not read its weights
-            for (layer, name), weight in found.new.items():
-                save_new_weight(folder, layer, name, weight)
-        barrier()
-    return sum(lost) / len(lost) if lost else None
-
-
-def _absorb_channels(
-    policy: Policy, plan: PruningPlan, sequences: list[Sequence], folder: Path, sensitivity: bool
-) -> torch.Tensor:
-    """Replace this rank's blocks' ``down_proj``; the shares lost without and with compensation, summed over blocks."""
-    shares = torch.zeros(2, dtype=torch.float64)
-    solved = folder / "channels"  # apart, as the next pass reads with the weights of uncut blocks
-    whole = plan.without_channel_cut(plan.keep_layers)
-    for group in policy.moment_groups():
-        moments = _moments(policy, [layer for layer in group if layer in plan.keep_layers])
-        with masked(policy.model, policy.family, whole, lambda layer, name: load_new_weight(folder, layer, name)):
-            policy.read(sequences, [moments], sensitivity)
-        for layer in moments.layers:
-            weight_HC = load_new_weight(folder, layer, "down_proj")
-            if weight_HC is None:
-                weight_HC = policy.weight(layer, "down_proj")
-            fit = least_squares(weight_HC, moments.take(layer), plan.keep_channels[layer], plan.ridge)
-            save_new_weight(solved, layer, "down_proj", fit.weight_HK)
-            shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
-    barrier()  # every rank has read the whole weights that these replace
-    if policy.rank == 0:
-        for file in sorted(solved.glob("*")):
-            file.replace(folder / file.name)
-        shutil.rmtree(solved, ignore_errors=True)
-    barrier()
-    return shares
+    losses = refit(policy, plan, sequences, partial(save_new_weight, folder), sensitivity=sensitivity)
+    barrier()  # the weights are there for every rank
+    return losses

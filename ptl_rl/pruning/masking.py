@@ -5,6 +5,7 @@ Also what scoring reads with when blocks are already chosen to go.
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -65,16 +66,9 @@ def replaced(
     """
     handles = []
     for layer, block in enumerate(model.get_submodule(family.layers).children()):
-        if layer not in layers:
-            continue
-        down_proj = block.get_submodule(f"{family.mlp}.{family.down_proj}")
-        channels = None if keep_channels is None else keep_channels[layer]
-        handles.append(_replaced(down_proj, layer, "down_proj", new_weights, channels))
-        o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
-        handles.append(_replaced(o_proj, layer, "o_proj", new_weights))
-        if family.output_norm is not None:
-            norm = block.get_submodule(family.output_norm)
-            handles.append(_replaced_norm(norm, layer, family.norm_offset, new_weights))
+        if layer in layers:
+            channels = None if keep_channels is None else keep_channels[layer]
+            handles += replaced_in(block, family, partial(new_weights, layer), channels)
     try:
         yield
     finally:
@@ -82,11 +76,36 @@ def replaced(
             handle.remove()
 
 
+def replaced_in(
+    block: nn.Module,
+    family: Family,
+    new_weights: Callable[[str], torch.Tensor | None],
+    channels: list[int] | None = None,
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that give one block the new weights by the projections' names; the block's own until they are removed.
+
+    Args:
+        channels: ids that the new ``down_proj`` stands over, all if None.
+    """
+    down_proj = block.get_submodule(f"{family.mlp}.{family.down_proj}")
+    o_proj = block.get_submodule(f"{family.attention}.{family.o_proj}")
+    handles = [
+        _replaced(down_proj, "down_proj", new_weights, channels),
+        _replaced(o_proj, "o_proj", new_weights),
+    ]
+    if family.output_norm is not None:
+        handles.append(_replaced_norm(block.get_submodule(family.output_norm), family.norm_offset, new_weights))
+    return handles
+
+
 def _replaced(
-    projection: nn.Module, layer: int, name: str, new_weights: NewWeights, channels: list[int] | None = None
+    projection: nn.Module,
+    name: str,
+    new_weights: Callable[[str], torch.Tensor | None],
+    channels: list[int] | None = None,
 ) -> torch.utils.hooks.RemovableHandle:
     def forward(module: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        weight = new_weights(layer, name)
+        weight = new_weights(name)
         if weight is None:
             return output
         hidden = inputs[0] if channels is None else inputs[0][..., channels]
@@ -96,10 +115,10 @@ def _replaced(
 
 
 def _replaced_norm(
-    norm: nn.Module, layer: int, offset: float, new_weights: NewWeights
+    norm: nn.Module, offset: float, new_weights: Callable[[str], torch.Tensor | None]
 ) -> torch.utils.hooks.RemovableHandle:
     def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        weight = new_weights(layer, "output_norm")
+        weight = new_weights("output_norm")
         if weight is None:
             return output
         hidden = inputs[0].float()

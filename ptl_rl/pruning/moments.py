@@ -19,6 +19,26 @@ from ptl_rl.pruning.streaming import Listener
 STRIPES = 8
 
 
+def _stripes(width: int) -> Iterator[tuple[slice, slice]]:
+    """Rows, and the columns from where these rows meet the diagonal."""
+    height = -(-width // STRIPES)
+    for start in range(0, width, height):
+        yield slice(start, start + height), slice(start, None)
+
+
+def add_products(sum_XX: torch.Tensor, x_NX: torch.Tensor) -> None:
+    """Add ``x^T x`` to ``sum_XX``, above whose diagonal stripes it then is; :func:`fill_lower` does the rest."""
+    for rows, columns in _stripes(len(sum_XX)):
+        sum_XX[rows, columns].addmm_(x_NX[:, rows].T, x_NX[:, columns])
+
+
+def fill_lower(sum_XX: torch.Tensor) -> torch.Tensor:
+    """Mirror what :func:`add_products` has added up; in place."""
+    for rows, columns in _stripes(len(sum_XX)):
+        sum_XX[columns, rows] = sum_XX[rows, columns].T.clone()
+    return sum_XX
+
+
 class SecondMoments(Listener):
     """Sums up this rank's matrices."""
 
@@ -33,20 +53,13 @@ class SecondMoments(Listener):
         self._upper_CC = {layer: torch.zeros(channels, channels, device=device) for layer in own}
         """Block to its float32 sum over all tokens of all ranks, below whose diagonal stripes nothing stands."""
 
-    def _stripes(self) -> Iterator[tuple[slice, slice]]:
-        """Rows, and the columns from where these rows meet the diagonal."""
-        width = -(-self.channels // STRIPES)
-        for start in range(0, self.channels, width):
-            yield slice(start, start + width), slice(start, None)
-
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
         if layer not in self.wanted:
             return
         hidden_NC = hidden_NC.float() * weight_N.sqrt()[:, None]
         alone = self.ranks == 1
         sum_CC = self._upper_CC[layer] if alone else torch.zeros(self.channels, self.channels, device=self.device)
-        for rows, columns in self._stripes():
-            sum_CC[rows, columns].addmm_(hidden_NC[:, rows].T, hidden_NC[:, columns])
+        add_products(sum_CC, hidden_NC)
         if alone:
             return
         dist.reduce(sum_CC, dst=layer % self.ranks)
@@ -60,7 +73,4 @@ class SecondMoments(Listener):
 
     def take(self, layer: int) -> torch.Tensor:
         """``C`` of a block, (channels, channels) float32, which is held here no longer."""
-        moment_CC = self._upper_CC.pop(layer)
-        for rows, columns in self._stripes():
-            moment_CC[columns, rows] = moment_CC[rows, columns].T.clone()
-        return moment_CC
+        return fill_lower(self._upper_CC.pop(layer))

@@ -25,7 +25,7 @@ class PruningPlan(BaseModel):
     layer_criterion: str
     compensate: Literal["none", "least_squares"] = "none"
     ridge: float = 1e-3
-    block_ridge: float = 0.5
+    stream_ridge: float = 0.5
     subset_hash: str
     source: str
     source_hash: str = ""

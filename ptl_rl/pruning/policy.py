@@ -1,6 +1,6 @@
 """A model to be pruned, on one rank of many or in one process, and how it reads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +73,14 @@ class Policy:
         return [every[start : start + at_once] for start in range(0, len(every), at_once)]
 
     def batches(self, sequences: list[Sequence]) -> Iterator[Batch]:
-        for batch in batches_for_rank(
+        """This rank's share."""
+        return batches_for_rank(
             sequences, self.batch_size, self.rank, self.ranks, self.pad_token_id, self.prompt_weight
-        ):
+        )
+
+    def counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same, and progress is told of each once it has been read."""
+        for batch in batches:
             yield batch
             self.progress()
 
@@ -84,7 +89,14 @@ class Policy:
         return -(-len(sequences) // (self.batch_size * self.ranks))
 
     def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
-        stream(self.model, self.family, self.batches(sequences), listeners, self.device, sensitivity=sensitivity)
+        stream(
+            self.model,
+            self.family,
+            self.counted(self.batches(sequences)),
+            listeners,
+            self.device,
+            sensitivity=sensitivity,
+        )
 
     def weight(self, layer: int, name: str) -> torch.Tensor:
         """A projection's weight, read whole from the checkpoint."""

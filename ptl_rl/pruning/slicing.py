@@ -47,7 +47,7 @@ class _Piece:
     """Dimension along which channels are selected; None: the tensor is copied."""
     layer: int = -1
     projection: str = ""
-    """``o_proj``, ``down_proj`` or ``output_norm``, whose weights compensation replaces."""
+    """``o_proj`` or ``down_proj``, whose weights compensation replaces."""
 
 
 def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | None:
@@ -65,8 +65,6 @@ def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | Non
         dim, projection = 1, "down_proj"
     elif module == f"{family.attention}.{family.o_proj}" and kind == "weight":
         projection = "o_proj"
-    elif module == family.output_norm:
-        projection = "output_norm"
     return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer, projection)
 
 
@@ -159,7 +157,7 @@ def _new_weight_file(folder: Path, layer: int, name: str) -> Path:
 
 
 def save_new_weight(folder: Path, layer: int, name: str, weight: torch.Tensor) -> None:
-    """Keep a source block's new ``down_proj``, ``o_proj`` or ``output_norm`` weight for the rank that writes it."""
+    """Keep a source block's new ``down_proj`` or ``o_proj`` weight for the rank that writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"weight": weight.float().cpu().contiguous()}, _new_weight_file(folder, layer, name))
 

@@ -86,7 +86,7 @@ def slice(context: StageContext) -> dict:
         "num_hidden_layers": plan.num_hidden_layers,
         "output_error_plain": losses.channels_plain,
         "output_error": losses.channels,
-        "removed_blocks_lost": losses.blocks,
+        "stream_error": losses.stream,
         "notes": plan.notes,
         "logit_difference": difference,
         "peak_memory_gib": max(workers.peak_memory_gib()),

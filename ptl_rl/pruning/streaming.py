@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ptl_rl.families import Family
 from ptl_rl.pruning.calibration import Batch
@@ -201,17 +202,32 @@ class _Taps:
                 handle.remove()
 
 
-def _inputs(batch: Batch) -> dict:
+def inputs_of(batch: Batch) -> dict:
+    """What a model's forward pass over ``batch`` takes."""
     return {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "use_cache": False}
 
 
-def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context ``model`` makes no logits, which nobody needs and which cost as much as several blocks.
+
+    The root module must be called all the same: under FSDP2 it gathers the embeddings.
+    """
+    head: Any = model.get_output_embeddings()
+    head.forward = lambda hidden_states: hidden_states
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     for batch in batches:
         yield Batch(*(tensor.to(device) for tensor in batch))
 
 
 def stream(
-    model: nn.Module,
+    model: PreTrainedModel,
     family: Family,
     batches: Iterable[Batch],
     listeners: list[Listener],
@@ -237,19 +253,18 @@ def stream(
             "criterion.channels reads gradients of its own; set calibration.token_weights to uniform, not sensitivity"
         )
     with taps.on(model, family):
-        for done, batch in enumerate(_on_device(batches, device), 1):
+        for done, batch in enumerate(on_device(batches, device), 1):
             taps.begin(batch)
             if sensitivity or taps.for_gradient:
                 with torch.enable_grad():
-                    logits_BTV = model(**_inputs(batch)).logits
+                    logits_BTV = model(**inputs_of(batch)).logits
                     loss = (
                         _surprise(logits_BTV, batch) if sensitivity else negative_log_likelihood(logits_BTV, batch)[0]
                     )
                     loss.backward()
             else:
-                with torch.no_grad():
-                    # The root module gathers the embeddings, so it must be called; its logits are not needed.
-                    model(**_inputs(batch), logits_to_keep=1)
+                with torch.no_grad(), without_head(model):
+                    model(**inputs_of(batch))
             progress(done)
 
 
@@ -261,8 +276,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) 
         CalibrationError: no position of any sequence has any weight.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in _on_device(batches, device):
-        loss, weight = negative_log_likelihood(model(**_inputs(batch)).logits, batch)
+    for batch in on_device(batches, device):
+        loss, weight = negative_log_likelihood(model(**inputs_of(batch)).logits, batch)
         sums += torch.stack([loss, weight]).double()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)

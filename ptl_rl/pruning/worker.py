@@ -109,16 +109,11 @@ class PruningWorker(Worker):
     def compensate(self, plan: PruningPlan, texts: Texts) -> engine.Losses:
         """Solve for what the kept channels and blocks take over; :meth:`slice` picks the new weights up."""
         policy, sequences = self._policy(), self._sequences(texts)
-        cut_channels = plan.intermediate_size != plan.source_intermediate_size
-        total = engine.batches_to_compensate(policy, cut_channels, len(plan.layer_order), sequences)
+        sensitivity = self.context.config.calibration.token_weights == "sensitivity"
+        total = engine.batches_to_compensate(policy, len(plan.layer_order), sequences, sensitivity=sensitivity)
         policy.progress = self._progress(total)
-        return engine.compensate(
-            policy,
-            plan,
-            sequences,
-            self.context.spec.out / NEW_WEIGHTS,
-            sensitivity=self.context.config.calibration.token_weights == "sensitivity",
-        )
+        folder = self.context.spec.out / NEW_WEIGHTS
+        return engine.compensate(policy, plan, sequences, folder, sensitivity=sensitivity)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def slice(self, plan: PruningPlan) -> None:

@@ -164,8 +164,7 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
     sliced = journal[2, "slice"]
     assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
-    (removed,) = json.loads((run_dir / "cycles/002/sliced/plan.json").read_text())["layer_order"]
-    assert sliced["notes"] if removed == 0 else 0 < sliced["removed_blocks_lost"] < 1
+    assert 0 < sliced["stream_error"] < 1
     # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
     lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))

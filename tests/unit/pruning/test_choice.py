@@ -74,6 +74,7 @@ def test_nothing_below_the_threshold_leaves_the_model_as_it_is():
     assert plan.intermediate_size == 48 and plan.compensate == "none" and len(plan.notes) == 1
 
 
-def test_the_first_block_leaves_nothing_to_absorb_it():
-    plan = plan_of(torch.rand(3, 48), 0, order=[0])
-    assert (plan.compensate, plan.notes) == ("none", ["block 0 is not compensated: no block before it stays"])
+def test_whatever_goes_is_compensated_for():
+    assert plan_of(torch.rand(3, 48), 0, order=[0]).compensate == "least_squares"
+    assert plan_of(torch.rand(3, 48), 16).compensate == "least_squares"
+    assert plan_of(torch.rand(3, 48), 0).compensate == "none"

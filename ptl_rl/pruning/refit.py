@@ -1,0 +1,288 @@
+"""What stays takes over, block after block, so that the residual stream stays what it was in the original.
+
+Two streams are kept for every calibration token: the original's and the cut model's. At each kept block the kept
+columns of ``down_proj`` absorb the removed ones (:func:`ptl_rl.pruning.compensation.least_squares`, on what they are
+fed in the cut model), and ``o_proj`` and ``down_proj`` are moved by the ridge regression, on their inputs, of what the
+cut model's stream lacks of the original's: what blocks before have lost, and, where removed blocks follow, what those
+would have added. The architecture stays stock.
+
+A block costs four of its forward passes (original, cut, once more with the new ``o_proj``, and with both), so the whole
+costs about four passes without output head, whatever the depth. A rank holds its sequences' two streams, tokens times
+hidden size each, one block's sums and no other block's weights. Sums are added up over ranks once per block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.pruning.blocks import ridge_regression
+from ptl_rl.pruning.blockwise import BlockByBlock, Seen, block_by_block
+from ptl_rl.pruning.calibration import Batch
+from ptl_rl.pruning.compensation import least_squares
+from ptl_rl.pruning.moments import add_products, fill_lower
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.policy import Policy
+from ptl_rl.pruning.streaming import Listener, on_device
+
+SMALLEST_GAIN = 0.1
+"""Of a norm's root mean square: below it a hidden unit's error is not divided by its gain."""
+
+
+class Sums:
+    """The regression of what the stream lacks on the inputs of a projection that writes into it.
+
+    X inputs, H hidden size; behind a norm the inputs are taken as they arrive there, divided by the output's size.
+    """
+
+    def __init__(self, inputs: int, hidden_size: int, device: torch.device) -> None:
+        self.xx_XX = torch.zeros(inputs, inputs, device=device)
+        self.xy_XH = torch.zeros(inputs, hidden_size, device=device)
+
+    def add(self, x_BTX: torch.Tensor, size_BT1: torch.Tensor | None, error_BTH: torch.Tensor, weight_BT: torch.Tensor):
+        """Add a batch.
+
+        Args:
+            size_BT1: of the output that a norm divides by; None without one.
+            error_BTH: what the stream lacks.
+        """
+        root_BT1 = weight_BT.sqrt().unsqueeze(-1)
+        x_BTX = x_BTX.float() * (root_BT1 if size_BT1 is None else root_BT1 / size_BT1)
+        x_NX, y_NH = x_BTX.flatten(0, -2), (error_BTH * root_BT1).flatten(0, -2)
+        add_products(self.xx_XX, x_NX)
+        self.xy_XH.addmm_(x_NX.T, y_NH)
+
+    def reduce(self) -> None:
+        """Add up over ranks, on rank 0."""
+        if dist.is_initialized():
+            dist.reduce(self.xx_XX, 0)
+            dist.reduce(self.xy_XH, 0)
+        fill_lower(self.xx_XX)
+
+    def change(self, keep: torch.Tensor | slice, ridge: float) -> torch.Tensor:
+        """(H, K) float32 change of the kept columns; ``ridge`` is relative to their median square."""
+        return ridge_regression(self.xx_XX[keep][:, keep], self.xy_XH[keep], [slice(None)], ridge).T.float()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Shares, by mean square over the calibration tokens, of what a cut loses."""
+
+    channels_plain: float | None = None
+    """Of the FFN outputs, if the kept columns stay as they are; mean over blocks, None if no channels go."""
+    channels: float | None = None
+    """The same once the kept columns have absorbed what they can of the removed ones."""
+    stream: float | None = None
+    """Of a token's residual stream behind the last block, once all is refit; mean over tokens."""
+
+
+class _PositionWeights(Listener):
+    """Keeps how much every position counts in every block, batch by batch."""
+
+    by_normed_output = True
+
+    def __init__(self, layers: int) -> None:
+        self.of: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+
+    def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
+        self.of[layer].append(weight_N)
+
+
+def most_passes(layers: int, remove: int, *, sensitivity: bool = False) -> int:
+    """How often :func:`refit` goes through the calibration sequences, each time with one block.
+
+    So often where channels go; where only blocks do, those before the first of them need one pass in place of three.
+
+    Args:
+        layers: blocks of the model.
+        remove: how many of them go.
+    """
+    return layers + 2 * (layers - remove) + (1 if sensitivity else 0)
+
+
+def _changed(plan: PruningPlan) -> list[int]:
+    """The kept blocks that are refit: all if channels go, else from the one before the first removed block on."""
+    if plan.intermediate_size != plan.source_intermediate_size:
+        return plan.keep_layers
+    first = min(plan.layer_order, default=len(plan.keep_channels))
+    before = [layer for layer in plan.keep_layers if layer < first][-1:]
+    return before + [layer for layer in plan.keep_layers if layer > first]
+
+
+def refit(
+    policy: Policy,
+    plan: PruningPlan,
+    sequences: list[Sequence],
+    save: Callable[[int, str, torch.Tensor], None],
+    *,
+    sensitivity: bool = False,
+) -> Losses:
+    """Find the weights that let what stays take over what goes; collective over all ranks.
+
+    Args:
+        save: called on rank 0 with a kept block, ``o_proj`` or ``down_proj``, and its new float32 weight, the latter
+            over the kept channels.
+        sensitivity: weigh positions by the gradient that reaches each block's FFN output in the original.
+    """
+    weights = None
+    if sensitivity:
+        weights = _PositionWeights(policy.layers)
+        policy.read(sequences, [weights], sensitivity=True)
+    batches = list(on_device(policy.batches(sequences), policy.device))
+    with block_by_block(policy.model, policy.family, batches[0]) as blocks:
+        return _Refit(policy, plan, blocks, batches, weights, save).run()
+
+
+class _Refit:
+    """The two streams on their way through the blocks."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        plan: PruningPlan,
+        blocks: BlockByBlock,
+        batches: list[Batch],
+        weights: _PositionWeights | None,
+        save: Callable[[int, str, torch.Tensor], None],
+    ) -> None:
+        self.policy, self.plan, self.blocks, self.batches, self.save = policy, plan, blocks, batches, save
+        self.weights = weights
+        self.original = [blocks.embed(batch) for batch in batches]
+        self.cut = list(self.original)
+        self.diverged = False
+        self.shares = torch.zeros(2, dtype=torch.float64)
+
+    def run(self) -> Losses:
+        plan = self.plan
+        cuts_channels, changed = plan.intermediate_size != plan.source_intermediate_size, set(_changed(plan))
+        self._follow_removed(0)
+        for layer in plan.keep_layers:
+            if layer in changed:
+                self._refit(layer, plan.keep_channels[layer] if cuts_channels else None)
+            else:
+                self._advance(layer, self.original)
+                self.cut = list(self.original)
+        plain, left = (self.shares / plan.num_hidden_layers).tolist()
+        stream = self._lost()
+        return Losses(plain, left, stream) if cuts_channels else Losses(stream=stream)
+
+    def _advance(self, layer: int, streams: list[torch.Tensor], **new: Any) -> None:
+        for index, batch in enumerate(self.batches):
+
+            def work(run: Callable[..., Seen], index: int = index) -> None:
+                streams[index] = run(streams[index], **new).out_BTH
+
+            self._visit(layer, batch, work)
+
+    def _visit(self, layer: int, batch: Batch, work: Callable[[Callable[..., Seen]], None]) -> None:
+        self.blocks.visit(layer, batch, work)
+        self.policy.progress()
+
+    def _follow_removed(self, layer: int) -> None:
+        """Take the original's stream through the removed blocks that begin at ``layer``, if any do."""
+        while layer < self.policy.layers and layer not in self.plan.keep_layers:
+            self._advance(layer, self.original)
+            self.diverged = True
+            layer += 1
+
+    def _refit(self, layer: int, channels: list[int] | None) -> None:
+        new: dict[str, torch.Tensor] = {}
+        sums = None
+        for index, batch in enumerate(self.batches):
+
+            def first(run: Callable[..., Seen], index: int = index, batch: Batch = batch) -> None:
+                nonlocal sums
+                original = run(self.original[index])
+                if self.diverged:
+                    cut = run(self.cut[index])
+                    sums = sums or self._sums(cut.heads_BTA, cut.out_BTH)
+                    size_BT1 = self._size(layer, "attention_norm", cut.attended_BTH)
+                    error_BTH = original.stream_BTH.float() - cut.stream_BTH.float()
+                    error_BTH += original.attention_BTH.float() - cut.attention_BTH.float()
+                    sums.add(cut.heads_BTA, size_BT1, error_BTH, self._weight_BT(layer, index, cut))
+                self.original[index] = original.out_BTH
+
+            self._visit(layer, batch, first)
+        self._follow_removed(layer + 1)
+        if sums is not None:
+            sums.reduce()
+            new["o_proj"] = self._solved(layer, "o_proj", sums, None)
+        sums = None
+        for index, batch in enumerate(self.batches):
+
+            def second(run: Callable[..., Seen], index: int = index, batch: Batch = batch) -> None:
+                nonlocal sums
+                cut = run(self.cut[index], new=new)
+                sums = sums or self._sums(cut.hidden_BTC, cut.out_BTH)
+                size_BT1 = self._size(layer, "output_norm", cut.fed_BTH)
+                error_BTH = self.original[index].float() - cut.out_BTH.float()
+                sums.add(cut.hidden_BTC, size_BT1, error_BTH, self._weight_BT(layer, index, cut))
+
+            self._visit(layer, batch, second)
+        assert sums is not None
+        sums.reduce()
+        new["down_proj"] = self._solved(layer, "down_proj", sums, channels)
+        self._advance(layer, self.cut, new=new, channels=channels)
+        self.diverged = True
+        if self.policy.rank == 0:
+            for name, weight in new.items():
+                self.save(layer, name, weight)
+
+    def _sums(self, x_BTX: torch.Tensor, stream_BTH: torch.Tensor) -> Sums:
+        return Sums(x_BTX.shape[-1], stream_BTH.shape[-1], self.policy.device)
+
+    def _size(self, layer: int, norm: str, output_BTH: torch.Tensor) -> torch.Tensor | None:
+        """What the norm divides its input by; None where the family has no such norm."""
+        name = getattr(self.policy.family, norm)
+        if name is None:
+            return None
+        eps = self.blocks.stations[layer].block.get_submodule(name).eps
+        return (output_BTH.float().square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def _weight_BT(self, layer: int, index: int, cut: Seen) -> torch.Tensor:
+        """How much an error of the stream counts at each position."""
+        if self.weights is None:
+            return self.batches[index].weight_BT
+        weight_BT = self.weights.of[layer][index].view_as(self.batches[index].weight_BT)
+        size_BT1 = self._size(layer, "output_norm", cut.fed_BTH)
+        return weight_BT if size_BT1 is None else weight_BT * size_BT1.squeeze(-1).square()
+
+    def _solved(self, layer: int, name: str, sums: Sums, channels: list[int] | None) -> torch.Tensor:
+        """The new weight, over ``channels`` if given; rank 0 solves and tells the others."""
+        policy, plan = self.policy, self.plan
+        inputs, hidden_size = sums.xy_XH.shape
+        solved_HK = torch.empty(hidden_size, inputs if channels is None else len(channels), device=policy.device)
+        if policy.rank == 0:
+            weight_HX = policy.weight(layer, name).float()
+            keep: Any = slice(None)
+            if channels is not None:
+                keep = torch.tensor(channels, device=policy.device)
+                fit = least_squares(weight_HX, sums.xx_XX, channels, plan.ridge)
+                self.shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
+                weight_HX = fit.weight_HK
+            solved_HK = weight_HX + self._before_norm(layer, name, sums.change(keep, plan.stream_ridge))
+        if dist.is_initialized():
+            dist.broadcast(solved_HK, 0)
+        return solved_HK
+
+    def _before_norm(self, layer: int, name: str, change_HK: torch.Tensor) -> torch.Tensor:
+        """What gives the change behind the norm of the projection's output, its division apart."""
+        norm = "attention_norm" if name == "o_proj" else "output_norm"
+        if getattr(self.policy.family, norm) is None:
+            return change_HK
+        gain_H = self.policy.family.norm_offset + self.policy.weight(layer, norm).float()
+        least = SMALLEST_GAIN * gain_H.square().mean().sqrt()
+        return change_HK / torch.where(gain_H < 0, gain_H.clamp_max(-least), gain_H.clamp_min(least))[:, None]
+
+    def _lost(self) -> float:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
+        for original_BTH, cut_BTH, batch in zip(self.original, self.cut, self.batches, strict=True):
+            error_BT = (original_BTH.float() - cut_BTH.float()).square().sum(-1)
+            share_BT = error_BT / original_BTH.float().square().sum(-1).clamp_min(1e-12)
+            sums += torch.stack([(share_BT * batch.weight_BT).sum(), batch.weight_BT.sum()]).double()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
