@@ -25,9 +25,9 @@ from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.choice import Scores, make_plan
-from ptl_rl.pruning.compensation import least_squares, obs_importance
+from ptl_rl.pruning.compensation import obs_importance
 from ptl_rl.pruning.moments import SecondMoments
-from ptl_rl.pruning.slicing import save_new_weight, slice_checkpoint
+from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.streaming import mean_loss
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.pretrain import greedy_accuracy
@@ -141,13 +141,8 @@ class Bench:
         )
         with tempfile.TemporaryDirectory() as out:
             new_weights = Path(out, "new_weights") if plan.compensate != "none" else None
-            if new_weights and cut.layers:
-                engine.compensate(self.policy(), plan, self.sequences, new_weights)
-            elif new_weights:
-                for layer, moment_CC in self.moments(way.sensitivity).items():
-                    weight_HC = self.policy().weight(layer, "down_proj")
-                    fit = least_squares(weight_HC, moment_CC, plan.keep_channels[layer], plan.ridge)
-                    save_new_weight(new_weights, layer, "down_proj", fit.weight_HK)
+            if new_weights:
+                engine.compensate(self.policy(), plan, self.sequences, new_weights, sensitivity=way.sensitivity)
             sliced = Path(out, "sliced")
             slice_checkpoint(self.folder, plan, sliced, new_weights=new_weights)
             return self.measure(load(sliced))

@@ -1,8 +1,9 @@
 """What scoring costs beside a bare forward pass over the same batches, in one process, batch by batch in turns.
 
 ``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: one criterion, the sums of all of
-them, the second moments that ``obs`` needs, the solve for all blocks, and the way of the paper's released code (one
-prompt at a time, sets of ids on the host), extrapolated from one prompt of each batch. Scoring needs no logits, so the
+them, the second moments that ``obs`` needs, the solve for all blocks, compensation for a quarter of the channels, and
+the way of the paper's released code (one prompt at a time, sets of ids on the host), extrapolated from one prompt of
+each batch. Scoring needs no logits, so the
 ratios are to two passes: a plain ``model(ids)``, and one that is spared them, too, which is what the hooks come on
 top of. Peaks of memory come from processes of their own, as what one pass leaves in the allocator would hide another's.
 """
@@ -11,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,9 +27,11 @@ from peak_memory import MIB, PeakMemory
 from real_models import folder_of
 from transformers import AutoTokenizer
 
+from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
+from ptl_rl.pruning.choice import Scores, make_plan
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments
@@ -100,6 +104,14 @@ def main(
     policy = engine.Policy(policy_model, shape.family, Path(folder), torch.device("cpu"), batch_size, 0, 1.0)
     remove, cpu = shape.intermediate_size // 4, torch.device("cpu")
 
+    plan = make_plan(
+        Scores(torch.rand(shape.num_hidden_layers, shape.intermediate_size), torch.ones(shape.num_hidden_layers), []),
+        CriterionConfig(),
+        remove_channels=remove,
+        alignment=1,
+        subset_hash="",
+        source=Path(folder),
+    )
     moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
 
     def bare(part: list[Sequence], **options: int) -> None:
@@ -123,6 +135,10 @@ def main(
             keep = importance_C.topk(shape.intermediate_size - remove).indices.sort().values.tolist()
             least_squares(weight_HC, moment_CC, keep, 1e-3)
 
+    def refit() -> None:
+        with tempfile.TemporaryDirectory() as new_weights:
+            engine.compensate(policy, plan, chosen, Path(new_weights))
+
     ways: dict[str, Callable[[], Way]] = {
         PLAIN: lambda: Way(bare),
         SPARED: lambda: Way(lambda part: bare(part, logits_to_keep=1)),
@@ -131,6 +147,7 @@ def main(
         "the sums of all criteria": lambda: scoring(Needs()),
         "second moments and block_influence": lambda: scoring(Needs(sums=(), cosine=False), moments),
         "order of removal and new weights, all blocks": lambda: Way(finish=solve),
+        "compensation, every block refit": lambda: Way(finish=refit),
         RELEASED: lambda: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
     }
     if peak_of is not None:
