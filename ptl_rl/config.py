@@ -160,7 +160,7 @@ class CalibrationConfig(_Section):
     moments_gib: float | None = Field(
         None,
         gt=0,
-        description="Most memory of each worker for obs' and compensation's matrices; too little costs further passes.",
+        description="Most memory of each worker for the matrices of obs and leave_one_out; little costs more passes.",
     )
     prompt_weight: float = Field(
         0.2,

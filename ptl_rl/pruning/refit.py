@@ -161,13 +161,18 @@ class _Refit:
         self._follow_removed(0)
         for layer in plan.keep_layers:
             if layer in changed:
-                self._refit(layer, plan.keep_channels[layer] if cuts_channels else None)
+                self._change(layer, plan.keep_channels[layer] if cuts_channels else None)
             else:
                 self._advance(layer, self.original)
                 self.cut = list(self.original)
-        plain, left = (self.shares / plan.num_hidden_layers).tolist()
         stream = self._lost()
-        return Losses(plain, left, stream) if cuts_channels else Losses(stream=stream)
+        if not cuts_channels:
+            return Losses(stream=stream)
+        shares = self.shares.to(self.policy.device)  # of the rank that solves; the others have none
+        if dist.is_initialized():
+            dist.all_reduce(shares)
+        plain, left = (shares / plan.num_hidden_layers).tolist()
+        return Losses(plain, left, stream)
 
     def _advance(self, layer: int, streams: list[torch.Tensor], **new: Any) -> None:
         for index, batch in enumerate(self.batches):
@@ -188,7 +193,7 @@ class _Refit:
             self.diverged = True
             layer += 1
 
-    def _refit(self, layer: int, channels: list[int] | None) -> None:
+    def _change(self, layer: int, channels: list[int] | None) -> None:
         new: dict[str, torch.Tensor] = {}
         sums = None
         for index, batch in enumerate(self.batches):

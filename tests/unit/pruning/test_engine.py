@@ -386,6 +386,7 @@ def _plans_and_weights(policy: engine.Policy, out: Path) -> None:
         losses = engine.compensate(policy, plan, sequences(), out / name)
         if policy.rank == 0:
             plan.save(out / f"{name}.json")
+        if policy.rank == policy.ranks - 1:  # every rank knows them
             (out / f"{name}.txt").write_text(" ".join(str(value) for value in vars(losses).values()))
 
 
