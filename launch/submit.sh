@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run a recipe as a job on a Ray cluster and follow its log.
 #   RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 bash launch/submit.sh RECIPE [ptl run options]
+# "No available agent" means that another Ray on the head's machine, such as a run of this project's own, has the port of
+# the agent that starts jobs: start the head with --dashboard-agent-listen-port=0.
 # The cluster's nodes need this project installed; put the run folder (--run-dir) on storage that all of them share.
 set -euo pipefail
 if [ $# -lt 1 ]; then

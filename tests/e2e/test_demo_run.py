@@ -231,6 +231,8 @@ def ray_head() -> Iterator[str]:
     # and every later `ray.init` on the machine would look for it.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     start = f"start --head --port={free_port()} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
+    # Any other Ray of the machine has the default port of the agent that starts jobs, and without one none starts.
+    start += " --dashboard-agent-listen-port=0"
     subprocess.run(
         [
             str(Path(sys.executable).with_name("ray")),
