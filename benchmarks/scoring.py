@@ -3,9 +3,9 @@
 ``python benchmarks/scoring.py smollm2-135m --data gsm8k_train.jsonl`` prints ratios: one criterion, the sums of all of
 them, the second moments that ``obs`` needs, the solve for all blocks, compensation for a quarter of the channels, and
 the way of the paper's released code (one prompt at a time, sets of ids on the host), extrapolated from one prompt of
-each batch. Scoring needs no logits, so the
-ratios are to two passes: a plain ``model(ids)``, and one that is spared them, too, which is what the hooks come on
-top of. Peaks of memory come from processes of their own, as what one pass leaves in the allocator would hide another's.
+each batch. Scoring needs no logits, so the ratios are to two passes: a plain ``model(ids)``, and one that is spared
+them, too, which is what the hooks come on top of. Peaks of memory come from processes of their own, as what one pass
+leaves in the allocator would hide another's.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the block before a removed one takes over, and which block is least missed once it has.
+"""What the block before a removed one could take over, and which block is least missed once it has.
 
 :mod:`ptl_rl.pruning.blocks` has the regressions; here they are read, solved and, for ``leave_one_out``, tried out.
 """

@@ -1,4 +1,4 @@
-"""Which blocks go, and what the blocks before them take over.
+"""Which blocks go, and, for judging that, what the blocks before them could take over.
 
 Several blocks are chosen one at a time, each by what is measured without those before it: two blocks that can each be
 done without need not both be.
@@ -6,7 +6,8 @@ done without need not both be.
 What a removed block added to the residual stream is regressed, over the calibration tokens, on what went into the
 ``o_proj`` and ``down_proj`` of the nearest block before it that is still there, and added to those two weights; the
 architecture stays stock. The change of ``o_proj`` also changes what that block's own FFN reads, which the regression
-leaves out. :mod:`ptl_rl.pruning.absorption` reads and solves them.
+leaves out. :mod:`ptl_rl.pruning.absorption` reads and solves them, for all candidates in one pass; what slicing writes
+in the end comes from :mod:`ptl_rl.pruning.refit`.
 
 Where a block norms its FFN's output before it adds it (Gemma 2, 3), the sum of both contributions is written as one
 normed output: the norm's weight becomes the root mean square of that sum, and ``down_proj`` gives its direction.

@@ -25,7 +25,7 @@ def masked(
 
     Args:
         new_weights: where slicing changes what stays: (H, K) ``down_proj`` weights over kept channels, whole ``o_proj``
-            weights, whole ``output_norm`` vectors. Called when the block runs, so that no more than one is held.
+            weights. Called when the block runs, so that no more than one is held.
     """
     handles, keep_layers = [], set(plan.keep_layers)
     blocks = list(model.get_submodule(family.layers).children())

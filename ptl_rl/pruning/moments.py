@@ -1,4 +1,4 @@
-"""Streaming second moments ``C = sum of w h h^T`` of every block's FFN channels, for compensation and ``obs``.
+"""Streaming second moments ``C = sum of w h h^T`` of every block's FFN channels, which ``obs`` needs.
 
 One matrix is (C, C) for C channels, 1.4 GB in float32 at 18944 channels, so no rank keeps them all: block l belongs to
 rank l modulo ranks, every rank adds its tokens' share to it batch by batch, and the solve for a block runs where

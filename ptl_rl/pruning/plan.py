@@ -63,17 +63,6 @@ class PruningPlan(BaseModel):
     def num_hidden_layers(self) -> int:
         return len(self.keep_layers)
 
-    def without_channel_cut(self, keep_layers: list[int]) -> "PruningPlan":
-        """The plan of the same source that keeps all channels, and the blocks ``keep_layers``."""
-        blocks, width = len(self.keep_channels), self.source_intermediate_size
-        return self.model_copy(
-            update={
-                "keep_channels": [list(range(width)) for _ in range(blocks)],
-                "keep_layers": keep_layers,
-                "layer_order": [layer for layer in range(blocks) if layer not in keep_layers],
-            }
-        )
-
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
 

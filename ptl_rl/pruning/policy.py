@@ -68,7 +68,7 @@ class Policy:
         if not at_once:
             raise CalibrationError(
                 f"calibration.moments_gib is {self.moments_gib:g}, but the matrix of one block of {self.channels} "
-                f"channels takes {each_gib:.2g}; raise it, or choose a criterion that reads sums, and compensate: none"
+                f"channels takes {each_gib:.2g}; raise it, or choose a criterion other than obs"
             )
         return [every[start : start + at_once] for start in range(0, len(every), at_once)]
 
@@ -79,7 +79,7 @@ class Policy:
         )
 
     def counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same, and progress is told of each once it has been read."""
+        """``batches``; progress is told of each once it has been read."""
         for batch in batches:
             yield batch
             self.progress()
