@@ -271,6 +271,7 @@ def demo(
     prompt_weight: Annotated[float, typer.Option(help="How much a question's token counts in calibration.")] = 0.2,
     ridge: Ridge = RIDGE,
     only: Annotated[list[str] | None, typer.Option(help="Only these criteria.")] = None,
+    compensated: Annotated[bool, typer.Option(help="Only with least squares.")] = False,
 ) -> None:
     """Greedy accuracy of the shipped model after one cut: mean and range over seeds."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
@@ -294,7 +295,7 @@ def demo(
 
     def rows() -> Iterator[tuple[str, list[str]]]:
         for way in channel_ways(general, ridge, sensitivity=True):
-            if only and way.criterion.channels not in only:
+            if (only and way.criterion.channels not in only) or (compensated and way.criterion.compensate == "none"):
                 continue
             cells = []
             for share in shares:
