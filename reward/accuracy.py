@@ -52,17 +52,20 @@ def accuracy_reward(response: str, ground_truth: str | int | float) -> float:
     if not gold:
         raise ValueError("the ground truth is empty: every sample needs reward_model.ground_truth")
     answer = extract_boxed(response)
+    return float(answer is not None and answers_equal(answer, gold))
+
+
+def answers_equal(answer: str, gold: str) -> bool:
+    """True if the two answers (LaTeX, without their boxes) are mathematically equal; bounds as of `accuracy_reward`."""
     if not answer or len(answer) > _LONGEST_ANSWER_CHARS + len(gold):
-        return 0.0
+        return False
     plain_answer, plain_gold = _normalise(answer), _normalise(gold)
     if plain_answer == plain_gold:
-        return 1.0
+        return True
     integer_answer, integer_gold = _integer(plain_answer), _integer(plain_gold)
     if integer_answer is not None and integer_gold is not None:
-        return float(integer_answer == integer_gold)
-    if not plain_answer:
-        return 0.0
-    return float(_is_equal(_without_dollars(gold), _without_dollars(answer)))
+        return integer_answer == integer_gold
+    return bool(plain_answer) and _is_equal(_without_dollars(gold), _without_dollars(answer))
 
 
 # The rollouts of one prompt repeat their answers, and a hostile one costs its full time limit each time.

@@ -71,6 +71,14 @@ def code_reward(
     return _score(outcome, partial)
 
 
+def passes(program: str, tests: GroundTruth, **limits: Any) -> bool:
+    """True if `program` itself, not a response that holds one, passes all `tests`; the rest as for `code_reward`."""
+    plan = plan_tests(tests)
+    if not program.strip() or len(program) > _LONGEST_PROGRAM_CHARS:
+        return False
+    return all(_sandbox(**limits).run(program, plan).passed)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,

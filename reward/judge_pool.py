@@ -66,10 +66,10 @@ class _Judge:
             raise
         assert ready == "ready", ready
 
-    def ask(self, gold: str, answer: str, wall_seconds: float) -> str:
+    def ask(self, gold: str, answer: str, whole_texts: bool, wall_seconds: float) -> str:
         """Return the verdict; raise _Died or _Hung, after which the judge must be killed."""
         assert self.process.stdin is not None
-        question = memoryview(json.dumps([gold, answer]).encode("ascii") + b"\n")
+        question = memoryview(json.dumps([gold, answer, whole_texts]).encode("ascii") + b"\n")
         try:
             while question:  # a signal can cut a write short
                 question = question[os.write(self.process.stdin.fileno(), question) :]
@@ -116,8 +116,11 @@ class JudgePool:
         self._busy: set[_Judge] = set()
         self._closed = False
 
-    def judge(self, gold: str, answer: str) -> str:
+    def judge(self, gold: str, answer: str, *, whole_texts: bool = False) -> str:
         """Return `equal`, `different`, `timeout` or `died` (the judge crashed on this answer, twice).
+
+        With `whole_texts` the two are texts in which math-verify looks for answers itself, as evaluation harnesses
+        have it do: the last number of any text will then pass for one.
 
         Any thread may call this; it waits for a free judge. Raises RuntimeError if none can be started or the
         pool is closed.
@@ -126,17 +129,17 @@ class JudgePool:
             verdict = "died"
             for attempt in range(2):
                 judge = self._take(fresh=attempt > 0)
-                verdict = self._ask(judge, gold, answer)
+                verdict = self._ask(judge, gold, answer, whole_texts)
                 if verdict != "died":
                     break
         if verdict in ("timeout", "died"):
             logger.info("math-verify: %s on answer %.200r for ground truth %.200r", verdict, answer, gold)
         return verdict
 
-    def _ask(self, judge: _Judge, gold: str, answer: str) -> str:
+    def _ask(self, judge: _Judge, gold: str, answer: str, whole_texts: bool) -> str:
         reusable = False
         try:
-            verdict = judge.ask(gold, answer, self.limit_seconds * _WALL_PER_CPU_SECOND)
+            verdict = judge.ask(gold, answer, whole_texts, self.limit_seconds * _WALL_PER_CPU_SECOND)
             reusable = True
             return verdict
         except _Hung:

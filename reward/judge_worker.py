@@ -83,10 +83,18 @@ def _is_equal(gold: str, answer: str) -> bool:
     return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
 
 
-def _answer(timer: _Timer, gold: str, answer: str) -> str:
+def _texts_agree(gold: str, text: str) -> bool:
+    """Of two whole texts, whatever math-verify takes for their answers."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(gold, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def _answer(timer: _Timer, gold: str, answer: str, whole_texts: bool) -> str:
     try:
         with timer.running():
-            return "equal" if _is_equal(gold, answer) else "different"
+            equal = _texts_agree(gold, answer) if whole_texts else _is_equal(gold, answer)
+            return "equal" if equal else "different"
     except _TimeUp:
         return "timeout"
     except Exception:
@@ -95,7 +103,7 @@ def _answer(timer: _Timer, gold: str, answer: str) -> str:
 
 
 def main(parent_pid: int, limit_seconds: float, memory_bytes: int) -> None:
-    """Serve `[gold, answer]` lines from stdin until it closes; replies are JSON strings on stdout."""
+    """Serve `[gold, answer, whole_texts]` lines from stdin until it closes; replies are JSON strings on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent closes us
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
     # Keep stdout to ourselves: a library that prints must not end up inside a reply.
@@ -109,8 +117,7 @@ def main(parent_pid: int, limit_seconds: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
-        gold, answer = json.loads(line)
-        print(json.dumps(_answer(timer, gold, answer)), file=replies, flush=True)
+        print(json.dumps(_answer(timer, *json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":

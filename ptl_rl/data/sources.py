@@ -69,8 +69,8 @@ def _numbered(batches: Iterator[Any], total: int, told: Told) -> Iterator[Row]:
 
 
 def _columns(layout: Layout, names: list[str]) -> list[str] | None:
-    """Those that are read; None for all of a source that lacks one, as its error message names them."""
-    if not set(layout.columns) <= set(names):
+    """Those that are read; None for all: where the layout names none, and of a source that lacks one, for the error."""
+    if not layout.columns or not set(layout.columns) <= set(names):
         return None
     return [name for name in dict.fromkeys((*layout.columns, "id")) if name in names]
 
@@ -145,13 +145,16 @@ def _saved(source: SourceConfig, path: Path, layout: Layout) -> Opened:
     return Opened(path.name, digest.hexdigest(), layout, f"{path} row {{}}", rows)
 
 
-def open_source(source: SourceConfig) -> Opened:
+def open_source(source: SourceConfig, layout: Layout | None = None) -> Opened:
     """Find a source and say how its rows are read; the test bed's, which are made, are not read.
+
+    Args:
+        layout: default: what the source's fields or name say.
 
     Raises:
         DataError: nothing is there, or nothing of a known kind.
     """
-    layout = layout_of(source)
+    layout = layout or layout_of(source)
     if source.path.startswith(HUB):
         return _hub(source, layout)
     path = Path(source.path).expanduser()
