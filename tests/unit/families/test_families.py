@@ -41,6 +41,21 @@ def test_flops_are_two_per_weight_of_every_matrix():
     assert shape.flops_per_token() - shape.flops_per_token(output_head=False) == 2 * 304 * 32
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_flops_agree_with_what_torch_counts(family, make_checkpoint):
+    """To 1 %, prompt attention included: torch counts every query against every key, the masked ones too."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens = 24
+    model = tiny_model(family, **SIZES)
+    model.set_attn_implementation("eager")  # torch does not count the fused kernel of CPUs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(5, 300, (2, tokens)), use_cache=False)
+    expected = 2 * tokens * read_shape(make_checkpoint(family)).flops_per_token(context_tokens=tokens)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
 def test_unsupported_models_are_refused_with_the_list(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported are gemma2, .*qwen3"):
