@@ -296,6 +296,46 @@ def slice_model(
     console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
 
 
+@app.command("slicegpt")
+def slicegpt(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration data: a .jsonl, .parquet or .arrow file, testbed:SPLIT or hub:NAME.")
+    ],
+    remove: Annotated[str, typer.Option(help="Units of the residual stream that go: a number, or e.g. 25%.")],
+    alignment: Annotated[int, typer.Option(min=1, help="The stream keeps a multiple of this.")] = 8,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="data.*, calibration.*, prompt_suffix, dtype, seed."),
+    ] = None,
+) -> None:
+    """Baseline: a narrower residual stream by SliceGPT; no stock architecture, but recovered and evaluated here."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import score_config
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        config = score_config({"data": {"path": data}}, settings or [])
+        from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
+
+        bar, progress = _bar(console, "slicing")
+        try:
+            made = slice_with_slicegpt(model, out, config, remove=remove, alignment=alignment, progress=progress)
+        finally:
+            bar.stop()
+    except (ConfigError, ValueError, OSError) as error:
+        _refuse(error)
+    console.print(
+        f"residual stream {made.source_hidden_size} -> {made.hidden_size} units, {made.source_parameters:,} -> "
+        f"{made.parameters:,} parameters ({made.parameters / made.source_parameters:.0%})",
+        highlight=False,
+    )
+    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
+
+
 def _list_tasks(wanted: bool) -> None:
     from rich.console import Console
 

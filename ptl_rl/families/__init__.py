@@ -31,9 +31,37 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+BASELINES: dict[str, Family] = {
+    family.model_type: family for family in (Family("slicegpt_llama", stream_matrices=2, prunable=False),)
+}
+"""Of models that others' methods made: recovered and evaluated here, not pruned."""
+
+
 def read_shape(folder: Path) -> ModelShape:
     """The shape of a local checkpoint; raises :class:`UnsupportedModelError`."""
-    return shape_from_config(read_config_json(folder), FAMILIES, str(folder))
+    values = read_config_json(folder)
+    known = BASELINES if values.get("model_type") in BASELINES else FAMILIES
+    return shape_from_config(values, known, str(folder))
 
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "UnsupportedModelError", "read_config_json", "read_shape"]
+def read_prunable_shape(folder: Path) -> ModelShape:
+    """The same of a model that is to be pruned; raises :class:`UnsupportedModelError` for a baseline's, too."""
+    shape = read_shape(folder)
+    if not shape.family.prunable:
+        raise UnsupportedModelError(
+            f"{folder}: model type {shape.family.model_type!r} is a baseline's and is not pruned any further; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return shape
+
+
+__all__ = [
+    "BASELINES",
+    "FAMILIES",
+    "Family",
+    "ModelShape",
+    "UnsupportedModelError",
+    "read_config_json",
+    "read_prunable_shape",
+    "read_shape",
+]

@@ -41,6 +41,9 @@ class Family:
     norm_offset: float = 0.0
     """What a norm adds to its weight before it multiplies."""
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    stream_matrices: int = 0
+    """Square matrices of a block that its residual stream goes through (SliceGPT)."""
+    prunable: bool = True
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
@@ -89,6 +92,11 @@ class ModelShape:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def stream_matrix_parameters(self) -> int:
+        """Weights of one block that its residual stream goes through."""
+        return self.family.stream_matrices * self.hidden_size**2
+
+    @property
     def parameters(self) -> int:
         """All parameters, tied embeddings counted once."""
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -102,6 +110,7 @@ class ModelShape:
             layer += query + 2 * key + self.hidden_size
         if self.mlp_bias:
             layer += 2 * self.intermediate_size + self.hidden_size
+        layer += self.stream_matrix_parameters
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
@@ -112,7 +121,7 @@ class ModelShape:
             context_tokens: tokens attended to; their dot products cost ``4 * heads * head_dim`` each per block.
             output_head: count the product with the output embedding.
         """
-        layer = 2 * (self.attention_matrix_parameters + self.mlp_matrix_parameters)
+        layer = 2 * (self.attention_matrix_parameters + self.mlp_matrix_parameters + self.stream_matrix_parameters)
         layer += 4 * self.num_attention_heads * self.head_dim * context_tokens
         head = 2 * self.vocab_size * self.hidden_size if output_head else 0
         return self.num_hidden_layers * layer + head

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
-from ptl_rl.families import UnsupportedModelError, read_shape
+from ptl_rl.families import UnsupportedModelError, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choice import aligned, make_plan
@@ -88,7 +88,7 @@ def score_model(
         ConfigError: a model, data or setting that cannot be used.
     """
     try:
-        shape = read_shape(resolve_model(model, weights=False, setting="MODEL"))
+        shape = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL"))
         _check(config, shape.num_hidden_layers, remove_layers)
         cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
         possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
@@ -211,7 +211,7 @@ def slice_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder")
     try:
-        shape = read_shape(resolve_model(model, weights=False, setting="MODEL"))
+        shape = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL"))
     except UnsupportedModelError as error:
         raise ConfigError(str(error)) from None
     found = (shape.num_hidden_layers, shape.intermediate_size)

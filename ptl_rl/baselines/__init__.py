@@ -1,0 +1,1 @@
+"""What the prune-tune loop is compared with, where it is no setting of the same engine."""
