@@ -267,10 +267,17 @@ class ScheduleConfig(_Section):
     layers_total: int = Field(0, ge=0)
     order: Literal["channels_then_layers", "layers_then_channels", "alternating"] = "channels_then_layers"
     alignment: int = Field(64, ge=1, description="Kept widths are multiples of this times tensor_parallel_size.")
+    recover_only: bool = Field(
+        False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
+        if self.recover_only:
+            if steps or self.channels_total or self.layers_total:
+                raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
+            return self
         if isinstance(steps, list):
             if any(step < 1 for step in steps):
                 raise ValueError(f"channels_per_cycle {steps}: each step must be at least 1")
@@ -285,7 +292,9 @@ class ScheduleConfig(_Section):
         elif steps and self.channels_total is None:
             raise ValueError(f"channels_per_cycle is {steps} but channels_total is not set")
         if not self.channels_sum and not self.layers_total:
-            raise ValueError("nothing to remove: set channels_per_cycle and channels_total, or layers_total")
+            raise ValueError(
+                "nothing to remove: set channels_per_cycle and channels_total, or layers_total (or recover_only)"
+            )
         return self
 
     @property

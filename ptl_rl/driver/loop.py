@@ -140,7 +140,8 @@ class Driver:
         start = folder.checkpoint(state.source, self.original)
         source = start
         if stage.name == "recover":
-            source = folder.checkpoint(state.recovered or self._name(stage, "slice"), self.original)
+            uncut = state.source if cut.is_empty else self._name(stage, "slice")
+            source = folder.checkpoint(state.recovered or uncut, self.original)
         elif stage.name == "evaluate" and stage.cycle:
             source = folder.checkpoint(state.recovered or ORIGINAL, self.original)
         label = f"{stage.label}.{attempt}"

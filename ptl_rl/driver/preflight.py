@@ -11,7 +11,7 @@ from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
-from ptl_rl.families import ModelShape, UnsupportedModelError, read_shape
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.recovery.settings import CptConfig, GrpoConfig
 
@@ -29,7 +29,7 @@ def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelSha
     """Find the model and check the schedule against its shape."""
     model = resolve_model(config.model.path, weights)
     try:
-        shape = read_shape(model)
+        shape = read_shape(model) if config.schedule.recover_only else read_prunable_shape(model)
         if weights:
             _check_weights(model)
     except UnsupportedModelError as error:
@@ -167,5 +167,6 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_disk(config, shape, run_dir)
     data = check_data(config, progress)
     check_reward(config, data)
-    check_criterion(config, shape, progress)
+    if not config.schedule.recover_only:
+        check_criterion(config, shape, progress)
     return Checked(model, shape, data.notes())

@@ -14,6 +14,11 @@ class Cut:
     layers: int
     planned: int
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing goes: the cycle only recovers."""
+        return not self.channels and not self.layers
+
 
 def _channel_steps(schedule: ScheduleConfig) -> list[int]:
     if isinstance(schedule.channels_per_cycle, list):
@@ -28,7 +33,9 @@ def _layer_steps(schedule: ScheduleConfig) -> list[int]:
 
 
 def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
-    """The cuts in the order that ``schedule.order`` asks for."""
+    """The cuts in the order that ``schedule.order`` asks for; with ``recover_only``, one that is empty."""
+    if schedule.recover_only:
+        return [Cut(channels=0, layers=0, planned=0)]
     channels = [(step, 0) for step in _channel_steps(schedule)]
     layers = [(0, step) for step in _layer_steps(schedule)]
     if schedule.order == "channels_then_layers":
@@ -76,6 +83,6 @@ def halved(cut: Cut, alignment: int) -> list[Cut] | None:
     """Two cuts in place of one, each a multiple of ``alignment``; None if the cut cannot be divided."""
     first = cut.channels // 2 // alignment * alignment
     layers = cut.layers // 2
-    if (cut.channels and not first) or (cut.layers and not layers):
+    if cut.is_empty or (cut.channels and not first) or (cut.layers and not layers):
         return None
     return [Cut(first, layers, cut.planned), Cut(cut.channels - first, cut.layers - layers, cut.planned)]

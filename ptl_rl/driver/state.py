@@ -105,7 +105,7 @@ def next_stage(state: State) -> Stage | None:
         return Stage(0, "evaluate")
     if state.stopped or not state.cuts:
         return None
-    for name in CYCLE_STAGES:
+    for name in CYCLE_STAGES[2 * state.cuts[0].is_empty :]:
         round_ = state.round if name in ("recover", "evaluate", "gate") else 0
         for part in range(state.parts_of(state.cuts[0].planned) if name == "recover" else 1):
             stage = Stage(state.cycle, name, round_, part)

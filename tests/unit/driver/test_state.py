@@ -4,6 +4,7 @@ import pytest
 
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.schedule import halved, planned_cuts
 from ptl_rl.driver.state import ORIGINAL, Stage, data_subsets, fold, next_stage
 from ptl_rl.recipe import parse_config
 
@@ -50,6 +51,21 @@ def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list
 
 def names(entries):
     return [f"{e.cycle}.{e.stage}" + (f".{e.round}" if e.round else "") for e in entries]
+
+
+def test_a_run_that_only_recovers_neither_scores_nor_slices():
+    run_config = parse_config({"schedule": {"recover_only": True}, "gate": {"max_extensions": 1, "max_retries": 2}})
+    entries = simulate(run_config, [0.7, 0.79])
+    assert names(entries) == [
+        "0.evaluate",
+        "1.recover",
+        "1.evaluate",
+        "1.gate",
+        *(f"1.{stage}.1" for stage in ("recover", "evaluate", "gate")),
+    ]
+    state = fold(run_config, entries)
+    assert next_stage(state) is None and state.accepted == [1] and state.source == entries[4].artefact
+    assert halved(planned_cuts(run_config.schedule)[0], 1) is None
 
 
 def test_straight_run():
