@@ -265,7 +265,9 @@ class ScheduleConfig(_Section):
     channels_total: int | None = Field(None, ge=0, description="Channels each layer loses in all.")
     layers_per_cycle: int = Field(1, ge=1)
     layers_total: int = Field(0, ge=0)
-    order: Literal["channels_then_layers", "layers_then_channels", "alternating"] = "channels_then_layers"
+    order: Literal["channels_then_layers", "layers_then_channels", "alternating", "together"] = Field(
+        "channels_then_layers", description="together: a cycle removes channels and blocks in the same cut."
+    )
     alignment: int = Field(64, ge=1, description="Kept widths are multiples of this times tensor_parallel_size.")
     recover_only: bool = Field(
         False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."

@@ -1,5 +1,6 @@
 """From a schedule to the list of cuts that the cycles make, as pure arithmetic, checked before anything is cut."""
 
+import itertools
 from dataclasses import dataclass
 
 from ptl_rl.config import ConfigError, ScheduleConfig
@@ -42,6 +43,9 @@ def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
         pairs = channels + layers
     elif schedule.order == "layers_then_channels":
         pairs = layers + channels
+    elif schedule.order == "together":
+        both = itertools.zip_longest(_channel_steps(schedule), _layer_steps(schedule), fillvalue=0)
+        pairs = list(both)
     else:
         pairs = [pair for both in zip(channels, layers, strict=False) for pair in both]
         shared = min(len(channels), len(layers))

@@ -20,6 +20,7 @@ def test_orders():
     assert pairs(**both) == [(100, 0), (100, 0), (50, 0), (0, 1), (0, 1)]
     assert pairs(**both, order="layers_then_channels") == [(0, 1), (0, 1), (100, 0), (100, 0), (50, 0)]
     assert pairs(**both, order="alternating") == [(100, 0), (0, 1), (100, 0), (0, 1), (50, 0)]
+    assert pairs(**both, order="together") == [(100, 1), (100, 1), (50, 0)]
     assert pairs(layers_total=3, layers_per_cycle=2) == [(0, 2), (0, 1)]
     assert pairs(channels_per_cycle=[5, 3]) == [(5, 0), (3, 0)]
 
@@ -29,7 +30,7 @@ def test_orders():
     st.integers(1, 400),
     st.integers(0, 9),
     st.integers(1, 4),
-    st.sampled_from(["channels_then_layers", "layers_then_channels", "alternating"]),
+    st.sampled_from(["channels_then_layers", "layers_then_channels", "alternating", "together"]),
 )
 def test_cuts_add_up(step, total, layers, layer_step, order):
     schedule = ScheduleConfig(

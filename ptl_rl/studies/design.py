@@ -1,0 +1,288 @@
+"""Which runs a study consists of: pure functions from a recipe to its variations.
+
+All rows of a study have the same data, the same recovery steps in all and the same number of recoveries; where rows
+are cut by other means, they are cut to the nearest number of parameters that these means can give.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.driver.schedule import planned_cuts
+from ptl_rl.families import BASELINES, FAMILIES, ModelShape
+from ptl_rl.recipe import parse_config
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a study's table, made once for every seed."""
+
+    name: str
+    """For files: lower case, digits, hyphens."""
+    label: str
+    values: Values
+    """A whole configuration; the seed and, with ``slicegpt_size``, the model are put in later."""
+    slicegpt_size: int | None = None
+    """Units that SliceGPT leaves of the residual stream of the model, before the run."""
+
+    def config(self, seed: int, model: str | None = None) -> RunConfig:
+        """The configuration of one run."""
+        values = deepcopy(self.values) | {"seed": seed, "name": f"{self.name}-seed{seed}"}
+        if model is not None:
+            values["model"] = values["model"] | {"path": model}
+        return parse_config(values, f"study row {self.name}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and its rows."""
+
+    name: str
+    question: str
+    rows: list[Row]
+    reference: str
+    """Name of the row that the others are compared with."""
+    notes: list[str] = field(default_factory=list)
+
+
+def _values(config: RunConfig) -> Values:
+    values = config.model_dump(mode="json")
+    # A comparison on equal steps: the gate may judge, and may not act.
+    values["gate"] = values["gate"] | {"max_extensions": 0, "max_retries": 0, "on_failure": "continue"}
+    values["recovery_of_cycle"] = {}
+    return values
+
+
+def _with_steps(values: Values, config: RunConfig, weights: list[float]) -> Values:
+    """The recipe's steps in all, for every recovery, shared out to cycles by ``weights``."""
+    result = deepcopy(values)
+    for entry, recovery in zip(result["recovery"], config.recovery, strict=True):
+        total = sum(recovery.steps_of(cut.planned) for cut in planned_cuts(config.schedule))
+        entry["steps"] = shared_out(total, weights)
+    return result
+
+
+def shared_out(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers, at least 1 each, in proportion to ``weights``, which add up to ``total``.
+
+    Raises:
+        ConfigError: there are fewer than weights.
+    """
+    if total < len(weights):
+        raise ConfigError(f"{total} recovery steps cannot be shared out to {len(weights)} cycles; give the recipe more")
+    spare, whole = total - len(weights), sum(weights)
+    exact = [spare * weight / whole for weight in weights]
+    floors = [int(value) for value in exact]
+    by_rest = sorted(range(len(weights)), key=lambda i: (floors[i] - exact[i], i))
+    for index in by_rest[: spare - sum(floors)]:
+        floors[index] += 1
+    return [1 + value for value in floors]
+
+
+def _schedule(values: Values, **changes: Any) -> Values:
+    kept = {"alignment": values["schedule"]["alignment"]}
+    return values | {"schedule": kept | changes}
+
+
+def _criterion(values: Values, **changes: Any) -> Values:
+    plain = {key: values["criterion"][key] for key in ("ridge", "stream_ridge")}
+    return values | {"criterion": plain | changes}
+
+
+def _calibration(values: Values, **changes: Any) -> Values:
+    return values | {"calibration": values["calibration"] | changes}
+
+
+def target_shape(config: RunConfig, shape: ModelShape) -> ModelShape:
+    """What the recipe makes of a model."""
+    return shape.sliced(config.schedule.channels_sum, config.schedule.layers_total)
+
+
+def blocks_for(shape: ModelShape, parameters: int) -> int:
+    """How many blocks have to go for the nearest number of parameters; at least one goes, and one stays."""
+    choices = range(1, shape.num_hidden_layers)
+    return min(choices, key=lambda gone: abs(shape.sliced(layers=gone).parameters - parameters))
+
+
+def slicegpt_shape(shape: ModelShape, hidden_size: int) -> ModelShape:
+    """Of what SliceGPT leaves: a Llama, untied, with two more matrices per block."""
+    return replace(
+        shape,
+        family=BASELINES["slicegpt_llama"],
+        hidden_size=hidden_size,
+        head_dim=shape.head_dim,
+        tied=False,
+        attention_bias=shape.attention_bias or shape.family.qkv_bias,
+    )
+
+
+def slicegpt_size_for(shape: ModelShape, parameters: int, alignment: int = 8) -> int:
+    """Units of the residual stream that are the nearest number of parameters."""
+    sizes = range(alignment, shape.hidden_size + 1, alignment)
+    return min(sizes, key=lambda size: abs(slicegpt_shape(shape, size).parameters - parameters))
+
+
+def table1(config: RunConfig, shape: ModelShape) -> Study:
+    """The loop against other ways to the same size, and the original, all with the same recovery."""
+    values = _values(config)
+    target = target_shape(config, shape).parameters
+    cuts = planned_cuts(config.schedule)
+    once = _with_steps(values, config, [1.0])
+    at_once: Values = {"channels_per_cycle": [config.schedule.channels_sum]} if config.schedule.channels_sum else {}
+    layers = config.schedule.layers_total
+    if layers:
+        at_once |= {"layers_total": layers, "layers_per_cycle": layers, "order": "together"}
+    all_sequences = config.calibration.sequences * len(cuts)
+    gone = blocks_for(shape, target)
+    rows = [
+        Row("original", "original, recovered", _schedule(once, recover_only=True)),
+        Row(
+            "shortgpt",
+            f"ShortGPT ({gone} of {shape.num_hidden_layers} blocks)",
+            _calibration(
+                _criterion(
+                    _schedule(once, layers_total=gone, layers_per_cycle=gone), layers="cosine", compensate="none"
+                ),
+                token_weights="uniform",
+            ),
+        ),
+    ]
+    notes = [f"the loop leaves {target:,} parameters; the others come as near as whole blocks and units allow"]
+    if shape.family.model_type in ("llama", "qwen2", "mistral"):
+        size = slicegpt_size_for(shape, target)
+        rows.append(
+            Row(
+                "slicegpt",
+                f"SliceGPT ({size} of {shape.hidden_size} units)",
+                _schedule(once, recover_only=True),
+                slicegpt_size=size,
+            )
+        )
+    else:
+        notes.append(f"no SliceGPT row: the method has no form for {shape.family.model_type}")
+    rows += [
+        Row("prune-once", "Prune-Once", _calibration(_schedule(once, **at_once), sequences=all_sequences)),
+        Row(
+            "prune-once-plain",
+            "Prune-Once, the paper's Eq. 4, uncompensated",
+            _calibration(
+                _criterion(
+                    _schedule(once, **at_once), channels="activation", layers="block_influence", compensate="none"
+                ),
+                sequences=all_sequences,
+                token_weights="uniform",
+            ),
+        ),
+        Row("ptl", f"PTL ({len(cuts)} cycles)", values),
+    ]
+    return Study("table1", "Is the loop better than other ways to the same size?", rows, "ptl", notes)
+
+
+def iterations(config: RunConfig, shape: ModelShape) -> Study:
+    """The same channels in 1, 2, 4 and 8 equal cuts, with the same recovery steps in all."""
+    values, total = _values(config), config.schedule.channels_sum
+    _needs_channels(config, "iterations")
+    alignment = config.schedule.alignment * config.resources.tensor_parallel_size
+    rows = []
+    for count in (1, 2, 4, 8):
+        if total // alignment < count:
+            continue
+        widths = [alignment * part for part in shared_out(total // alignment, [1.0] * count)]
+        cut = _schedule(_with_steps(values, config, [1.0] * count), channels_per_cycle=widths)
+        rows.append(Row(f"cuts-{count}", f"{count} cut{'s' * (count > 1)}", cut))
+    return Study("iterations", "Do more, smaller cuts keep more?", rows, rows[0].name)
+
+
+def step_size(config: RunConfig, shape: ModelShape) -> Study:
+    """A cut of a given size, then as many steps as there are for one of the recipe's cycles: how large may it be?"""
+    _needs_channels(config, "step_size")
+    values, width = _values(config), shape.intermediate_size
+    alignment = config.schedule.alignment * config.resources.tensor_parallel_size
+    rows = []
+    for share in (0.125, 0.25, 0.5, 0.75):
+        channels = round(width * share / alignment) * alignment
+        if 0 < channels < width:
+            cut = _schedule(_with_steps(values, config, [1.0]), channels_per_cycle=[channels])
+            rows.append(Row(f"cut-{channels}", f"{channels} of {width} channels ({channels / width:.0%})", cut))
+    return Study("step_size", "How large may one cut be?", rows, rows[0].name)
+
+
+def order(config: RunConfig, shape: ModelShape) -> Study:
+    """Channels first, blocks first, or in turns."""
+    schedule = config.schedule
+    if not schedule.layers_total or not schedule.channels_sum:
+        raise ConfigError("study order: the recipe must remove channels and blocks (schedule.layers_total)")
+    labels = {
+        "channels_then_layers": "channels, then blocks",
+        "layers_then_channels": "blocks, then channels",
+        "alternating": "in turns",
+        "together": "in the same cuts",
+    }
+    values, rows = _values(config), []
+    for name, label in labels.items():
+        changed = values | {"schedule": values["schedule"] | {"order": name}}
+        count = len(planned_cuts(parse_config(changed).schedule))
+        rows.append(Row(name.replace("_", "-"), label, _with_steps(changed, config, [1.0] * count)))
+    return Study("order", "In which order should channels and blocks go?", rows, rows[0].name)
+
+
+def criteria(config: RunConfig, shape: ModelShape) -> Study:
+    """The recipe's cuts by other criteria, with and without compensation."""
+    _needs_channels(config, "criteria")
+    values, rows = _values(config), []
+    for channels in ("obs", "rms_contribution", "activation", "magnitude", "random"):
+        for compensate in ("least_squares", "none"):
+            plain = "" if compensate == "least_squares" else ", uncompensated"
+            changed = _criterion(values, channels=channels, layers=config.criterion.layers, compensate=compensate)
+            rows.append(Row(f"{channels}-{compensate}".replace("_", "-"), f"{channels}{plain}", changed))
+    return Study("criteria", "Which channels should go?", rows, rows[0].name)
+
+
+def table2(config: RunConfig, shape: ModelShape) -> Study:
+    """CPT, RL, and CPT followed by RL."""
+    chosen = [entry for entry in config.recovery if entry.method in ("cpt", "grpo")]
+    if {entry.method for entry in chosen} != {"cpt", "grpo"}:
+        raise ConfigError("study table2: the recipe's recovery must list cpt and grpo")
+    study = recovery(config.model_copy(update={"recovery": chosen}), shape)
+    return replace(study, name="table2", question="Is it CPT, RL, or one after the other?")
+
+
+def recovery(config: RunConfig, shape: ModelShape) -> Study:
+    """Every recovery that the recipe lists, alone, and CPT followed by GRPO if it lists both."""
+    methods = [entry.method for entry in config.recovery]
+    if len(set(methods)) < 2:
+        raise ConfigError(f"study recovery: the recipe's recovery is {methods}; list the methods to compare, each once")
+    values, rows = _values(config), []
+    for entry in values["recovery"]:
+        rows.append(Row(entry["method"], entry["method"].upper(), values | {"recovery": [entry]}))
+    by_method = {entry["method"]: entry for entry in values["recovery"]}
+    if {"cpt", "grpo"} <= by_method.keys():
+        rows.append(Row("cpt-grpo", "CPT, then GRPO", values | {"recovery": [by_method["cpt"], by_method["grpo"]]}))
+    return Study("recovery", "Which recovery gets most back?", rows, rows[0].name)
+
+
+def _needs_channels(config: RunConfig, study: str) -> None:
+    if not config.schedule.channels_sum:
+        raise ConfigError(f"study {study}: the recipe must remove channels (schedule.channels_per_cycle)")
+
+
+STUDIES: dict[str, Callable[[RunConfig, ModelShape], Study]] = {
+    study.__name__: study for study in (table1, table2, iterations, step_size, order, criteria, recovery)
+}
+
+
+def design(name: str, config: RunConfig, shape: ModelShape) -> Study:
+    """The study of this name on a recipe.
+
+    Raises:
+        ConfigError: no such study, or a recipe that it cannot vary.
+    """
+    if name not in STUDIES:
+        raise ConfigError(f"study {name!r}: there are {', '.join(STUDIES)}")
+    if shape.family.model_type not in FAMILIES:
+        raise ConfigError(f"study {name}: {shape.family.model_type} is a baseline's model; name one that can be pruned")
+    return STUDIES[name](config, shape)
