@@ -261,8 +261,13 @@ def recovery(config: RunConfig, shape: ModelShape) -> Study:
         rows.append(Row(entry["method"], entry["method"].upper(), values | {"recovery": [entry]}))
     by_method = {entry["method"]: entry for entry in values["recovery"]}
     if {"cpt", "grpo"} <= by_method.keys():
-        rows.append(Row("cpt-grpo", "CPT, then GRPO", values | {"recovery": [by_method["cpt"], by_method["grpo"]]}))
+        both = [by_method[method] | {"steps": _half(by_method[method]["steps"])} for method in ("cpt", "grpo")]
+        rows.append(Row("cpt-grpo", "CPT, then GRPO (half of each)", values | {"recovery": both}))
     return Study("recovery", "Which recovery gets most back?", rows, rows[0].name)
+
+
+def _half(steps: int | list[int]) -> int | list[int]:
+    return [max(1, step // 2) for step in steps] if isinstance(steps, list) else max(1, steps // 2)
 
 
 def _needs_channels(config: RunConfig, study: str) -> None:

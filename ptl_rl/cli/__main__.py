@@ -1,0 +1,3 @@
+from ptl_rl.cli import main
+
+main()

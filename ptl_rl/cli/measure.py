@@ -1,0 +1,131 @@
+"""``ptl eval`` and ``study``: how good a model is, and what a comparison of many runs shows."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptl_rl.cli.common import Model, Settings, app, bar, refuse
+
+
+def _list_tasks(wanted: bool) -> None:
+    from rich.console import Console
+
+    from ptl_rl.reporting.eval_table import task_table
+
+    if wanted:
+        Console(width=None if sys.stdout.isatty() else 160).print(task_table())
+        raise typer.Exit
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Comma-separated; --list-tasks has them all.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="Questions of a task from a local file (or hub:NAME, testbed:SPLIT)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many questions of each task.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; default: evaluations/MODEL.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response; default: each task's.")] = None,
+    max_model_tokens: Annotated[
+        int | None, typer.Option(min=8, help="Prompt and response together; default: what the model can read.")
+    ] = None,
+    prompt_suffix: Annotated[str, typer.Option(help="Appended to zero-shot questions, as data.prompt_suffix.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on CPUs.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Concurrent sequences in vLLM.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap; generation is greedy.")] = 0,
+    list_tasks: Annotated[
+        bool, typer.Option("--list-tasks", is_eager=True, callback=_list_tasks, help="Print the tasks and end.")
+    ] = False,
+) -> None:
+    """Evaluate a model on tasks of mathematics and code; an interrupted evaluation goes on where it was."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        from ptl_rl.evaluation import command
+        from ptl_rl.evaluation.tasks import find_tasks
+        from ptl_rl.reporting.eval_table import result_table
+
+        command.quieten_libraries()
+        names = [name for name in tasks.split(",") if name]
+        config = command.EvalConfig(
+            tasks=names,
+            data=command.parse_data(data or [], find_tasks(names)),
+            limit=limit,
+            max_tokens=max_tokens,
+            max_model_tokens=max_model_tokens,
+            prompt_suffix=prompt_suffix,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        out = out or Path("evaluations") / Path(model.replace(":", "-")).name
+        folder, prepared = command.prepare(model, config)
+        shown, judged = bar(console, "judging")
+        try:
+            found = command.evaluate_model(
+                folder,
+                prepared,
+                config,
+                out,
+                starting=lambda what: console.print(what, highlight=False, markup=False),
+                judged=judged,
+            )
+        finally:
+            shown.stop()
+    except (ConfigError, ValueError, RuntimeError) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished tasks are kept in {out}; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    console.print(result_table(found))
+    console.print(f"results: {out / command.RESULTS}, samples beside it", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="table1, table2, iterations, step_size, order, criteria or recovery.")],
+    recipes: Annotated[
+        list[Path] | None, typer.Argument(help="What is varied; default: the demo's recipes for this study.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default: studies/NAME.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the rows and end.")] = False,
+) -> None:
+    """Make the runs that answer a question, and write table, figure and text; goes on where it was interrupted."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        from ptl_rl.studies import command
+
+        designs = command.prepare(name, recipes or [], settings or [], out)
+        for made in designs:
+            console.print(command.design_table(made))
+        for made in designs if not dry_run else []:
+            shown, progress = bar(console, "runs")
+            try:
+                text = command.make(made, seeds, progress, lambda what: console.print(what, highlight=False))
+            finally:
+                shown.stop()
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+            console.print(f"study: {made.out}", highlight=False, soft_wrap=True, markup=False)
+    except (ConfigError, ValueError, OSError) as error:
+        refuse(error)
+    except command.StudyFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None

@@ -1,0 +1,138 @@
+"""``ptl score``, ``slice``, ``slicegpt``: one model, no run and no Ray."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptl_rl.cli.common import Model, app, bar, refuse
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Reasoning data: a .jsonl, .parquet or .arrow file, testbed:SPLIT or hub:NAME.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for scores, plan and compensated weights.")],
+    remove_channels: Annotated[str, typer.Option(help="Channels that each block loses: a number, or e.g. 25%.")] = "0",
+    remove_layers: Annotated[int, typer.Option(help="Blocks that go.")] = 0,
+    alignment: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 64,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that will share the sliced model.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="data.*, calibration.*, criterion.* as in a recipe; prompt_suffix, max_bad_fraction, dtype, seed.",
+        ),
+    ] = None,
+) -> None:
+    """Score channels and blocks of a model and plan a cut, without Ray; `ptl slice` makes it."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import score_config
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        config = score_config({"data": {"path": data}}, settings or [])
+        from ptl_rl.pruning.command import score_model
+
+        shown, progress = bar(console, "reading")
+        try:
+            plan, losses = score_model(
+                model,
+                out,
+                config,
+                remove_channels=remove_channels,
+                remove_layers=remove_layers,
+                alignment=alignment * tensor_parallel_size,
+                progress=progress,
+            )
+        finally:
+            shown.stop()
+    except (ConfigError, ValueError, OSError) as error:
+        refuse(error)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    kept = f"{plan.num_hidden_layers} blocks of {plan.intermediate_size} channels"
+    console.print(f"keeps {kept}, of {len(plan.keep_channels)} of {plan.source_intermediate_size}", highlight=False)
+    if losses.channels is not None and losses.channels_plain is not None:
+        console.print(
+            f"of the FFN outputs' mean square {losses.channels:.2%} is lost, {losses.channels_plain:.2%} without "
+            "compensation",
+            highlight=False,
+        )
+    if losses.stream is not None:
+        console.print(f"of the last block's residual stream {losses.stream:.2%} is lost", highlight=False)
+    console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command("slice")
+def slice_model(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="plan.json, or the folder that `ptl score` wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
+    check: Annotated[bool, typer.Option(help="Compare the logits with the masked original's.")] = True,
+) -> None:
+    """Cut a model down to a plan: an ordinary Hugging Face folder again."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        from ptl_rl.pruning import command
+
+        shown, progress = bar(console, "writing")
+        try:
+            difference = command.slice_model(model, plan, out, check=check, progress=progress)
+        finally:
+            shown.stop()
+    except (ConfigError, ValueError, OSError) as error:
+        refuse(error)
+    if difference is not None:
+        console.print(f"logits differ from the masked original's by {difference:.1e} of the largest", highlight=False)
+    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command("slicegpt")
+def slicegpt(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration data: a .jsonl, .parquet or .arrow file, testbed:SPLIT or hub:NAME.")
+    ],
+    remove: Annotated[str, typer.Option(help="Units of the residual stream that go: a number, or e.g. 25%.")],
+    alignment: Annotated[int, typer.Option(min=1, help="The stream keeps a multiple of this.")] = 8,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="data.*, calibration.*, prompt_suffix, dtype, seed."),
+    ] = None,
+) -> None:
+    """Baseline: a narrower residual stream by SliceGPT; no stock architecture, but recovered and evaluated here."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import score_config
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        config = score_config({"data": {"path": data}}, settings or [])
+        from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
+
+        shown, progress = bar(console, "slicing")
+        try:
+            made = slice_with_slicegpt(model, out, config, remove=remove, alignment=alignment, progress=progress)
+        finally:
+            shown.stop()
+    except (ConfigError, ValueError, OSError) as error:
+        refuse(error)
+    console.print(
+        f"residual stream {made.source_hidden_size} -> {made.hidden_size} units, {made.source_parameters:,} -> "
+        f"{made.parameters:,} parameters ({made.parameters / made.source_parameters:.0%})",
+        highlight=False,
+    )
+    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)

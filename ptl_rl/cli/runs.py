@@ -1,0 +1,171 @@
+"""``ptl run``, ``resume``, ``plan``, ``data``, ``report``: a recipe, and the run that it makes."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptl_rl.cli.common import Settings, app, refuse
+
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")]
+
+
+def _drive(run_dir: Path) -> None:
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.driver.journal import JournalError
+    from ptl_rl.driver.loop import Driver, StageFailed
+    from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+    from ptl_rl.driver.watchdog import interrupt
+    from ptl_rl.reporting.live import Display
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    folder, console = RunFolder(run_dir), Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        driver = Driver(folder, lambda config: Display(console, folder.path.name, config.recoveries))
+        state = driver.run()
+    except (ConfigError, JournalError) as error:
+        refuse(error)
+    except (StageFailed, MissingArtefact) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished stages are kept. Continue with: ptl resume {run_dir}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _finish(folder.path, console, state.stopped)
+
+
+def _finish(run_dir: Path, console, stopped: bool) -> None:
+    from ptl_rl.driver.journal import Journal
+    from ptl_rl.recipe import read_saved_config
+    from ptl_rl.reporting import summary
+
+    entries = Journal(run_dir / "journal.jsonl").entries()
+    name = read_saved_config(run_dir / "config.json").name
+    (run_dir / "summary.md").write_text(summary.markdown(entries))
+    summary.plot(entries, run_dir / "summary.png", f"{name}: accuracy and size, cycle by cycle")
+    console.print(summary.table(entries))
+    console.print(f"picture: {run_dir / 'summary.png'}", highlight=False, soft_wrap=True)
+    if stopped:
+        console.print("stopped by the gate: accuracy stayed below gate.min_accuracy_ratio after all that it allows")
+    best = run_dir / "best"
+    if not best.exists():
+        console.print("no cycle was accepted; the original model stands")
+        return
+    console.print(f"final model: {best.resolve()}", highlight=False, soft_wrap=True)
+    console.print(
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'  model = AutoModelForCausalLM.from_pretrained("{best.resolve()}")\n'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{best.resolve()}")',
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-TIME.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Check a recipe, then prune, recover, evaluate and repeat until its target."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import load_config
+
+    try:
+        config = load_config(recipe, settings)
+        run_dir = run_dir or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        from ptl_rl.driver.loop import start_run
+        from ptl_rl.driver.preflight import check
+        from ptl_rl.reporting.data_table import reading_bars
+
+        with reading_bars(Console(stderr=True)) as progress:
+            notes = check(config, run_dir.resolve(), progress).notes
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        start_run(config, run_dir)
+    except ConfigError as error:
+        refuse(error)
+    print(f"run folder: {run_dir}", flush=True)
+    _drive(run_dir)
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(help="Folder of an interrupted run.")]) -> None:
+    """Continue a run where its journal ends; stages that finished are not run again."""
+    if not (run_dir / "config.json").exists():
+        refuse(FileNotFoundError(f"{run_dir}: no config.json; this is not a run folder"))
+    _drive(run_dir)
+
+
+@app.command()
+def plan(recipe: Recipe, settings: Settings = None) -> None:
+    """Show shapes, parameters and FLOPs of every cycle, without loading torch."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.driver.preflight import check_model
+    from ptl_rl.recipe import load_config
+    from ptl_rl.reporting.forecast import forecast_table
+
+    try:
+        config = load_config(recipe, settings)
+        model, shape = check_model(config, weights=False)
+    except ConfigError as error:
+        refuse(error)
+    Console(width=None if sys.stdout.isatty() else 120).print(forecast_table(config, shape, str(model)))
+
+
+@app.command()
+def data(
+    recipe: Recipe,
+    settings: Settings = None,
+    samples: Annotated[int, typer.Option(min=0, help="Records of each set to show.")] = 3,
+    count_tokens: Annotated[
+        bool, typer.Option("--count-tokens", help="Read every record, do not estimate from 2000.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what a recipe reads: rows, what is left out and why, subsets, tokens, samples."""
+    import json
+
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import load_config
+    from ptl_rl.reporting.data_table import reading_bars, show
+
+    try:
+        config = load_config(recipe, settings)
+        from ptl_rl.driver.data_report import data_report
+
+        with reading_bars(Console(stderr=True)) as progress:
+            found = data_report(config, samples=samples, exact_tokens=count_tokens, progress=progress)
+    except ConfigError as error:
+        refuse(error)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, Console(width=None if sys.stdout.isatty() else 160))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Print the table of cycles and write summary.md and summary.png."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.driver.journal import JournalError
+
+    try:
+        _finish(run_dir.resolve(), Console(width=None if sys.stdout.isatty() else 160), stopped=False)
+    except (ConfigError, JournalError) as error:
+        refuse(error)

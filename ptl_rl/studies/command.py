@@ -1,0 +1,125 @@
+"""``ptl study``: design, runs, results."""
+
+import shlex
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.driver.preflight import check_model
+from ptl_rl.driver.schedule import planned_cuts
+from ptl_rl.driver.watchdog import interrupt
+from ptl_rl.families import ModelShape
+from ptl_rl.recipe import load_config
+from ptl_rl.studies import results
+from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
+from ptl_rl.studies.runner import StudyFailed, make_runs, save_study
+
+__all__ = ["Made", "StudyFailed", "design_table", "make", "prepare"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A study that can be made."""
+
+    study: Study
+    config: RunConfig
+    shape: ModelShape
+    out: Path
+    command: str
+    """That makes it."""
+
+
+DEMO_RECIPES = {
+    "table1": ("table1-grpo", "table1-cpt"),
+    "table2": ("recovery",),
+    "recovery": ("recovery",),
+    "order": ("order",),
+}
+"""Shipped recipes that a study varies at the demo's scale; the others vary ``default``."""
+
+
+def demo_recipes(name: str) -> list[Path]:
+    """Of a study at the demo's scale.
+
+    Raises:
+        ConfigError: no such study.
+    """
+    if name not in STUDIES:
+        raise ConfigError(f"study {name!r}: there are {', '.join(STUDIES)}")
+    return [RECIPES / f"{recipe}.yaml" for recipe in DEMO_RECIPES.get(name, ("default",))]
+
+
+def prepare(name: str, recipes: list[Path], settings: list[str], out: Path | None) -> list[Made]:
+    """Design a study on every recipe, and check what can be checked before anything is run.
+
+    Args:
+        recipes: none: those of the demo.
+        out: with several recipes each has a folder of its own in it.
+
+    Raises:
+        ConfigError: no such study, or a recipe or setting that it cannot use.
+    """
+    found = []
+    chosen = recipes or demo_recipes(name)
+    folder = out or Path("studies") / name
+    for recipe in chosen:
+        config = load_config(recipe, settings)
+        _, shape = check_model(config)
+        words = ["ptl", "study", name, *map(str, recipes)]
+        words += [word for setting in settings for word in ("--set", setting)]
+        own = folder / recipe.stem if len(chosen) > 1 else folder
+        found.append(Made(design(name, config, shape), config, shape, own, shlex.join(words)))
+    return found
+
+
+def design_table(made: Made) -> Table:
+    """The rows of a study, before any is made."""
+    table = Table(title=f"{made.study.name}: {made.study.question}", title_justify="left")
+    for heading in ("row", "cycles", "parameters", "steps"):
+        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for row in made.study.rows:
+        config = row.config(seed=0)
+        size = row.slicegpt_size
+        shape = slicegpt_shape(made.shape, size) if size else target_shape(config, made.shape)
+        cuts = planned_cuts(config.schedule)
+        steps = " + ".join(
+            f"{sum(recovery.steps_of(cut.planned) for cut in cuts)} {recovery.method}" for recovery in config.recovery
+        )
+        share = shape.parameters / made.shape.parameters
+        table.add_row(row.label, str(len(cuts)), f"{shape.parameters:,} ({share:.0%})", steps)
+    table.caption = "; ".join(made.study.notes)
+    return table
+
+
+def make(
+    made: Made, seeds: int, progress: Callable[[int, int], None], say: Callable[[str], None] = lambda what: None
+) -> str:
+    """Make what is missing of the study's runs and write its results; they are also written after every run.
+
+    Raises:
+        ConfigError: its folder holds runs of another design.
+        StudyFailed: runs failed.
+    """
+    command = f"{made.command} --seeds {seeds}"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    save_study(made.study, made.out, seeds)
+
+    def told(done: int, total: int, name: str) -> None:
+        progress(done, total)
+        if done:
+            results.write(made.study, made.out, seeds, command)
+        if name:
+            say(f"run {done + 1} of {total}: {name}")
+
+    make_runs(made.study, made.out, seeds, progress=told)
+    text = results.write(made.study, made.out, seeds, command)
+    if text is None:
+        raise StudyFailed(f"{made.out}: no run of this study is finished")
+    return text
