@@ -98,6 +98,7 @@ def study(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the study; default: studies/NAME.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only these rows; see --dry-run.")] = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the rows and end.")] = False,
 ) -> None:
@@ -110,7 +111,7 @@ def study(
     try:
         from ptl_rl.studies import command
 
-        designs = command.prepare(name, recipes or [], settings or [], out)
+        designs = command.prepare(name, recipes or [], settings or [], out, only)
         for made in designs:
             console.print(command.design_table(made))
         for made in designs if not dry_run else []:

@@ -3,7 +3,7 @@
 import shlex
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -55,12 +55,15 @@ def demo_recipes(name: str) -> list[Path]:
     return [RECIPES / f"{recipe}.yaml" for recipe in DEMO_RECIPES.get(name, ("default",))]
 
 
-def prepare(name: str, recipes: list[Path], settings: list[str], out: Path | None) -> list[Made]:
+def prepare(
+    name: str, recipes: list[Path], settings: list[str], out: Path | None, only: list[str] | None = None
+) -> list[Made]:
     """Design a study on every recipe, and check what can be checked before anything is run.
 
     Args:
         recipes: none: those of the demo.
         out: with several recipes each has a folder of its own in it.
+        only: names of rows; the others are left out.
 
     Raises:
         ConfigError: no such study, or a recipe or setting that it cannot use.
@@ -73,16 +76,26 @@ def prepare(name: str, recipes: list[Path], settings: list[str], out: Path | Non
         _, shape = check_model(config)
         words = ["ptl", "study", name, *map(str, recipes)]
         words += [word for setting in settings for word in ("--set", setting)]
+        words += [word for row in only or [] for word in ("--only", row)]
         own = folder / recipe.stem if len(chosen) > 1 else folder
-        found.append(Made(design(name, config, shape), config, shape, own, shlex.join(words)))
+        study = _only(design(name, config, shape), only)
+        found.append(Made(study, config, shape, own, shlex.join(words)))
     return found
+
+
+def _only(study: Study, names: list[str] | None) -> Study:
+    unknown = set(names or []) - {row.name for row in study.rows}
+    if unknown:
+        there = ", ".join(row.name for row in study.rows)
+        raise ConfigError(f"--only {min(unknown)}: study {study.name} has the rows {there}")
+    return replace(study, rows=[row for row in study.rows if row.name in names]) if names else study
 
 
 def design_table(made: Made) -> Table:
     """The rows of a study, before any is made."""
     table = Table(title=f"{made.study.name}: {made.study.question}", title_justify="left")
-    for heading in ("row", "cycles", "parameters", "steps"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for heading in ("row", "what", "cycles", "parameters", "steps"):
+        table.add_column(heading, justify="left" if heading in ("row", "what") else "right")
     for row in made.study.rows:
         config = row.config(seed=0)
         size = row.slicegpt_size
@@ -92,7 +105,7 @@ def design_table(made: Made) -> Table:
             f"{sum(recovery.steps_of(cut.planned) for cut in cuts)} {recovery.method}" for recovery in config.recovery
         )
         share = shape.parameters / made.shape.parameters
-        table.add_row(row.label, str(len(cuts)), f"{shape.parameters:,} ({share:.0%})", steps)
+        table.add_row(row.name, row.label, str(len(cuts)), f"{shape.parameters:,} ({share:.0%})", steps)
     table.caption = "; ".join(made.study.notes)
     return table
 

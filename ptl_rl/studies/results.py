@@ -71,11 +71,12 @@ def _correct(folder: Path, entry: Entry) -> dict[str, float]:
 
 def original_metrics(study: Study, out: Path, seeds: int) -> dict[str, Any] | None:
     """Of the study's own model before anything was done to it; None before any run has measured it."""
-    for run in runs_of(study, out, seeds):
-        if run.row.slicegpt_size is None:
-            for entry in Journal(run.folder / "journal.jsonl").entries():
-                if entry.stage == "evaluate" and entry.cycle == 0:
-                    return entry.metrics
+    runs = runs_of(study, out, seeds)
+    # A run of a model that was cut before it began measures that; it serves only where there is no other.
+    for run in sorted(runs, key=lambda run: run.row.slicegpt_size is not None):
+        for entry in Journal(run.folder / "journal.jsonl").entries():
+            if entry.stage == "evaluate" and entry.cycle == 0:
+                return entry.metrics
     return None
 
 
@@ -86,7 +87,7 @@ def collect(study: Study, out: Path, seeds: int) -> list[Line]:
         if final := _final(run):
             found[run.row.name][run.seed] = final
     original = original_metrics(study, out, seeds)
-    reference = found[study.reference]
+    reference = found.get(study.reference, {})
     lines = []
     for row in study.rows:
         finals = found[row.name]
