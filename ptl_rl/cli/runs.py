@@ -1,4 +1,4 @@
-"""``ptl run``, ``resume``, ``plan``, ``data``, ``report``: a recipe, and the run that it makes."""
+"""``ptl run``, ``resume``, ``plan``, ``data``: recipe and run; ``report``, ``compare``, ``export``: what came of it."""
 
 import signal
 import sys
@@ -157,15 +157,75 @@ def data(
         show(found, Console(width=None if sys.stdout.isatty() else 160))
 
 
+Runs = Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")]
+
+
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
-    """Print the table of cycles and write summary.md and summary.png."""
+def report(
+    run_dirs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the (first) run's folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained page about one run or several; of each also summary.md and summary.png."""
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.driver.journal import JournalError
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        from ptl_rl.reporting.html import page
+        from ptl_rl.reporting.run_data import RunData
+
+        runs = [RunData(run_dir) for run_dir in run_dirs]
+        for run in runs:
+            _finish(run.folder, console, stopped=False)
+        out = out or runs[0].folder / "report.html"
+        out.write_text(page(runs))
+    except (ConfigError, JournalError, OSError) as error:
+        refuse(error)
+    console.print(f"report: {out}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def compare(
+    run_dirs: Runs,
+    out: Annotated[Path | None, typer.Option(help="Also write the table as markdown.")] = None,
+) -> None:
+    """Print runs side by side, each compared with the first on the same test problems."""
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
     from ptl_rl.driver.journal import JournalError
 
     try:
-        _finish(run_dir.resolve(), Console(width=None if sys.stdout.isatty() else 160), stopped=False)
-    except (ConfigError, JournalError) as error:
+        from ptl_rl.reporting.compare import comparison_markdown, comparison_table
+        from ptl_rl.reporting.run_data import RunData
+
+        runs = [RunData(run_dir) for run_dir in run_dirs]
+        Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(runs))
+        if out is not None:
+            out.write_text(comparison_markdown(runs))
+    except (ConfigError, JournalError, OSError) as error:
         refuse(error)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run with at least one accepted cycle.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    name: Annotated[str | None, typer.Option(help="Of the model, on its card; default: the folder's.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Default: what the parent's card says.")] = None,
+) -> None:
+    """Copy a run's final model as a Hugging Face folder with a model card."""
+    from ptl_rl.config import ConfigError
+    from ptl_rl.driver.journal import JournalError
+
+    try:
+        from ptl_rl.reporting.model_card import export_model
+
+        export_model(run_dir, out, name=name or out.name, licence=licence)
+    except (ConfigError, JournalError, OSError) as error:
+        refuse(error)
+    print(f"model: {out}")

@@ -1,0 +1,136 @@
+"""The pictures of a report, as SVG text: small, sharp at every size, and without a file of their own."""
+
+import io
+from typing import Any
+
+from ptl_rl.reporting.run_data import Removed, RunData
+
+BLUE, RED, GREY = "#1f4e8c", "#b8413b", "#d9dee7"
+STAGE_COLOURS = {"score": "#7aa6c2", "slice": "#c9a227", "recover": "#1f4e8c", "evaluate": "#8a9a5b"}
+CYCLE_COLOURS = ("#f2f4f7", "#9ecae1", "#5b9bd5", "#2f6db0", "#1f4e8c", "#7b5ea7", "#b8413b", "#d98e04")
+"""Of what is still there, and of what went in the first, second, ... cycle."""
+MOST_COLUMNS = 2048
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ptl", "font.size": 9}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def accuracy_by_size(runs: list[RunData]) -> str:
+    """Accuracy with its interval against parameters and against FLOPs per token, a line per run."""
+    figure = _figure(8, 3.2)
+    axes = figure.subplots(1, 2, sharey=True)
+    for number, run in enumerate(runs):
+        colour = BLUE if len(runs) == 1 else f"C{number}"
+        first = run.rows[0]
+        rows = [row for row in run.rows if row.decision not in ("retry", "stop")]
+        accuracy = [row.accuracy for row in rows]
+        intervals = [run.interval(row.cycle) or (row.accuracy, row.accuracy) for row in rows]
+        arms = [
+            [max(0.0, value - low) for value, (low, _) in zip(accuracy, intervals, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(accuracy, intervals, strict=True)],
+        ]
+        sizes = (
+            [row.parameters / first.parameters for row in rows],
+            [row.flops_per_token / first.flops_per_token for row in rows],
+        )
+        for axis, shares in zip(axes, sizes, strict=True):
+            axis.errorbar(shares, accuracy, yerr=arms, fmt="o-", color=colour, capsize=3, label=run.name)
+    for axis, what in zip(axes, ("parameters", "FLOPs per token"), strict=True):
+        axis.set_xlabel(f"{what}, share of the original's")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("greedy accuracy, 95 % interval")
+    if len(runs) > 1:
+        axes[0].legend(fontsize=7)
+    return _svg(figure)
+
+
+def time_line(run: RunData) -> str:
+    """Stages one after the other, a bar per cycle."""
+    cycles = sorted({cycle for cycle, _, _ in run.stage_seconds()})
+    figure = _figure(8, 0.35 * len(cycles) + 1.0)
+    axis = figure.add_subplot()
+    start, seen = 0.0, set()
+    for cycle, stage, seconds in run.stage_seconds():
+        colour = STAGE_COLOURS.get(stage, GREY)
+        label = None if stage in seen else stage
+        axis.barh(cycles.index(cycle), seconds / 60, left=start / 60, color=colour, label=label)
+        seen.add(stage)
+        start += seconds
+    axis.set_yticks(range(len(cycles)), [f"cycle {cycle}" if cycle else "original" for cycle in cycles])
+    axis.invert_yaxis()
+    axis.set_xlabel("minutes since the start")
+    axis.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return _svg(figure)
+
+
+def recovery_curves(run: RunData) -> str | None:
+    """Reward or loss of every step of every recovery; None if none was noted."""
+    curves = run.curves()
+    if not curves:
+        return None
+    kinds = list(dict.fromkeys(kind for _, kind, _, _ in curves))
+    figure = _figure(8, 2.6 * len(kinds))
+    axes = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        start = 0
+        for number, (label, drawn, steps, values) in enumerate(curves):
+            if drawn != kind:
+                continue
+            axis.plot([start + step for step in steps], values, color=f"C{number}", label=label, linewidth=1.3)
+            start += max(steps)
+        axis.set_ylabel(kind.replace("_", " "))
+        axis.set_xlabel("recovery steps, one cycle after the other")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    return _svg(figure)
+
+
+def removal_map(removed: Removed) -> str:
+    """Blocks by channels: in which cycle each went. Where channels share a column, the middle one of them is shown, by
+    cycle."""
+    import numpy
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    cycles = numpy.asarray(removed.channels)
+    for block, cycle in enumerate(removed.layers):
+        if cycle:
+            cycles[block] = numpy.where(cycles[block] == 0, cycle, cycles[block])
+    width = cycles.shape[1]
+    each = -(-width // MOST_COLUMNS)
+    shown = [
+        numpy.sort(cycles[:, start : start + each])[:, (min(each, width - start) - 1) // 2]
+        for start in range(0, width, each)
+    ]
+    last = max(1, int(cycles.max()))
+    colours = [CYCLE_COLOURS[0], *(CYCLE_COLOURS[1 + i % (len(CYCLE_COLOURS) - 1)] for i in range(last))]
+    figure = _figure(8, min(9.0, 0.22 * len(cycles) + 1.2))
+    axis = figure.add_subplot()
+    image = axis.imshow(
+        numpy.stack(shown, axis=1),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap(colours),
+        norm=BoundaryNorm(numpy.arange(-0.5, last + 1), len(colours)),
+        extent=(0, width, len(cycles) - 0.5, -0.5),
+    )
+    axis.set_xlabel("FFN channel of the original")
+    axis.set_ylabel("block")
+    bar = figure.colorbar(image, ax=axis, ticks=range(last + 1))
+    bar.ax.set_yticklabels(["stays", *(f"cycle {cycle}" for cycle in range(1, last + 1))], fontsize=7)
+    return _svg(figure)

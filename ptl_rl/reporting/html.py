@@ -1,0 +1,104 @@
+"""One self-contained page about one run or several: nothing in it is fetched from anywhere."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.reporting import figures, summary
+from ptl_rl.reporting.compare import comparison
+from ptl_rl.reporting.run_data import Example, RunData
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_CHARACTERS = 1500
+COLOURS = {"broken": "bad", "gained": "good"}
+
+
+def _source(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " […]"
+
+
+def _example(example: Example) -> dict[str, str]:
+    return {
+        "kind": example.kind,
+        "colour": COLOURS.get(example.kind, "soft"),
+        "question": _cut(example.original.question),
+        "expected": _cut(example.original.expected),
+        "original": _cut(example.original.text),
+        "final": _cut(example.final.text),
+    }
+
+
+def _cards(run: RunData) -> list[dict[str, str]]:
+    first, final = run.rows[0], run.final
+    low_high = run.interval(final.cycle)
+    against = run.against_original(final.cycle)
+    cards = [
+        {
+            "value": f"{final.accuracy:.1%}",
+            "label": "accuracy",
+            "note": f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else "",
+        },
+        {"value": f"{first.accuracy:.1%}", "label": "the original's", "note": ""},
+        {
+            "value": f"{final.parameters / first.parameters:.0%}",
+            "label": "of the parameters",
+            "note": f"{final.parameters:,}",
+        },
+        {
+            "value": f"{final.flops_per_token / first.flops_per_token:.0%}",
+            "label": "of the FLOPs per token",
+            "note": "",
+        },
+        {
+            "value": f"{final.tokens_per_second / first.tokens_per_second:.2f}x",
+            "label": "tokens per second",
+            "note": "while evaluating",
+        },
+    ]
+    if against is not None:
+        note = f"p = {against.p_value:.2g}; {against.gained} gained, {against.lost} lost"
+        cards.append({"value": f"{100 * against.difference:+.1f}", "label": "points, paired", "note": note})
+    return cards
+
+
+def _run(run: RunData) -> dict[str, Any]:
+    drawn = [
+        ("Accuracy against size, cycle by cycle", figures.accuracy_by_size([run])),
+        ("When each stage ran", figures.time_line(run)),
+        ("Recovery, step by step", figures.recovery_curves(run)),
+        (
+            "Which channels and blocks of the original went, and in which cycle",
+            figures.removal_map(run.removed) if run.removed else None,
+        ),
+    ]
+    return {
+        "name": run.name,
+        "model": run.config.model.path,
+        "recoveries": ", ".join(dict.fromkeys(recovery.method.upper() for recovery in run.config.all_recoveries)),
+        "cards": _cards(run),
+        "headings": summary.HEADINGS,
+        "table": [summary.cells(row, run.rows[0]) for row in run.rows],
+        "figures": [{"caption": caption, "source": _source(svg)} for caption, svg in drawn if svg],
+        "notes": run.notes,
+        "examples": [_example(example) for example in run.examples()],
+        "config": [(key, "" if value is None else str(value)) for key, value in run.flat_config()],
+        "versions": sorted(run.versions.items()),
+    }
+
+
+def page(runs: list[RunData]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    title = f"{runs[0].config.name}: report" if len(runs) == 1 else f"{len(runs)} runs compared"
+    compared = None
+    if len(runs) > 1:
+        headings, rows = comparison(runs)
+        compared = {"headings": headings, "rows": rows, "figure": _source(figures.accuracy_by_size(runs))}
+    template = environment.get_template("report.html.j2")
+    return template.render(title=title, runs=[_run(run) for run in runs], compared=compared)

@@ -1,0 +1,142 @@
+"""The page says what the journal holds, fetches nothing, and a model card says where its model comes from."""
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
+
+import pytest
+import yaml
+from run_folders import make_run
+from typer.testing import CliRunner
+
+from ptl_rl.cli import app
+from ptl_rl.config import ConfigError
+from ptl_rl.reporting import figures
+from ptl_rl.reporting.compare import comparison
+from ptl_rl.reporting.html import page
+from ptl_rl.reporting.model_card import export_model
+from ptl_rl.reporting.run_data import RunData
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunData(make_run(tmp_path / "run"))
+
+
+def test_plans_of_several_cycles_are_laid_on_each_other(run):
+    removed = run.removed
+    assert removed.layers == [0, 2, 0]
+    assert removed.channels == [[0, 0, 0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
+
+
+def test_a_cycle_that_was_taken_back_removed_nothing(tmp_path):
+    run = RunData(make_run(tmp_path / "run", decisions=("accept", "stop")))
+    assert run.removed.layers == [0, 0, 0]
+    assert run.final.cycle == 1
+
+
+def test_examples_are_of_every_kind_that_there_is(run):
+    examples = run.examples(each=1)
+    assert [(example.kind, example.original.id) for example in examples] == [
+        ("broken", "p7"),
+        ("both right", "p0"),
+        ("both wrong", "p9"),
+    ]
+    assert examples[0].final.text == "cycle 2: \\boxed{-1}"
+
+
+def test_final_model_against_the_original(run):
+    against = run.against_original(2)
+    assert (against.gained, against.lost) == (0, 2)
+    assert against.difference == pytest.approx(-0.2)
+    low, high = run.interval(2)
+    assert low < 0.7 < high
+
+
+def test_the_page_fetches_nothing_and_shows_text_as_text(run):
+    text = page([run])
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", text)
+    assert "<script" not in text and "url(" not in text and "@import" not in text
+    assert "&lt;b&gt;times&lt;/b&gt;" in text and "<b>times" not in text
+    for said in ("70.0%", "rounded in 2", "schedule.layers_total", "2.13.0", "0 gained, 2 lost"):
+        assert said in text
+    assert text.count("<figure>") == 4
+
+
+def test_pictures_are_well_formed_and_name_what_they_show(run):
+    drawn = [
+        figures.accuracy_by_size([run, run]),
+        figures.time_line(run),
+        figures.recovery_curves(run),
+        figures.removal_map(run.removed),
+    ]
+    for svg in drawn:
+        xml.etree.ElementTree.fromstring(svg)
+    assert "reward" in drawn[2] and "cycle 2" in drawn[3] and "recover" in drawn[1]
+
+
+def test_runs_side_by_side(run, tmp_path):
+    other = RunData(make_run(tmp_path / "other", right=(10, 10)))
+    headings, rows = comparison([run, other])
+    first, second = (dict(zip(headings, row, strict=True)) for row in rows)
+    assert first["against the first"] == "reference"
+    assert second["against the first"].startswith("+30.0 points")
+    assert second["of the original's"] == "1.111" and second["steps"] == "6"
+    assert "2 runs compared" in page([run, other])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_the_page_opens_in_a_browser_without_complaint(run, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(page([run]))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = ["chromium", *options, "--enable-logging=stderr", "--window-size=400,800", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr
+    assert "both right" in done.stdout
+
+
+def test_an_exported_model_has_a_card(run, tmp_path):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "README.md").write_text("---\nlicense: apache-2.0\n---\nA parent.\n")
+    run.config.__dict__["model"] = run.config.model.model_copy(update={"path": str(parent)})
+    from ptl_rl.recipe import save_config
+
+    save_config(run.config, run.folder / "config.json")
+    export_model(run.folder, tmp_path / "out/small", name="small")
+    text = (tmp_path / "out/small/README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["license"] == "apache-2.0" and metadata["base_model"] == str(parent)
+    assert "3 blocks of 8 FFN channels became 2 of 6" in text
+    assert "| 2 | 0 | 1 | 3 steps of GRPO | 70.0% |" in text
+    assert (tmp_path / "out/small/model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        export_model(run.folder, tmp_path / "out/small", name="small")
+
+
+def test_a_parent_without_a_licence_is_not_given_one(run, tmp_path):
+    export_model(run.folder, tmp_path / "small", name="small")
+    text = (tmp_path / "small/README.md").read_text()
+    assert "license" not in yaml.safe_load(text.split("---")[1])
+    assert "licence was not found" in text
+
+
+def test_commands(run, tmp_path):
+    runner = CliRunner()
+    done = runner.invoke(app, ["report", str(run.folder), "--out", str(tmp_path / "page.html")])
+    assert done.exit_code == 0 and "70.0%" in (tmp_path / "page.html").read_text()
+    done = runner.invoke(app, ["compare", str(run.folder), str(run.folder), "--out", str(tmp_path / "table.md")])
+    assert done.exit_code == 0 and "| run | original |" in (tmp_path / "table.md").read_text()
+    for command in (["report"], ["compare"], ["export"]):
+        extra = [str(tmp_path / "x")] if command == ["export"] else []
+        done = runner.invoke(app, [*command, str(tmp_path), *extra])
+        assert done.exit_code == 2 and "not a run folder" in done.output
+
+
+def test_nothing_accepted_is_nothing_to_export(tmp_path):
+    folder = make_run(tmp_path / "run", decisions=("stop", "stop"))
+    with pytest.raises(ConfigError, match="no cycle was accepted"):
+        export_model(folder, tmp_path / "out", name="x")
