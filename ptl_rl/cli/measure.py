@@ -91,6 +91,61 @@ def evaluate(
 
 
 @app.command()
+def speed(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, hub ids or shipped models; the first is compared with.")
+    ],
+    sequences: Annotated[int, typer.Option(min=2, help="Of the saturated load, at once.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of every prompt.")] = 64,
+    response_tokens: Annotated[int, typer.Option(min=2, help="Of every response.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Of every model under every load, in turns.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on CPUs.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share a model.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Measure how fast models generate in vLLM, at batch 1 and saturated, in turns within one run."""
+    import json
+    from dataclasses import asdict, replace
+
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
+        from ptl_rl.evaluation.speed import Load, measure
+        from ptl_rl.families import read_shape
+        from ptl_rl.models import resolve_model
+        from ptl_rl.reporting.eval_table import speed_table
+
+        quieten_libraries()
+        folders = [resolve_model(model, setting="MODEL") for model in models]
+        for folder in folders:
+            read_shape(folder)
+        cpu = prepare_machine()
+        if dtype == "auto":
+            dtype = "float32" if cpu else "bfloat16"
+        loads = [
+            Load("batch 1", 1, prompt_tokens, response_tokens),
+            Load("saturated", sequences, prompt_tokens, response_tokens),
+        ]
+        shown, progress = bar(console, "rounds")
+        try:
+            found = measure(
+                folders, loads, rounds=rounds, dtype=dtype, tensor_parallel_size=tensor_parallel_size, progress=progress
+            )
+        finally:
+            shown.stop()
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
+        refuse(error)
+    found = [replace(figures, model=model) for figures, model in zip(found, models, strict=True)]
+    console.print(speed_table(found, loads))
+    if out is not None:
+        out.write_text(json.dumps([asdict(model) for model in found], indent=2) + "\n")
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="table1, table2, iterations, step_size, order, criteria or recovery.")],
     recipes: Annotated[

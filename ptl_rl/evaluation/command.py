@@ -17,7 +17,7 @@ from ptl_rl.data.records import DataError
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
-from ptl_rl.families import UnsupportedModelError, read_config_json, read_shape
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_shape
 from ptl_rl.models import resolve_model
 
 RESULTS = "results.json"
@@ -163,10 +163,11 @@ def evaluate_model(
     results = read_results(out)
     kept = {p.task.name: results[p.task.name] for p in prepared if results.get(p.task.name, {}).get("key") == p.key}
     missing = [p for p in prepared if p.task.name not in kept]
+    shape = read_shape(folder)
     out.mkdir(parents=True, exist_ok=True)
     if missing:
         starting("loading the model")
-        cpu = _prepare_machine()
+        cpu = prepare_machine()
         model = _model(folder, config, cpu)
         tokenizer = model.tokenizer
     for p in missing:
@@ -181,7 +182,7 @@ def evaluate_model(
             judged=judged,
         )
         samples = _write_samples(out, p.task.name, rows)
-        kept[p.task.name] = _figures(p, result, samples, config)
+        kept[p.task.name] = _figures(p, result, samples, config, shape)
         ordered = {name: kept[name] for name in [q.task.name for q in prepared] if name in kept}
         _write_json(out / RESULTS, {"model": str(folder), "tasks": {**results, **ordered}})
     return {"model": str(folder), "tasks": {p.task.name: kept[p.task.name] for p in prepared}}
@@ -195,12 +196,16 @@ def zero_shot_prompt(tokenizer, question: str) -> str:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def _figures(p: Prepared, result: TaskResult, samples: str, config: EvalConfig) -> dict[str, Any]:
+def _figures(p: Prepared, result: TaskResult, samples: str, config: EvalConfig, shape: ModelShape) -> dict[str, Any]:
     data = config.data.get(p.task.name) or [source.path for source in p.task.sources]
     return {
         "key": p.key,
         "what": p.task.what,
         **asdict(result),
+        "parameters": shape.parameters,
+        "flops_per_token": shape.flops_per_token(),
+        "flops_per_token_without_head": shape.flops_per_token(output_head=False),
+        "flops_per_answer": flops_per_answer(shape, result.prompt_tokens, result.tokens_per_answer),
         "left_out": p.documents.left_out,
         "data": data,
         "data_fingerprint": p.documents.fingerprint,
@@ -218,7 +223,17 @@ def quieten_libraries() -> None:
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
-def _prepare_machine() -> bool:
+def flops_per_answer(shape: ModelShape, prompt_tokens: float, response_tokens: float) -> float:
+    """FLOPs to read a prompt and write a response: each token attends to those before it, and the head is computed
+    for what is written only."""
+    length = prompt_tokens + response_tokens
+    body = shape.flops_per_token(output_head=False)
+    attention = shape.flops_per_token(1, output_head=False) - body  # of one token to one other
+    head = shape.flops_per_token() - body
+    return length * body + attention * length * (length + 1) / 2 + head * response_tokens
+
+
+def prepare_machine() -> bool:
     """Set what vLLM reads when it is imported; returns whether this machine has no GPU."""
     from ptl_rl.platform import checks, vllm_cpu
 

@@ -34,6 +34,7 @@ class Answered:
     """As stated in the response."""
     expected: str
     correct: float
+    prompt_tokens: int
     tokens: int
     truncated: bool
     prompt_cut: bool
@@ -53,8 +54,12 @@ class TaskResult:
     max_tokens: int
     truncated: int
     prompts_cut: int
+    prompt_tokens: float
     tokens_per_answer: float
     seconds: float
+    """Of generation and of lm-eval's own metrics."""
+    seconds_per_solved: float | None
+    """None: no problem is solved."""
     lm_eval: dict[str, float]
     """lm-eval's own metrics, by its names for them."""
     lm_eval_version: str
@@ -147,8 +152,9 @@ def run_task(
         judged(done, len(samples))
     low, high = accuracy_interval([row.correct for row in rows], seed)
     own = found["results"][task.name]
+    solved = sum(row.correct for row in rows)
     result = TaskResult(
-        accuracy=sum(row.correct for row in rows) / len(rows),
+        accuracy=solved / len(rows),
         low=low,
         high=high,
         problems=len(rows),
@@ -156,8 +162,10 @@ def run_task(
         max_tokens=max_tokens,
         truncated=sum(row.truncated for row in rows),
         prompts_cut=sum(row.prompt_cut for row in rows),
+        prompt_tokens=sum(row.prompt_tokens for row in rows) / len(rows),
         tokens_per_answer=sum(row.tokens for row in rows) / len(rows),
         seconds=seconds,
+        seconds_per_solved=seconds / solved if solved else None,
         lm_eval={name: float(value) for name, value in own.items() if "," in name and isinstance(value, (int, float))},
         lm_eval_version=importlib.metadata.version("lm_eval"),
     )
@@ -174,6 +182,7 @@ def _answered(model: Any, task: EvalTask, index: int, document: Document, sample
         answer=None if task.is_code else final_answer(response),
         expected=expected(document),
         correct=task.correct(document, response),
+        prompt_tokens=generation.prompt_tokens,
         tokens=generation.tokens,
         truncated=generation.truncated,
         prompt_cut=cut,

@@ -91,3 +91,11 @@ def test_all_tasks_are_listed():
     result = CliRunner().invoke(app, ["eval", "--list-tasks"])
     assert result.exit_code == 0
     assert all(name in result.output for name in TASKS)
+
+
+def test_flops_of_an_answer_are_the_sum_over_its_tokens():
+    from ptl_rl.families import read_shape
+
+    shape = read_shape(CHECKPOINT_DIR)
+    by_token = [shape.flops_per_token(context_tokens=place + 1, output_head=place >= 7) for place in range(10)]
+    assert command.flops_per_answer(shape, 7, 3) == pytest.approx(sum(by_token))
