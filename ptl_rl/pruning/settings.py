@@ -1,0 +1,172 @@
+"""What a recipe may say of scoring, choosing and cutting; :mod:`ptl_rl.config` has everything else.
+
+Imports neither torch nor ray.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ptl_rl.data.settings import SourceConfig
+from ptl_rl.section import Section
+
+
+class CalibrationConfig(Section):
+    source: Literal["corpus", "rollouts", "both"] = Field(
+        "corpus",
+        description="Worked solutions of the cycle's subset, the last recovery's rewarded rollouts, half each.",
+    )
+    sequences: int = Field(256, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
+    max_tokens: int = Field(512, ge=8, description="Longer sequences are cut.")
+    batch_size: int = Field(16, ge=1, description="Sequences per forward pass on each rank.")
+    token_weights: Literal["uniform", "sensitivity"] = Field(
+        "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
+    )
+    moments_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Most memory of each worker for the matrices of obs and leave_one_out; little costs more passes.",
+    )
+    prompt_weight: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="How much a question's token counts: 0 response only, 1 all alike; channels if uniform.",
+    )
+
+
+CHANNEL_CRITERIA = (
+    "obs",
+    "activation",
+    "rms_contribution",
+    "fluctuation",
+    "wanda",
+    "taylor",
+    "magnitude",
+    "random",
+    "ptl_reference",
+)
+
+
+class ContrastConfig(Section):
+    """General text whose importance is taken off that for reasoning."""
+
+    data: SourceConfig = Field(description="Plain text: set fields.text to its column.")
+    weight: float = Field(0.5, ge=0, description="Importance is taken relative to its block's mean.")
+    sequences: int = Field(256, ge=1, description="Texts read per cycle.")
+
+
+class CriterionConfig(Section):
+    channels: str = Field("obs", description=f"{', '.join(CHANNEL_CRITERIA)}; or a function of criterion.path.")
+    path: str | None = Field(None, description="Your Python file with the function criterion.channels.")
+    threshold: float | None = Field(
+        None, gt=0, description="Only channels below this share of their block's mean importance go; the rest stays."
+    )
+    contrast: ContrastConfig | None = None
+    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = "leave_one_out"
+    layer_ids: list[int] = Field(
+        [], description="explicit: blocks of the original model, in the order in which they go."
+    )
+    layer_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences of a pass for blocks (default: all); leave_one_out judges the best four on all of them.",
+    )
+    compensate: Literal["none", "least_squares"] = Field(
+        "least_squares", description="What stays takes over, in closed form, what goes; channels and blocks."
+    )
+    ridge: float = Field(
+        1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
+    )
+    stream_ridge: float = Field(
+        0.5,
+        gt=0,
+        description="Of what follows the original's residual stream, relative to its median square; little overfits.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())  # workers may run elsewhere
+
+    @property
+    def is_obs(self) -> bool:
+        return self.channels == "obs" and self.path is None
+
+    @property
+    def is_ptl_reference(self) -> bool:
+        return self.channels == "ptl_reference" and self.path is None
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriterionConfig":
+        if self.path is None and self.channels not in CHANNEL_CRITERIA:
+            close = difflib.get_close_matches(self.channels, CHANNEL_CRITERIA, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(CHANNEL_CRITERIA)}"
+            raise ValueError(f"channels {self.channels!r} is no criterion; {hint} (your own: set criterion.path)")
+        if self.is_obs:
+            for name in ("threshold", "contrast"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs scores that stand alone, but obs gives an order; choose another")
+        if self.threshold is not None and self.contrast is not None:
+            raise ValueError("threshold is relative to the mean importance, which contrast moves; choose one of them")
+        if self.is_ptl_reference and self.contrast is None:
+            raise ValueError("channels ptl_reference compares with general text; set contrast.data")
+        if (self.layers == "explicit") != bool(self.layer_ids):
+            raise ValueError(f"layers is {self.layers} and layer_ids {self.layer_ids}; explicit needs ids, and only it")
+        if len(set(self.layer_ids)) != len(self.layer_ids) or min(self.layer_ids, default=0) < 0:
+            raise ValueError(f"layer_ids {self.layer_ids} must be different and not negative")
+        return self
+
+
+def check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) -> None:
+    if criterion.channels == "taylor" and criterion.path is None and calibration.token_weights == "sensitivity":
+        raise ValueError("criterion.channels taylor has gradients of its own; set calibration.token_weights to uniform")
+
+
+class ScheduleConfig(Section):
+    """What is removed, cycle by cycle. Every layer loses the same number of channels."""
+
+    channels_per_cycle: int | list[int] = Field(0, description="Channels each layer loses in a cycle, or one by one.")
+    channels_total: int | None = Field(None, ge=0, description="Channels each layer loses in all.")
+    layers_per_cycle: int = Field(1, ge=1)
+    layers_total: int = Field(0, ge=0)
+    order: Literal["channels_then_layers", "layers_then_channels", "alternating", "together"] = Field(
+        "channels_then_layers", description="together: a cycle removes channels and blocks in the same cut."
+    )
+    alignment: int = Field(64, ge=1, description="Kept widths are multiples of this times tensor_parallel_size.")
+    recover_only: bool = Field(
+        False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        steps = self.channels_per_cycle
+        if self.recover_only:
+            if steps or self.channels_total or self.layers_total:
+                raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
+            return self
+        if isinstance(steps, list):
+            if any(step < 1 for step in steps):
+                raise ValueError(f"channels_per_cycle {steps}: each step must be at least 1")
+            if self.channels_total not in (None, sum(steps)):
+                raise ValueError(
+                    f"channels_total {self.channels_total} differs from the sum {sum(steps)} of channels_per_cycle"
+                )
+        elif steps < 0:
+            raise ValueError(f"channels_per_cycle {steps} is negative")
+        elif steps == 0 and self.channels_total:
+            raise ValueError(f"channels_total is {self.channels_total} but channels_per_cycle is 0")
+        elif steps and self.channels_total is None:
+            raise ValueError(f"channels_per_cycle is {steps} but channels_total is not set")
+        if not self.channels_sum and not self.layers_total:
+            raise ValueError(
+                "nothing to remove: set channels_per_cycle and channels_total, or layers_total (or recover_only)"
+            )
+        return self
+
+    @property
+    def channels_sum(self) -> int:
+        """Channels that each layer loses in all."""
+        return sum(self.channels_per_cycle) if isinstance(self.channels_per_cycle, list) else self.channels_total or 0
