@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -147,10 +147,15 @@ def speed(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="table1, table2, iterations, step_size, order, criteria or recovery.")],
+    name: Annotated[
+        str, typer.Argument(help="table1, table2, iterations, step_size, order, code, criteria or recovery.")
+    ],
     recipes: Annotated[
         list[Path] | None, typer.Argument(help="What is varied; default: the demo's recipes for this study.")
     ] = None,
+    scale: Annotated[
+        Literal["demo"], typer.Option(help="Of the recipes that are varied where none is named.")
+    ] = "demo",
     out: Annotated[Path | None, typer.Option(help="Folder of the study; default: studies/NAME.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
     only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only these rows; see --dry-run.")] = None,

@@ -40,6 +40,7 @@ DEMO_RECIPES = {
     "table2": ("recovery",),
     "recovery": ("recovery",),
     "order": ("order",),
+    "code": (),
 }
 """Shipped recipes that a study varies at the demo's scale; the others vary ``default``."""
 
@@ -52,7 +53,10 @@ def demo_recipes(name: str) -> list[Path]:
     """
     if name not in STUDIES:
         raise ConfigError(f"study {name!r}: there are {', '.join(STUDIES)}")
-    return [RECIPES / f"{recipe}.yaml" for recipe in DEMO_RECIPES.get(name, ("default",))]
+    found = [RECIPES / f"{recipe}.yaml" for recipe in DEMO_RECIPES.get(name, ("default",))]
+    if not found:
+        raise ConfigError(f"study {name}: name a recipe; the test bed has no model that writes programs")
+    return found
 
 
 def prepare(

@@ -242,6 +242,17 @@ def criteria(config: RunConfig, shape: ModelShape) -> Study:
     return Study("criteria", "Which channels should go?", rows, rows[0].name)
 
 
+def code(config: RunConfig, shape: ModelShape) -> Study:
+    """The same for programs, judged by unit tests."""
+    if config.evaluation.judge != "reward" or config.reward.path is None:
+        raise ConfigError(
+            "study code: the recipe must judge programs by their unit tests (reward.path: code and "
+            "evaluation.judge: reward)"
+        )
+    question = "Is the loop better than other ways to the same size, for programs?"
+    return replace(table1(config, shape), name="code", question=question)
+
+
 def table2(config: RunConfig, shape: ModelShape) -> Study:
     """CPT, RL, and CPT followed by RL."""
     chosen = [entry for entry in config.recovery if entry.method in ("cpt", "grpo")]
@@ -276,7 +287,7 @@ def _needs_channels(config: RunConfig, study: str) -> None:
 
 
 STUDIES: dict[str, Callable[[RunConfig, ModelShape], Study]] = {
-    study.__name__: study for study in (table1, table2, iterations, step_size, order, criteria, recovery)
+    study.__name__: study for study in (table1, table2, iterations, step_size, order, code, criteria, recovery)
 }
 
 

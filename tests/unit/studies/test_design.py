@@ -14,7 +14,7 @@ from ptl_rl.studies.command import demo_recipes, prepare
 from ptl_rl.studies.design import STUDIES, design, shared_out, slicegpt_shape
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
 
-BY_NAME = [(name, recipe) for name in STUDIES for recipe in demo_recipes(name)]
+BY_NAME = [(name, recipe) for name in STUDIES if name != "code" for recipe in demo_recipes(name)]
 
 
 def designed(name, recipe, **changes):
@@ -104,6 +104,7 @@ def test_steps_are_shared_out_whole(total, weights):
         ("order", ["schedule.layers_total=0"], "must remove channels and blocks"),
         ("recovery", ["recovery=[{cpt: {steps: 4}}]"], "list the methods to compare"),
         ("table2", ["recovery=[{cpt: {steps: 4}}, {distill: {steps: 4}}]"], "must list cpt and grpo"),
+        ("code", [], "name a recipe; the test bed has no model that writes programs"),
         ("iterations", ["schedule={layers_total: 1}"], "must remove channels"),
         ("iterations", ["recovery=[{cpt: {steps: 1}}]"], "cannot be shared out"),
     ],
@@ -119,3 +120,11 @@ def test_several_recipes_have_a_folder_each(tmp_path):
     alone = prepare("table1", [demo_recipes("table1")[0]], ["data.test.rows=7"], tmp_path)
     assert [m.out for m in alone] == [tmp_path]
     assert alone[0].command.endswith("--set data.test.rows=7")
+
+
+def test_the_code_study_wants_a_recipe_that_runs_unit_tests(tmp_path):
+    recipe = demo_recipes("table1")[1]
+    with pytest.raises(ConfigError, match="must judge programs by their unit tests"):
+        prepare("code", [recipe], [], tmp_path)
+    made = prepare("code", [recipe], ["reward.path=code", "evaluation.judge=reward"], tmp_path)
+    assert made[0].study.name == "code" and made[0].study.reference == "ptl"
