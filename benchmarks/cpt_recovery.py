@@ -125,7 +125,7 @@ class Work:
             ray_address=self.address,
             stage_id=label,
             source=source,
-            original=self.model,
+            parent=self.model,
             out=work / "out",
             work=work / "work",
             progress=work / "progress",

@@ -27,7 +27,7 @@ def group_of(operator: str) -> str:
 
 
 def profile(folder: str, sequences: int, tokens: int) -> dict[str, float]:
-    """Microseconds per generated token, by group; ``outside operators`` is Python: scheduling, batching, detokenising."""
+    """Microseconds per generated token, by group; ``outside operators`` is Python: scheduling, batching, ..."""
     from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
 
     quieten_libraries()

@@ -52,6 +52,11 @@ class ModelConfig(Section):
     path: str = Field(
         "testbed", description="Hugging Face folder, hub id, or a shipped model: 'testbed', 'testbed:llama'."
     )
+    parent: str | None = Field(
+        None,
+        description="The unpruned model, where path is one that is cut already: what distillation and parent_kl learn "
+        "from. Default: path.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
@@ -189,7 +194,7 @@ class RunConfig(Section):
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
-        if ids and len(ids) != total:
+        if ids and len(ids) != total and not self.schedule.recover_only:
             raise ValueError(f"criterion.layer_ids names {len(ids)} blocks, but schedule.layers_total is {total}")
         self.data.check_prompts(train=any(isinstance(recovery, GrpoConfig) for recovery in self.all_recoveries))
         return self

@@ -36,8 +36,8 @@ class StageSpec(BaseModel):
     """Unique per start; every process of the stage carries it in the environment as PTL_STAGE_ID."""
     source: Path
     """Checkpoint folder to read."""
-    original: Path
-    """Folder of the model that the run started from."""
+    parent: Path
+    """Folder of the unpruned model, which recoveries may learn from."""
     out: Path
     """Empty folder to fill; renamed to its final name once the stage is verified."""
     work: Path

@@ -174,19 +174,24 @@ def study(
         designs = command.prepare(name, recipes or [], settings or [], out, only)
         for made in designs:
             console.print(command.design_table(made))
+        failed = []
         for made in designs if not dry_run else []:
             shown, progress = bar(console, "runs")
             try:
                 text = command.make(made, seeds, progress, lambda what: console.print(what, highlight=False))
+            except command.StudyFailed as error:
+                failed.append(str(error))  # of one recipe; another's runs do not depend on it
+                continue
             finally:
                 shown.stop()
             console.print(text, highlight=False, soft_wrap=True, markup=False)
             console.print(f"study: {made.out}", highlight=False, soft_wrap=True, markup=False)
     except (ConfigError, ValueError, OSError) as error:
         refuse(error)
-    except command.StudyFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept; the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
+    for failure in failed:
+        print(f"error: {failure}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)

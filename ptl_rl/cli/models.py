@@ -109,7 +109,11 @@ def slicegpt(
     alignment: Annotated[int, typer.Option(min=1, help="The stream keeps a multiple of this.")] = 8,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="data.*, calibration.*, prompt_suffix, dtype, seed."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="data.*, calibration.sequences, .max_tokens and .batch_size; prompt_suffix, dtype, seed.",
+        ),
     ] = None,
 ) -> None:
     """Baseline: a narrower residual stream by SliceGPT; no stock architecture, but recovered and evaluated here."""

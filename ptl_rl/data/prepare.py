@@ -35,6 +35,7 @@ REASONS = {
     "duplicate": "rows whose question came before",
     "contaminated": "rows that hold an evaluation question",
 }
+EVALUATION_SEED = 0
 EVALUATION_SETS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
@@ -60,9 +61,10 @@ def worked_solutions(config: RunConfig, progress: Progress = no_progress) -> Cor
 
 
 def evaluation_data(config: RunConfig, name: Literal["validation", "test"], progress: Progress = no_progress) -> Corpus:
-    """An evaluation set, as it is but for malformed rows and those without an answer."""
+    """An evaluation set, as it is but for malformed rows and those without an answer; the same whatever the run's seed,
+    for runs that are compared."""
     source: SourceConfig = getattr(config.data, name)
-    return load_corpus(source, config.seed, config.data.max_bad_fraction, answers=True, progress=progress)
+    return load_corpus(source, EVALUATION_SEED, config.data.max_bad_fraction, answers=True, progress=progress)
 
 
 @dataclass(frozen=True)

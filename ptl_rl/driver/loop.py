@@ -18,7 +18,7 @@ from pathlib import Path
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
-from ptl_rl.driver.preflight import check_model
+from ptl_rl.driver.preflight import check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession
 from ptl_rl.driver.run_folder import RunFolder
@@ -83,6 +83,7 @@ class Driver:
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
         self.original, self.shape = check_model(self.config)
+        self.parent = check_parent(self.config) or self.original
         self.reward_errors_noted = 0
 
     def run(self) -> State:
@@ -154,7 +155,7 @@ class Driver:
             ray_address=session.address,
             stage_id=f"{self.run_id}-{label}",
             source=source,
-            original=self.original,
+            parent=self.parent,
             out=folder.temporary(stage),
             work=folder.work(stage),
             progress=folder.logs / f"{label}.progress.jsonl",

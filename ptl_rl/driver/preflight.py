@@ -34,9 +34,24 @@ def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelSha
             _check_weights(model)
     except UnsupportedModelError as error:
         raise ConfigError(f"model.path: {error}") from None
+    if weights:
+        check_parent(config)
     _check_cycles(config)
     check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
     return model, shape
+
+
+def check_parent(config: RunConfig) -> Path | None:
+    """The folder of ``model.parent``; None if it is not set."""
+    if config.model.parent is None:
+        return None
+    parent = resolve_model(config.model.parent, setting="model.parent")
+    try:
+        read_shape(parent)
+        _check_weights(parent)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"model.parent: {error}") from None
+    return parent
 
 
 def _check_cycles(config: RunConfig) -> None:

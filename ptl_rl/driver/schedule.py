@@ -84,9 +84,12 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
 
 
 def halved(cut: Cut, alignment: int) -> list[Cut] | None:
-    """Two cuts in place of one, each a multiple of ``alignment``; None if the cut cannot be divided."""
+    """Two cuts in place of one, each a multiple of ``alignment``; None if the cut cannot be divided.
+
+    Of a cut of channels and blocks it does to divide one of them; what cannot be divided goes with the second.
+    """
     first = cut.channels // 2 // alignment * alignment
     layers = cut.layers // 2
-    if cut.is_empty or (cut.channels and not first) or (cut.layers and not layers):
+    if not first and not layers:
         return None
     return [Cut(first, layers, cut.planned), Cut(cut.channels - first, cut.layers - layers, cut.planned)]

@@ -57,7 +57,7 @@ class TaskResult:
     prompt_tokens: float
     tokens_per_answer: float
     seconds: float
-    """Of generation and of lm-eval's own metrics."""
+    """Of generation."""
     seconds_per_solved: float | None
     """None: no problem is solved."""
     lm_eval: dict[str, float]
@@ -86,6 +86,14 @@ def make_model(
         def __init__(self, **keywords: Any) -> None:
             super().__init__(**keywords)
             self._outputs: dict[tuple[int, ...], Any] = {}
+            self.generation_seconds = 0.0
+            self.prompts_are_rendered = False
+            """By a chat template, which writes every special token itself."""
+
+        def tok_encode(self, string, add_special_tokens=None, **options):
+            if self.prompts_are_rendered:
+                add_special_tokens = False
+            return super().tok_encode(string, add_special_tokens, **options)
 
         def _model_generate(self, requests, generate=False, sampling_params=None):
             outputs = super()._model_generate(requests, generate, sampling_params)
@@ -95,7 +103,10 @@ def make_model(
 
         def generate_until(self, requests, disable_tqdm=False):
             self._outputs = {}
-            return super().generate_until(requests, disable_tqdm=True)  # vLLM's own bar, below it, has the same
+            started = time.monotonic()
+            texts = super().generate_until(requests, disable_tqdm=True)  # vLLM's own bar, below it, has the same
+            self.generation_seconds = time.monotonic() - started
+            return texts
 
         def generation_of(self, prompt: str) -> tuple[Generation, bool]:
             """Of a prompt of the last call, and whether it lost its beginning."""
@@ -130,7 +141,7 @@ def run_task(
     """Generate and judge the answers to ``documents``.
 
     Args:
-        model: of :func:`make_model`, or any lm-eval model with its ``generation_of``.
+        model: of :func:`make_model`, or any lm-eval model with what that one adds.
         prompt: text that a zero-shot question is put in.
         judged: called with answers judged and answers to judge.
     """
@@ -139,11 +150,11 @@ def run_task(
 
     config = lm_eval_config(task, list(documents), prompt, max_tokens)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    started = time.monotonic()
+    model.prompts_are_rendered = not task.definition and bool(model.tokenizer.chat_template)
     found = evaluator.evaluate(
         model, {"tasks": {task.name: ConfigurableTask(config=config)}}, bootstrap_iters=0, log_samples=True
     )
-    seconds = time.monotonic() - started
+    seconds = model.generation_seconds
     assert found is not None  # only other ranks get nothing
     samples = {sample["doc_id"]: sample for sample in found["samples"][task.name]}  # one of each filter
     rows = []

@@ -147,7 +147,7 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
         "enabled": True,
         "n_gpus_per_node": recovery.teacher_workers_per_node,
         "nnodes": config.resources.nodes,
-        f"{teacher}.model_path": str(spec.original),
+        f"{teacher}.model_path": str(spec.parent),
         f"{teacher}.inference.dtype": config.model.dtype,
         f"{teacher}.inference.tensor_model_parallel_size": recovery.teacher_tensor_parallel_size,
         f"{teacher}.inference.gpu_memory_utilization": 0.8,

@@ -16,7 +16,7 @@ from ptl_rl.families import ModelShape
 from ptl_rl.recipe import load_config
 from ptl_rl.studies import results
 from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
-from ptl_rl.studies.runner import StudyFailed, make_runs, save_study
+from ptl_rl.studies.runner import StudyFailed, check_folder, make_runs, save_study
 
 __all__ = ["Made", "StudyFailed", "design_table", "make", "prepare"]
 
@@ -28,6 +28,9 @@ class Made:
     """A study that can be made."""
 
     study: Study
+    """The rows that are to be made."""
+    whole: Study
+    """All rows, which results are written of."""
     config: RunConfig
     shape: ModelShape
     out: Path
@@ -80,10 +83,11 @@ def prepare(
         _, shape = check_model(config)
         words = ["ptl", "study", name, *map(str, recipes)]
         words += [word for setting in settings for word in ("--set", setting)]
-        words += [word for row in only or [] for word in ("--only", row)]
         own = folder / recipe.stem if len(chosen) > 1 else folder
-        study = _only(design(name, config, shape), only)
-        found.append(Made(study, config, shape, own, shlex.join(words)))
+        whole = design(name, config, shape)
+        found.append(Made(_only(whole, only), whole, config, shape, own, shlex.join(words)))
+    if len({made.out for made in found}) < len(found):
+        raise ConfigError("two recipes of one file name would share a folder; rename one of them")
     return found
 
 
@@ -123,20 +127,20 @@ def make(
         ConfigError: its folder holds runs of another design.
         StudyFailed: runs failed.
     """
-    command = f"{made.command} --seeds {seeds}"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    save_study(made.study, made.out, seeds)
+    check_folder(made.whole, made.out, seeds)
+    save_study(made.whole, made.out)
 
     def told(done: int, total: int, name: str) -> None:
         progress(done, total)
         if done:
-            results.write(made.study, made.out, seeds, command)
+            results.write(made.whole, made.out, made.shape, made.command)
         if name:
             say(f"run {done + 1} of {total}: {name}")
 
     make_runs(made.study, made.out, seeds, progress=told)
-    text = results.write(made.study, made.out, seeds, command)
+    text = results.write(made.whole, made.out, made.shape, made.command)
     if text is None:
         raise StudyFailed(f"{made.out}: no run of this study is finished")
     return text

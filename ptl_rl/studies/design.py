@@ -1,7 +1,8 @@
 """Which runs a study consists of: pure functions from a recipe to its variations.
 
-All rows of a study have the same data, the same recovery steps in all and the same number of recoveries; where rows
-are cut by other means, they are cut to the nearest number of parameters that these means can give.
+All rows of a study have the same data, the same recovery steps and, in all cycles together, the same number of
+calibration sequences; where rows are cut by other means, they are cut to the nearest number of parameters that these
+means can give.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Row:
         """The configuration of one run."""
         values = deepcopy(self.values) | {"seed": seed, "name": f"{self.name}-seed{seed}"}
         if model is not None:
-            values["model"] = values["model"] | {"path": model}
+            values["model"] = values["model"] | {"path": model, "parent": values["model"]["path"]}
         return parse_config(values, f"study row {self.name}")
 
 
@@ -50,10 +51,13 @@ class Study:
 
 
 def _values(config: RunConfig) -> Values:
+    if config.recovery_of_cycle:
+        raise ConfigError(
+            "a study gives every row the same recovery, but the recipe has recovery_of_cycle; leave it out"
+        )
     values = config.model_dump(mode="json")
     # A comparison on equal steps: the gate may judge, and may not act.
     values["gate"] = values["gate"] | {"max_extensions": 0, "max_retries": 0, "on_failure": "continue"}
-    values["recovery_of_cycle"] = {}
     return values
 
 
@@ -147,6 +151,7 @@ def table1(config: RunConfig, shape: ModelShape) -> Study:
                 _criterion(
                     _schedule(once, layers_total=gone, layers_per_cycle=gone), layers="cosine", compensate="none"
                 ),
+                sequences=all_sequences,
                 token_weights="uniform",
             ),
         ),
@@ -158,7 +163,7 @@ def table1(config: RunConfig, shape: ModelShape) -> Study:
             Row(
                 "slicegpt",
                 f"SliceGPT ({size} of {shape.hidden_size} units)",
-                _schedule(once, recover_only=True),
+                _calibration(_schedule(once, recover_only=True), sequences=all_sequences),
                 slicegpt_size=size,
             )
         )
@@ -187,18 +192,20 @@ def iterations(config: RunConfig, shape: ModelShape) -> Study:
     values, total = _values(config), config.schedule.channels_sum
     _needs_channels(config, "iterations")
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
+    all_sequences = config.calibration.sequences * len(planned_cuts(config.schedule))
     rows = []
     for count in (1, 2, 4, 8):
         if total // alignment < count:
             continue
         widths = [alignment * part for part in shared_out(total // alignment, [1.0] * count)]
         cut = _schedule(_with_steps(values, config, [1.0] * count), channels_per_cycle=widths)
+        cut = _calibration(cut, sequences=max(1, all_sequences // count))
         rows.append(Row(f"cuts-{count}", f"{count} cut{'s' * (count > 1)}", cut))
     return Study("iterations", "Do more, smaller cuts keep more?", rows, rows[0].name)
 
 
 def step_size(config: RunConfig, shape: ModelShape) -> Study:
-    """A cut of a given size, then as many steps as there are for one of the recipe's cycles: how large may it be?"""
+    """One cut of a given size, then all of the recipe's steps: how large may it be?"""
     _needs_channels(config, "step_size")
     values, width = _values(config), shape.intermediate_size
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
@@ -223,10 +230,12 @@ def order(config: RunConfig, shape: ModelShape) -> Study:
         "together": "in the same cuts",
     }
     values, rows = _values(config), []
+    all_sequences = config.calibration.sequences * len(planned_cuts(config.schedule))
     for name, label in labels.items():
         changed = values | {"schedule": values["schedule"] | {"order": name}}
         count = len(planned_cuts(parse_config(changed).schedule))
-        rows.append(Row(name.replace("_", "-"), label, _with_steps(changed, config, [1.0] * count)))
+        made = _with_steps(changed, config, [1.0] * count)
+        rows.append(Row(name.replace("_", "-"), label, _calibration(made, sequences=max(1, all_sequences // count))))
     return Study("order", "In which order should channels and blocks go?", rows, rows[0].name)
 
 
@@ -265,7 +274,7 @@ def table2(config: RunConfig, shape: ModelShape) -> Study:
 def recovery(config: RunConfig, shape: ModelShape) -> Study:
     """Every recovery that the recipe lists, alone, and CPT followed by GRPO if it lists both."""
     methods = [entry.method for entry in config.recovery]
-    if len(set(methods)) < 2:
+    if len(set(methods)) < 2 or len(set(methods)) < len(methods):
         raise ConfigError(f"study recovery: the recipe's recovery is {methods}; list the methods to compare, each once")
     values, rows = _values(config), []
     for entry in values["recovery"]:

@@ -1,14 +1,16 @@
 """What came of a study's runs: a table, a figure and a paragraph of plain statements."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.config import ConfigError
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.evaluation.intervals import Paired, accuracy_interval, paired
+from ptl_rl.families import ModelShape
 from ptl_rl.studies.design import Row, Study
-from ptl_rl.studies.runner import StudyRun, runs_of
+from ptl_rl.studies.runner import StudyRun, runs_found
 
 RESULTS, TABLE, FIGURE, TEXT = "results.json", "table.md", "figure.png", "README.md"
 
@@ -18,14 +20,14 @@ class Line:
     """One row with its seeds put together. Accuracies are means over seeds."""
 
     row: Row
+    seeds: list[int]
+    """Whose runs are finished."""
     accuracies: list[float]
     """Of each seed's final model."""
     mean: float
     low: float
     high: float
     """95 % bootstrap interval of the mean over the test problems; a problem's result is its mean over seeds."""
-    original: float
-    """Of the model that the study starts from."""
     parameters: int
     flops_per_token: int
     tokens_per_answer: float
@@ -33,7 +35,9 @@ class Line:
     seconds: float
     """Of a run, on average."""
     against: Paired | None = None
-    """With the study's reference row as the first."""
+    """With the study's reference row as the first, on the seeds that both have."""
+    adjusted_p: float | None = None
+    """Its p-value, adjusted for the study's number of comparisons (Holm)."""
 
 
 @dataclass(frozen=True)
@@ -69,61 +73,83 @@ def _correct(folder: Path, entry: Entry) -> dict[str, float]:
     return dict(zip(table["id"].to_pylist(), table["correct"].to_pylist(), strict=True))
 
 
-def original_metrics(study: Study, out: Path, seeds: int) -> dict[str, Any] | None:
-    """Of the study's own model before anything was done to it; None before any run has measured it."""
-    runs = runs_of(study, out, seeds)
-    # A run of a model that was cut before it began measures that; it serves only where there is no other.
-    for run in sorted(runs, key=lambda run: run.row.slicegpt_size is not None):
-        for entry in Journal(run.folder / "journal.jsonl").entries():
-            if entry.stage == "evaluate" and entry.cycle == 0:
-                return entry.metrics
+def original_metrics(study: Study, out: Path) -> dict[str, Any] | None:
+    """Of the study's own model before anything was done to it; None before a run has measured it.
+
+    A run of a model that was cut before it began measures another one.
+    """
+    for row in study.rows:
+        for run in runs_found(row, out) if row.slicegpt_size is None else []:
+            for entry in Journal(run.folder / "journal.jsonl").entries():
+                if entry.stage == "evaluate" and entry.cycle == 0:
+                    return entry.metrics
     return None
 
 
-def collect(study: Study, out: Path, seeds: int) -> list[Line]:
-    """A line per row of which at least one run is finished; compared where both rows have the same seeds."""
-    found: dict[str, dict[int, _Final]] = {row.name: {} for row in study.rows}
-    for run in runs_of(study, out, seeds):
-        if final := _final(run):
-            found[run.row.name][run.seed] = final
-    original = original_metrics(study, out, seeds)
-    reference = found.get(study.reference, {})
+def collect(study: Study, out: Path) -> list[Line]:
+    """A line per row of which at least one run is finished.
+
+    Raises:
+        ConfigError: runs of one row were evaluated on different problems.
+    """
+    found: dict[str, dict[int, _Final]] = {}
+    for row in study.rows:
+        finals = {run.seed: final for run in runs_found(row, out) if (final := _final(run))}
+        if finals:
+            found[row.name] = finals
     lines = []
     for row in study.rows:
-        finals = found[row.name]
-        if not finals or original is None:
-            continue
-        means = _means(finals)
-        low, high = accuracy_interval(list(means.values()))
-        against = None
-        if row.name != study.reference and reference and reference.keys() == finals.keys():
-            others = _means(reference)
-            shared = [name for name in others if name in means]
-            against = paired([others[name] for name in shared], [means[name] for name in shared])
-        metrics = [final.metrics for final in finals.values()]
-        lines.append(
-            Line(
-                row=row,
-                accuracies=[m["accuracy"] for m in metrics],
-                mean=sum(m["accuracy"] for m in metrics) / len(metrics),
-                low=low,
-                high=high,
-                original=original["accuracy"],
-                parameters=metrics[0]["parameters"],
-                flops_per_token=metrics[0]["flops_per_token"],
-                tokens_per_answer=sum(m["tokens_per_answer"] for m in metrics) / len(metrics),
-                steps=next(iter(finals.values())).steps,
-                seconds=sum(final.seconds for final in finals.values()) / len(finals),
-                against=against,
-            )
-        )
-    return lines
+        if row.name in found:
+            finals = found[row.name]
+            reference = found.get(study.reference, {}) if row.name != study.reference else {}
+            lines.append(_line(row, finals, reference, out))
+    return _adjusted(lines)
 
 
-def _means(finals: dict[int, _Final]) -> dict[str, float]:
+def _line(row: Row, finals: dict[int, _Final], reference: dict[int, _Final], out: Path) -> Line:
+    correct = _means(finals, row, out)
+    low, high = accuracy_interval(list(correct.values()))
+    shared = sorted(finals.keys() & reference.keys())
+    against = None
+    if shared:
+        first = _means({seed: reference[seed] for seed in shared}, row, out)
+        second = _means({seed: finals[seed] for seed in shared}, row, out)
+        if first.keys() == second.keys():
+            against = paired(list(first.values()), [second[name] for name in first])
+    metrics = [final.metrics for final in finals.values()]
+    return Line(
+        row=row,
+        seeds=sorted(finals),
+        accuracies=[m["accuracy"] for m in metrics],
+        mean=sum(correct.values()) / len(correct),
+        low=low,
+        high=high,
+        parameters=metrics[0]["parameters"],
+        flops_per_token=metrics[0]["flops_per_token"],
+        tokens_per_answer=sum(m["tokens_per_answer"] for m in metrics) / len(metrics),
+        steps=next(iter(finals.values())).steps,
+        seconds=sum(final.seconds for final in finals.values()) / len(finals),
+        against=against,
+    )
+
+
+def _means(finals: dict[int, _Final], row: Row, out: Path) -> dict[str, float]:
     """Every test problem's result, averaged over seeds."""
-    problems = set.intersection(*(set(final.correct) for final in finals.values()))
-    return {name: sum(final.correct[name] for final in finals.values()) / len(finals) for name in sorted(problems)}
+    problems = [set(final.correct) for final in finals.values()]
+    if any(other != problems[0] for other in problems):
+        raise ConfigError(f"{out}: the runs of {row.name} were evaluated on different problems; make them anew")
+    return {name: sum(final.correct[name] for final in finals.values()) / len(finals) for name in sorted(problems[0])}
+
+
+def _adjusted(lines: list[Line]) -> list[Line]:
+    """With Holm's p-values: of k comparisons, the i-th smallest times k - i + 1, and none smaller than one before."""
+    compared = sorted((line.against.p_value, place) for place, line in enumerate(lines) if line.against)
+    largest = 0.0
+    adjusted: dict[int, float] = {}
+    for rank, (p_value, place) in enumerate(compared):
+        largest = max(largest, min(1.0, p_value * (len(compared) - rank)))
+        adjusted[place] = largest
+    return [replace(line, adjusted_p=adjusted.get(place)) for place, line in enumerate(lines)]
 
 
 HEADINGS = (
@@ -141,21 +167,22 @@ HEADINGS = (
 )
 
 
-def cells(line: Line, original: dict[str, Any], reference: str) -> list[str]:
+def cells(line: Line, shape: ModelShape, original: dict[str, Any] | None, reference: str) -> list[str]:
     """A line as text, in the order of :data:`HEADINGS`."""
     if line.row.name == reference:
         against = "reference"
     elif line.against is None:
         against = ""
     else:
-        against = f"{100 * line.against.difference:+.1f} points (p = {line.against.p_value:.2g})"
+        against = f"{100 * line.against.difference:+.1f} points (p = {line.adjusted_p:.2g})"
+    start = original["accuracy"] if original else 0.0
     return [
         line.row.label,
-        f"{line.parameters:,} ({line.parameters / original['parameters']:.0%})",
-        f"{line.flops_per_token / original['flops_per_token']:.0%}",
+        f"{line.parameters:,} ({line.parameters / shape.parameters:.0%})",
+        f"{line.flops_per_token / shape.flops_per_token():.0%}",
         f"{line.mean:.1%}",
         f"{line.low:.1%}-{line.high:.1%}",
-        f"{line.mean / line.original:.3f}" if line.original else "",
+        f"{line.mean / start:.3f}" if start else "",
         " / ".join(f"{100 * value:.1f}" for value in line.accuracies),
         against,
         f"{line.tokens_per_answer:.1f}",
@@ -164,34 +191,47 @@ def cells(line: Line, original: dict[str, Any], reference: str) -> list[str]:
     ]
 
 
-def markdown(lines: list[Line], original: dict[str, Any], reference: str) -> str:
+def markdown(lines: list[Line], shape: ModelShape, original: dict[str, Any] | None, reference: str) -> str:
     """The table."""
     text = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    text += ["| " + " | ".join(cells(line, original, reference)) + " |" for line in lines]
+    text += ["| " + " | ".join(cells(line, shape, original, reference)) + " |" for line in lines]
     return "\n".join(text) + "\n"
 
 
-def paragraph(study: Study, lines: list[Line], original: dict[str, Any], seeds: int) -> str:
+def paragraph(study: Study, lines: list[Line], original: dict[str, Any] | None) -> str:
     """What was measured, in sentences that follow from the numbers alone."""
-    best = max(lines, key=lambda line: line.mean)
+    most = max(len(line.seeds) for line in lines)
+    whole = [line for line in lines if len(line.seeds) == most]
+    best = max(whole, key=lambda line: line.mean)
+    start = (
+        f" The original solves {original['accuracy']:.1%} of {original['problems']} test problems." if original else ""
+    )
     said = [
-        f"{study.question} {seeds} seeds, {original['problems']} test problems; the original solves "
-        f"{original['accuracy']:.1%}. The highest mean is that of {best.row.label} with {best.mean:.1%} "
-        f"({best.low:.1%} to {best.high:.1%})."
+        f"{study.question}{start} Of the {len(whole)} rows with {most} {'seeds' if most > 1 else 'seed'}, the highest "
+        f"mean is that of {best.row.label} with {best.mean:.1%} ({best.low:.1%} to {best.high:.1%})."
     ]
+    few = [f"{line.row.label} ({len(line.seeds)})" for line in lines if len(line.seeds) < most]
+    if few:
+        said.append(f"Rows with fewer finished seeds: {'; '.join(few)}.")
     reference = next((line for line in lines if line.row.name == study.reference), None)
     if reference is not None:
-        clear = [line for line in lines if line.against and line.against.p_value < 0.05]
-        better = [line.row.label for line in clear if line.against and line.against.difference > 0]
-        worse = [line.row.label for line in clear if line.against and line.against.difference < 0]
-        level = [line.row.label for line in lines if line.against and line.against.p_value >= 0.05]
-        for names, what in ((better, "better than"), (worse, "worse than"), (level, "not told apart from")):
+        groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+        for line in lines:
+            if line.against is not None and line.adjusted_p is not None:
+                clear = "better than" if line.against.difference > 0 else "worse than"
+                groups[clear if line.adjusted_p < 0.05 else "not told apart from"].append(line.row.label)
+        for what, names in groups.items():
             if names:
-                said.append(f"{'; '.join(names)}: {what} {reference.row.label} (paired over problems, 5 % level).")
+                said.append(f"{'; '.join(names)}: {what} {reference.row.label}.")
+        if any(groups.values()):
+            said.append(
+                "Comparisons are paired over problems, adjusted for their number (Holm, 5 % level), and hold for the "
+                "models that these seeds made: how much a method differs from seed to seed, the column of seeds shows."
+            )
     return " ".join(said + [f"Note: {note}." for note in study.notes])
 
 
-def plot(study: Study, lines: list[Line], original: dict[str, Any], path: Path) -> None:
+def plot(study: Study, lines: list[Line], shape: ModelShape, original: dict[str, Any] | None, path: Path) -> None:
     """Accuracy with its interval for every row, and each seed's."""
     import matplotlib
 
@@ -200,46 +240,46 @@ def plot(study: Study, lines: list[Line], original: dict[str, Any], path: Path) 
 
     figure = Figure(figsize=(8, 0.55 * len(lines) + 1.6), layout="constrained")
     axis = figure.add_subplot()
-    places = range(len(lines))
-    for place, line in zip(places, lines, strict=True):
+    for place, line in enumerate(lines):
         colour = "#1f4e8c" if line.row.name == study.reference else "#7a8699"
-        # The mean over seeds may leave the interval of problems that all seeds share; then it has no arm on that side.
         arms = [[max(0.0, line.mean - line.low)], [max(0.0, line.high - line.mean)]]
-        axis.errorbar([line.mean], [place], xerr=arms, fmt="o", color=colour, capsize=4)
+        axis.errorbar(
+            [line.mean],
+            [place],
+            xerr=arms,
+            fmt="o",
+            color=colour,
+            capsize=4,
+        )
         axis.plot(line.accuracies, [place] * len(line.accuracies), "|", color=colour, alpha=0.6, markersize=9)
-    axis.axvline(original["accuracy"], color="#c44e52", linestyle="--", linewidth=1, label="original")
-    axis.set_yticks(
-        list(places),
-        [f"{line.row.label}\n{line.parameters / original['parameters']:.0%} of parameters" for line in lines],
-    )
+    if original:
+        axis.axvline(original["accuracy"], color="#c44e52", linestyle="--", linewidth=1, label="original")
+        axis.legend(loc="lower left", fontsize=8)
+    labels = [f"{line.row.label}\n{line.parameters / shape.parameters:.0%} of parameters" for line in lines]
+    axis.set_yticks(range(len(lines)), labels)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel("greedy accuracy: mean, 95 % interval, and every seed")
     axis.set_title(study.question, fontsize=10)
-    axis.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=140)
 
 
-def write(study: Study, out: Path, seeds: int, command: str) -> str | None:
-    """Write table, figure and text of what is finished so far; returns the text, None if nothing is.
+def write(study: Study, out: Path, shape: ModelShape, command: str) -> str | None:
+    """Write table, figure and text of all that is finished so far; returns the text, None if nothing is.
 
     Args:
+        shape: of the model that the study starts from.
         command: that makes this study, for its reader.
     """
-    lines, original = collect(study, out, seeds), original_metrics(study, out, seeds)
-    if not lines or original is None:
+    lines, original = collect(study, out), original_metrics(study, out)
+    if not lines:
         return None
-    table = markdown(lines, original, study.reference)
-    text = f"# Study: {study.name}\n`{command}`\n\n{paragraph(study, lines, original, seeds)}\n\n{table}\n"
+    table = markdown(lines, shape, original, study.reference)
+    text = f"# Study: {study.name}\n`{command}`\n\n{paragraph(study, lines, original)}\n\n{table}\n"
     (out / TABLE).write_text(table)
     (out / TEXT).write_text(text + f"![{study.question}]({FIGURE})\n")
-    plot(study, lines, original, out / FIGURE)
-    content = {
-        "study": study.name,
-        "command": command,
-        "original": original,
-        "rows": [_json(line) for line in lines],
-    }
+    plot(study, lines, shape, original, out / FIGURE)
+    content = {"study": study.name, "command": command, "original": original, "rows": [_json(line) for line in lines]}
     (out / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
     return text
 

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl_rl.config import ConfigError, RunConfig, ScoreConfig
+from ptl_rl.baselines.slicegpt import NOTE
+from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.state import fold, next_stage
 from ptl_rl.recipe import read_saved_config, save_config
 from ptl_rl.studies.design import Row, Study
+from ptl_rl.studies.slicegpt_model import MADE_FROM, made_from
 
-MODELS, RUNS, LOGS = "models", "runs", "logs"
+MODELS, RUNS, LOGS, STUDY = "models", "runs", "logs", "study.json"
 
 
 class StudyFailed(RuntimeError):
@@ -34,6 +36,14 @@ class StudyRun:
     def name(self) -> str:
         return f"{self.row.name}-seed{self.seed}"
 
+    def model_folder(self, out: Path) -> Path:
+        """Of the model that a SliceGPT row starts from."""
+        return out.resolve() / MODELS / self.name
+
+    def config(self, out: Path) -> RunConfig:
+        """The run's whole configuration."""
+        return self.row.config(self.seed, str(self.model_folder(out)) if self.row.slicegpt_size else None)
+
     @property
     def is_finished(self) -> bool:
         """Nothing is left to do, by the run's own journal."""
@@ -48,21 +58,42 @@ def runs_of(study: Study, out: Path, seeds: int) -> list[StudyRun]:
     return [StudyRun(row, seed, out / RUNS / f"{row.name}-seed{seed}") for seed in range(seeds) for row in study.rows]
 
 
+def runs_found(row: Row, out: Path) -> list[StudyRun]:
+    """The runs of a row that a folder holds, by seed, whoever asked for them."""
+    found = []
+    for folder in (out / RUNS).glob(f"{row.name}-seed*"):
+        seed = folder.name.removeprefix(f"{row.name}-seed")
+        if seed.isdecimal():
+            found.append(StudyRun(row, int(seed), folder))
+    return sorted(found, key=lambda run: run.seed)
+
+
 def check_folder(study: Study, out: Path, seeds: int) -> None:
-    """Raise :class:`ConfigError` if ``out`` holds runs of another design."""
+    """Raise :class:`ConfigError` if ``out`` holds another study, or runs or models of another design."""
+    saved = out / STUDY
+    if saved.exists():
+        try:
+            name = json.loads(saved.read_text())["study"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{saved}: cannot be read ({error}); name another --out") from None
+        if name != study.name:
+            raise ConfigError(f"{out}: holds the study {name}; name another --out")
     for run in runs_of(study, out, seeds):
-        if not (run.folder / "config.json").exists():
-            continue
-        found, wanted = read_saved_config(run.folder / "config.json"), run.row.config(run.seed)
-        differing = [
-            name
-            for name in RunConfig.model_fields
-            if getattr(found, name) != getattr(wanted, name) and not (name == "model" and run.row.slicegpt_size)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{run.folder}: was made with another {', '.join(differing)}; name another --out, or remove that run"
-            )
+        if (run.folder / "config.json").exists():
+            found, wanted = read_saved_config(run.folder / "config.json"), run.config(out)
+            differing = [name for name in RunConfig.model_fields if getattr(found, name) != getattr(wanted, name)]
+            if differing:
+                raise ConfigError(
+                    f"{run.folder}: was made with another {', '.join(differing)}; name another --out, or remove it"
+                )
+        note = run.model_folder(out) / NOTE
+        if run.row.slicegpt_size and note.exists():
+            found_note = json.loads(note.read_text()).get(MADE_FROM)
+            if found_note != made_from(run.row.config(run.seed), run.row.slicegpt_size):
+                raise ConfigError(
+                    f"{note.parent}: was made of another model, size or calibration; name another --out, or remove it "
+                    f"and {run.folder}"
+                )
 
 
 def make_runs(
@@ -74,11 +105,9 @@ def make_runs(
         progress: called with runs done, runs in all, and the name of the one that begins.
 
     Raises:
-        ConfigError: ``out`` holds runs of another design.
         StudyFailed: once the others are made, naming those that failed.
         KeyboardInterrupt: as it came; every run can go on.
     """
-    check_folder(study, out, seeds)
     runs = runs_of(study, out, seeds)
     (out / LOGS).mkdir(parents=True, exist_ok=True)
     failed = []
@@ -94,20 +123,25 @@ def make_runs(
 
 
 def _make(run: StudyRun, out: Path) -> int:
-    """Start or continue one run in a process of its own; returns its exit status."""
-    log = out / LOGS / f"{run.name}.log"
-    command = [sys.executable, "-m", "ptl_rl.cli"]
+    """Start or continue one run, in a process of its own; returns its exit status."""
+    recipe = out / LOGS / f"{run.name}.json"
+    if run.row.slicegpt_size and not run.model_folder(out).exists():
+        save_config(run.row.config(run.seed), recipe)
+        size = str(run.row.slicegpt_size)
+        module = ["ptl_rl.studies.slicegpt_model", str(recipe), str(run.model_folder(out)), size]
+        run.model_folder(out).parent.mkdir(parents=True, exist_ok=True)
+        if status := _python(module, out / LOGS / f"{run.name}.log"):
+            return status
     if (run.folder / "config.json").exists():
-        command += ["resume", str(run.folder)]
+        module = ["ptl_rl.cli", "resume", str(run.folder)]
     else:
-        try:
-            model = _slicegpt_model(run, out) if run.row.slicegpt_size else None
-        except ConfigError as error:
-            log.write_text(f"error: {error}\n")
-            return 2
-        recipe = out / LOGS / f"{run.name}.json"
-        save_config(run.row.config(run.seed, model), recipe)
-        command += ["run", str(recipe), "--run-dir", str(run.folder)]
+        save_config(run.config(out), recipe)
+        module = ["ptl_rl.cli", "run", str(recipe), "--run-dir", str(run.folder)]
+    return _python(module, out / LOGS / f"{run.name}.log")
+
+
+def _python(module: list[str], log: Path) -> int:
+    command = [sys.executable, "-m", *module]
     with log.open("a") as output, _ending_with_us(subprocess.Popen(command, stdout=output, stderr=output)) as process:
         return process.wait()
 
@@ -124,39 +158,9 @@ def _ending_with_us(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.
         raise
 
 
-def _slicegpt_model(run: StudyRun, out: Path) -> str:
-    """The folder of the sliced model that the run starts from, made on the run's own calibration sequences."""
-    folder = out / MODELS / run.name
-    if not folder.exists():
-        from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
-
-        config = run.row.config(run.seed)
-        source = config.data.corpus_sources[0]
-        settings = ScoreConfig(
-            data=source,
-            prompt_suffix=config.data.prompt_suffix,
-            max_bad_fraction=config.data.max_bad_fraction,
-            dtype=config.model.dtype,
-            calibration=config.calibration.model_copy(update={"source": "corpus", "token_weights": "uniform"}),
-            seed=run.seed,
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        slice_with_slicegpt(config.model.path, folder, settings, remove=_removed(run))
-    return str(folder.resolve())
-
-
-def _removed(run: StudyRun) -> str:
-    from ptl_rl.families import read_shape
-    from ptl_rl.models import resolve_model
-
-    assert run.row.slicegpt_size is not None
-    shape = read_shape(resolve_model(run.row.config(run.seed).model.path, weights=False))
-    return str(shape.hidden_size - run.row.slicegpt_size)
-
-
-def save_study(study: Study, out: Path, seeds: int) -> None:
+def save_study(study: Study, out: Path) -> None:
     """``study.json``: what was asked, for whoever finds the folder."""
     rows = [{"name": row.name, "label": row.label} for row in study.rows]
-    content = {"study": study.name, "question": study.question, "rows": rows, "seeds": seeds, "notes": study.notes}
+    content = {"study": study.name, "question": study.question, "rows": rows, "notes": study.notes}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "study.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / STUDY).write_text(json.dumps(content, indent=2) + "\n")

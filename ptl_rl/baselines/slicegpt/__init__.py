@@ -9,6 +9,8 @@ transformers, :mod:`.vllm_model` for vLLM.
 
 MODEL_TYPE = "slicegpt_llama"
 ARCHITECTURE = "SliceGptLlamaForCausalLM"
+NOTE = "slicegpt.json"
+"""In a sliced folder: what it was made of."""
 
 
 def register() -> None:

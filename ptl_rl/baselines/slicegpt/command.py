@@ -5,24 +5,25 @@ vLLM and verl load it where this project is installed, transformers after :func:
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from ptl_rl.baselines.slicegpt import NOTE
 from ptl_rl.baselines.slicegpt.rotate import Basis, SliceGptError, check, slice_stream
-from ptl_rl.config import ConfigError, ScoreConfig
+from ptl_rl.config import CalibrationConfig, ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.encoding import encode_sequences
+from ptl_rl.data.records import Record
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.texts import texts_of
-
-NOTE = "slicegpt.json"
 
 
 @dataclass(frozen=True)
@@ -66,24 +67,66 @@ def slice_with_slicegpt(
     Raises:
         ConfigError: a model, data set or amount that cannot be used.
     """
+    try:
+        width = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL")).hidden_size
+        hidden_size = sliced_size(remove, width, alignment)
+        records = load_corpus(config.data, config.seed, config.max_bad_fraction)
+    except (UnsupportedModelError, DataError) as error:
+        raise ConfigError(str(error)) from None
+    return slice_records(
+        model,
+        out,
+        records,
+        config.calibration,
+        hidden_size=hidden_size,
+        dtype=config.dtype,
+        prompt_suffix=config.prompt_suffix,
+        basis=basis,
+        progress=progress,
+    )
+
+
+def slice_records(
+    model: str,
+    out: Path,
+    records: Sequence[Record],
+    calibration: CalibrationConfig,
+    *,
+    hidden_size: int,
+    dtype: str,
+    prompt_suffix: str = "",
+    basis: Basis | None = None,
+    note: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sliced:
+    """The same on records that are read already.
+
+    Args:
+        calibration: its sequences, max_tokens and batch_size.
+        dtype: of the forward passes; the result has the checkpoint's own.
+        note: goes into the folder's ``slicegpt.json``.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder")
     try:
         folder = resolve_model(model, setting="MODEL")
         shape = read_prunable_shape(folder)
-        hidden_size = sliced_size(remove, shape.hidden_size, alignment)
-        records = load_corpus(config.data, config.seed, config.max_bad_fraction)
-        texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
+        check(AutoConfig.from_pretrained(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = load_model(folder, getattr(torch, config.dtype))
-        check(loaded.config)
-    except (UnsupportedModelError, DataError, SliceGptError) as error:
+        loaded = load_model(folder, getattr(torch, dtype))
+    except (UnsupportedModelError, SliceGptError) as error:
         raise ConfigError(str(error)) from None
-    sequences = encode_sequences(tokenizer, texts.questions, texts.solutions, config.calibration.max_tokens)
+    texts = texts_of(records[: calibration.sequences], prompt_suffix)
+    sequences = encode_sequences(tokenizer, texts.questions, texts.solutions, calibration.max_tokens)
     device = next(loaded.parameters()).device
+    padding = tokenizer.pad_token_id or 0
     batches = [
-        batch._replace(ids_BT=batch.ids_BT.to(device), mask_BT=batch.mask_BT.to(device))
-        for batch in batches_for_rank(sequences, config.calibration.batch_size, 0, 1, tokenizer.pad_token_id or 0, 1.0)
+        batch._replace(
+            ids_BT=batch.ids_BT.to(device),
+            mask_BT=batch.mask_BT.to(device),
+            is_sequence_B=batch.is_sequence_B.to(device),
+        )
+        for batch in batches_for_rank(sequences, calibration.batch_size, 0, 1, padding, 1.0)
     ]
     sliced = slice_stream(loaded, batches, hidden_size, basis=basis, progress=progress)
     partial = out.with_name(out.name + ".partial")
@@ -91,8 +134,8 @@ def slice_with_slicegpt(
     sliced.to(getattr(torch, read_dtype(folder))).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     made = Sliced(hidden_size, shape.hidden_size, read_shape(partial).parameters, shape.parameters)
-    note = {"source": str(folder), "hidden_size": hidden_size, "source_hidden_size": shape.hidden_size}
-    (partial / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    facts = {"source": str(folder), "hidden_size": hidden_size, "source_hidden_size": shape.hidden_size}
+    (partial / NOTE).write_text(json.dumps({**facts, **(note or {})}, indent=2) + "\n")
     if out.is_dir():
         out.rmdir()
     partial.replace(out)

@@ -1,7 +1,8 @@
 """Rotate and slice the residual stream of a model, one place after the other, each on what the places before it leave.
 
-In one process: the model, one place's covariance and the calibration tokens' streams are held at once (8 B parameters
-in bfloat16: 16 GB, and 0.5 GB for 32 thousand tokens of 4096 units in float32).
+In one process: the model, one place's covariance and the calibration tokens' streams in float32 are held on the device
+(8 B parameters in bfloat16: 16 GB, and 0.5 GB for 32 thousand tokens of 4096 units), the sliced model in host memory.
+Bases, streams and products are float32 whatever the model's type; each new weight is rounded once.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def sliced_config(config: Any, hidden_size: int) -> SliceGptLlamaConfig:
 class _Streams:
     """The sliced residual streams of all calibration batches at one place, and the basis that they are in.
 
-    ``sliced`` are (B, T, S), S the sliced size; ``basis_HS`` has orthonormal columns.
+    ``sliced`` are (B, T, S), S the sliced size; ``basis_HS`` has orthonormal columns; all float32.
     """
 
     sliced: list[torch.Tensor]
@@ -98,7 +99,7 @@ def principal_basis(streams: list[torch.Tensor], masks: list[torch.Tensor], size
         counted_NH = stream_BTH[mask_BT.bool()].double()
         covariance_HH += counted_NH.T @ counted_NH
     _, vectors_HH = torch.linalg.eigh(covariance_HH)  # ascending
-    return vectors_HH.flip(-1)[:, :size].to(streams[0].dtype)
+    return vectors_HH.flip(-1)[:, :size].float()
 
 
 @torch.no_grad()
@@ -125,27 +126,37 @@ def slice_stream(
         raise SliceGptError(f"a stream of {model.config.hidden_size} units cannot be cut to {hidden_size}")
     base: Any = model.model
     layers = base.layers
-    masks = [batch.mask_BT for batch in batches]
-    target = SliceGptLlamaForCausalLM(sliced_config(model.config, hidden_size)).to(model.dtype)
+    # Rows that only fill a batch up have a token that is to be attended to, and does not count.
+    masks = [batch.mask_BT * batch.is_sequence_B[:, None].to(batch.mask_BT) for batch in batches]
+    target = _empty_target(model, hidden_size)
 
     embedded, options = [], []
     for batch in batches:
         stream, given = _first_block_inputs(model, batch)
-        embedded.append(stream)
+        embedded.append(stream.float())
         options.append(given)
     choose = basis or principal_basis
-    basis_HS = choose(embedded, masks, hidden_size)
-    target.model.embed_tokens.weight.copy_(base.embed_tokens.weight @ basis_HS)
-    streams = _Streams([stream @ basis_HS for stream in embedded], basis_HS)
+    streams = _turned(embedded, choose(embedded, masks, hidden_size))
+    target.model.embed_tokens.weight.copy_(base.embed_tokens.weight.float() @ streams.basis_HS)
     for index, (block, new) in enumerate(zip(layers, target.model.layers, strict=True)):
         streams = _attention(block, new, streams, masks, options, choose)
         streams = _ffn(block, new, streams, masks, choose)
         progress(index + 1, len(layers))
     _set_norm(target.model.norm, model.config.hidden_size)
     head: Any = model.get_output_embeddings()
-    target.lm_head.weight.copy_((head.weight * base.norm.weight) @ streams.basis_HS)
+    target.lm_head.weight.copy_((head.weight.float() * base.norm.weight.float()) @ streams.basis_HS)
     target.generation_config = model.generation_config
     return target.eval()
+
+
+def _empty_target(model: PreTrainedModel, hidden_size: int) -> SliceGptLlamaForCausalLM:
+    """The sliced model in host memory, its weights yet to be written, and nothing spent on drawing any."""
+    config = sliced_config(model.config, hidden_size)
+    with torch.device("meta"):
+        target = SliceGptLlamaForCausalLM(config).to(model.dtype)
+    target.to_empty(device="cpu")
+    target.model.rotary_emb = type(target.model.rotary_emb)(config)  # its frequencies are no weights, but computed
+    return target
 
 
 class _Caught(Exception):
@@ -179,8 +190,10 @@ def _attention(
     choose: Basis,
 ) -> _Streams:
     def added(index: int) -> torch.Tensor:
-        normed = block.input_layernorm(streams.whole(index))
+        normed = block.input_layernorm(streams.whole(index).to(old_dtype))
         return block.self_attn(hidden_states=normed, **options[index])[0]
+
+    old_dtype = block.input_layernorm.weight.dtype
 
     behind = _behind(streams, masks, choose, added)
     readers = [
@@ -193,9 +206,11 @@ def _attention(
 
 
 def _ffn(block: Any, new: Any, streams: _Streams, masks: list[torch.Tensor], choose: Basis) -> _Streams:
-    behind = _behind(
-        streams, masks, choose, lambda index: block.mlp(block.post_attention_layernorm(streams.whole(index)))
-    )
+    def added(index: int) -> torch.Tensor:
+        return block.mlp(block.post_attention_layernorm(streams.whole(index).to(old_dtype)))
+
+    old_dtype = block.post_attention_layernorm.weight.dtype
+    behind = _behind(streams, masks, choose, added)
     readers = [(getattr(block.mlp, name), getattr(new.mlp, name)) for name in ("gate_proj", "up_proj")]
     _set(block.post_attention_layernorm, new.post_attention_layernorm, readers, streams.basis_HS)
     _set_writer(block.mlp.down_proj, new.mlp.down_proj, behind.basis_HS)
@@ -206,17 +221,25 @@ def _ffn(block: Any, new: Any, streams: _Streams, masks: list[torch.Tensor], cho
 def _behind(
     streams: _Streams, masks: list[torch.Tensor], choose: Basis, added: Callable[[int], torch.Tensor]
 ) -> _Streams:
-    """The streams behind what ``added`` adds to each, in their own basis."""
-    whole = [streams.whole(index) + added(index) for index in range(len(streams.sliced))]
-    basis_HS = choose(whole, masks, streams.basis_HS.shape[1])
-    return _Streams([stream @ basis_HS for stream in whole], basis_HS)
+    """The streams behind what ``added`` adds to each, in their own basis; those before are gone, a batch at a time."""
+    kept = streams.sliced
+    for index in range(len(kept)):
+        kept[index] = streams.whole(index) + added(index).float()
+    return _turned(kept, choose(kept, masks, streams.basis_HS.shape[1]))
+
+
+def _turned(whole: list[torch.Tensor], basis_HS: torch.Tensor) -> _Streams:
+    """Streams (B, T, H) in a basis; takes the place of the list's own, a batch at a time."""
+    for index, stream_BTH in enumerate(whole):
+        whole[index] = stream_BTH @ basis_HS
+    return _Streams(whole, basis_HS)
 
 
 def _set(old_norm: Any, new_norm: Any, readers: list[tuple[Any, Any]], basis_HS: torch.Tensor) -> None:
     """Norm, and the projections that read it: they take over its weight."""
     _set_norm(new_norm, basis_HS.shape[0])
     for old, new in readers:
-        new.weight.copy_((old.weight * old_norm.weight) @ basis_HS)
+        new.weight.copy_((old.weight.float() * old_norm.weight.float()) @ basis_HS)
         _copy_bias(old, new, None)
 
 
@@ -226,7 +249,7 @@ def _set_norm(norm: Any, width: int) -> None:
 
 
 def _set_writer(old: Any, new: Any, basis_HS: torch.Tensor) -> None:
-    new.weight.copy_(basis_HS.T @ old.weight)
+    new.weight.copy_(basis_HS.T @ old.weight.float())
     _copy_bias(old, new, basis_HS)
 
 
@@ -236,4 +259,4 @@ def _copy_bias(old: Any, new: Any, basis_HS: torch.Tensor | None) -> None:
     if old.bias is None:
         new.bias.zero_()
     else:
-        new.bias.copy_(old.bias if basis_HS is None else old.bias @ basis_HS)
+        new.bias.copy_(old.bias if basis_HS is None else old.bias.float() @ basis_HS)

@@ -31,7 +31,7 @@ CONFIG = ScoreConfig.model_validate(
 
 def model_of(family, overrides):
     """With norms and biases that are not those of a new model."""
-    model = tiny_model(family, **SIZES, **overrides).eval().requires_grad_(False)
+    model = tiny_model(family, **{**SIZES, **overrides}).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -70,6 +70,31 @@ def test_slicing_keeps_what_the_calibration_tokens_use():
     ids = torch.randint(5, 300, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert (model(ids).logits - sliced(ids).logits).abs().max() < 1e-3
+
+
+def test_a_model_in_bfloat16_is_rotated_in_float32():
+    """Rounded once: no further from the original than its weights' own rounding explains."""
+    exact = model_of("llama", {"num_hidden_layers": 6})
+    rounded = model_of("llama", {"num_hidden_layers": 6}).bfloat16()
+    rotated = slice_stream(rounded, batches(), SIZES["hidden_size"])
+    assert rotated.dtype == torch.bfloat16
+    ids = torch.randint(5, 300, (3, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = exact(ids).logits
+        own = (rounded.float()(ids).logits - whole).abs().mean()
+        found = (rotated.float()(ids).logits - whole).abs().mean()
+    assert found < 2.5 * own
+
+
+def test_rows_that_fill_a_batch_up_do_not_count():
+    seen = []
+
+    def basis(streams, masks, size):
+        seen.append(sum(int(mask.sum()) for mask in masks))
+        return principal_basis(streams, masks, size)
+
+    slice_stream(model_of("llama", {}), batches(11), 24, basis=basis)
+    assert set(seen) == {sum(int(b.mask_BT[b.is_sequence_B].sum()) for b in batches(11))}
 
 
 def test_principal_components_are_those_of_the_tokens_that_count():

@@ -1,17 +1,23 @@
 """Answers that are known beforehand, judged by us and by lm-eval itself."""
 
+from types import SimpleNamespace
+
+import datasets
 import pytest
 from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 
 from ptl_rl.evaluation.harness import Generation, run_task
-from ptl_rl.evaluation.tasks import TASKS, expected, lm_eval_config
+from ptl_rl.evaluation.tasks import TASKS, expected
+from ptl_rl.platform.lm_eval_tasks import task_definition
 
 
 class Planted:
     """An lm-eval model that has its answers from a list."""
 
     rank, world_size = 0, 1
+    generation_seconds = 3.0
+    tokenizer = SimpleNamespace(chat_template="a template")
 
     def __init__(self, responses, truncated=()):
         self.responses, self.truncated = responses, truncated
@@ -59,6 +65,7 @@ def test_ten_planted_answers_are_judged_rightly():
     assert [row.truncated for row in rows] == [index in (7, 8) for index in range(10)]
     assert result.accuracy == pytest.approx(0.6)
     assert result.truncated == 2
+    assert result.seconds_per_solved == pytest.approx(3.0 / 6)
     assert result.low < 0.6 < result.high
 
 
@@ -71,12 +78,20 @@ def test_scores_of_gsm8k_are_lm_evals_own():
         {"question": f"Question {index}?", "answer": f"so\n#### {answer}"} for index, (answer, _) in enumerate(GSM8K)
     ]
     responses = [response for _, response in GSM8K]
-    result, rows, _ = run("gsm8k", documents, responses)
-    config = lm_eval_config(TASKS["gsm8k"], documents, str, 50)
+    result, rows, model = run("gsm8k", documents, responses)
+    # lm-eval's own definition, with nothing changed but whose questions it asks.
+    definition = task_definition("gsm8k/gsm8k-cot.yaml")
+    definition.pop("tag")
+    definition["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_list(documents)}
+    plain_model = Planted(responses)
     plain = evaluator.evaluate(
-        Planted(responses), {"tasks": {"gsm8k": ConfigurableTask(config=config)}}, bootstrap_iters=0
+        plain_model, {"tasks": {"gsm8k_cot": ConfigurableTask(config=definition)}}, bootstrap_iters=0
     )
-    own = plain["results"]["gsm8k"]
+    assert list(plain_model.prompts) == list(model.prompts)
+    assert all(
+        ours["until"] == theirs["until"] for ours, theirs in zip(model.settings, plain_model.settings, strict=True)
+    )
+    own = plain["results"]["gsm8k_cot"]
     assert result.lm_eval == {
         name: pytest.approx(own[name]) for name in ("exact_match,strict-match", "exact_match,flexible-extract")
     }
@@ -86,8 +101,6 @@ def test_scores_of_gsm8k_are_lm_evals_own():
 
 def test_math_verify_is_lm_evals_own(monkeypatch):
     """Its module's ``process_results``, less the metric that needs another ANTLR."""
-    from ptl_rl.platform.lm_eval_tasks import task_definition
-
     documents = [math(answer, index) for index, (answer, _, _) in enumerate(TEN)]
     responses = [response for _, response, _ in TEN]
     result, _, _ = run("minerva_math", documents, responses)
@@ -135,6 +148,7 @@ def test_zero_shot_questions_stand_in_their_prompt_alone():
     assert [row.correct for row in rows] == [1.0, 0.0]
     assert [row.expected for row in rows] == ["4", "6"]
     assert result.lm_eval == {} and result.few_shot == 0
+    assert model.prompts_are_rendered
     assert all(settings["max_gen_toks"] == 50 for settings in model.settings)
 
 

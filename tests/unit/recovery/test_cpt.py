@@ -76,11 +76,11 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
             "resources": {"workers_per_node": workers},
         }
     )  # fmt: skip
-    names = ("source", "original", "out", "work", "progress", "result")
+    names = ("source", "parent", "out", "work", "progress", "result")
     spec = StageSpec(
         name="recover", cycle=1, round=0, device="cpu", ray_address="", stage_id="x", subset=0, subsets=1,
         remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
-        **{name: model if name in ("source", "original") else folder / name for name in names},
+        **{name: model if name in ("source", "parent") else folder / name for name in names},
     )  # fmt: skip
     return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
 

@@ -25,7 +25,7 @@ def spec(device: str, folder: Path) -> StageSpec:
         ray_address="127.0.0.1:1",
         stage_id="x",
         source=folder / "sliced",
-        original=folder / "original",
+        parent=folder / "original",
         out=folder / "out",
         work=folder / "work",
         progress=folder / "progress.jsonl",

@@ -38,6 +38,10 @@ def test_rows_have_the_same_data_and_the_same_steps_in_all(name, recipe):
         assert made.seed == 2 and made.name == f"{row.name}-seed2"
         assert made.data == config.data and made.evaluation == config.evaluation
         assert (made.gate.max_extensions, made.gate.max_retries, made.gate.on_failure) == (0, 0, "continue")
+        if name not in ("step_size", "criteria", "recovery", "table2"):
+            cycles = len(planned_cuts(made.schedule))
+            whole = len(planned_cuts(config.schedule)) * config.calibration.sequences
+            assert abs(made.calibration.sequences * cycles - whole) < cycles or row.name == "original"
         for method, count in steps(made).items():
             both = row.name == "cpt-grpo"
             assert count == steps(config)[method] // (2 if both else 1)
@@ -103,6 +107,8 @@ def test_steps_are_shared_out_whole(total, weights):
         ("table3", [], "there are table1"),
         ("order", ["schedule.layers_total=0"], "must remove channels and blocks"),
         ("recovery", ["recovery=[{cpt: {steps: 4}}]"], "list the methods to compare"),
+        ("recovery", ["recovery=[{cpt: {steps: 4}}, {cpt: {steps: 9}}, {grpo: {}}]"], "each once"),
+        ("table1", ["recovery_of_cycle={1: {cpt: {steps: 9}}}"], "has recovery_of_cycle"),
         ("table2", ["recovery=[{cpt: {steps: 4}}, {distill: {steps: 4}}]"], "must list cpt and grpo"),
         ("code", [], "name a recipe; the test bed has no model that writes programs"),
         ("iterations", ["schedule={layers_total: 1}"], "must remove channels"),
