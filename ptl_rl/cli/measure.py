@@ -1,5 +1,6 @@
 """``ptl eval`` and ``study``: how good a model is, and what a comparison of many runs shows."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -67,7 +68,7 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
         )
-        out = out or Path("evaluations") / Path(model.replace(":", "-")).name
+        out = out or command.default_folder(model)
         folder, prepared = command.prepare(model, config)
         shown, judged = bar(console, "judging")
         try:
@@ -119,6 +120,9 @@ def speed(
         from ptl_rl.models import resolve_model
         from ptl_rl.reporting.eval_table import speed_table
 
+        if out is not None and not out.parent.is_dir():
+            raise ConfigError(f"--out {out}: {out.parent} is no folder")
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends the models' processes, too
         quieten_libraries()
         folders = [resolve_model(model, setting="MODEL") for model in models]
         for folder in folders:

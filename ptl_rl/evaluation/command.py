@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,13 @@ from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json,
 from ptl_rl.models import resolve_model
 
 RESULTS = "results.json"
+
+
+def default_folder(model: str) -> Path:
+    """Where results of a model go: a folder of its own for every path or name."""
+    path = Path(model).expanduser()
+    name = str(path.resolve()) if path.exists() else model
+    return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
 class EvalConfig(BaseModel):
@@ -160,7 +168,9 @@ def evaluate_model(
     Returns:
         the content of ``results.json``: ``model``, and by task its figures, key and table of samples.
     """
-    results = read_results(out)
+    identity = _identity(folder)
+    # What is there of another model, or of this one before it changed, is not carried on.
+    results = {name: found for name, found in read_results(out).items() if found.get("model_identity") == identity}
     kept = {p.task.name: results[p.task.name] for p in prepared if results.get(p.task.name, {}).get("key") == p.key}
     missing = [p for p in prepared if p.task.name not in kept]
     shape = read_shape(folder)
@@ -182,7 +192,7 @@ def evaluate_model(
             judged=judged,
         )
         samples = _write_samples(out, p.task.name, rows)
-        kept[p.task.name] = _figures(p, result, samples, config, shape)
+        kept[p.task.name] = {**_figures(p, result, samples, config, shape), "model_identity": identity}
         ordered = {name: kept[name] for name in [q.task.name for q in prepared] if name in kept}
         _write_json(out / RESULTS, {"model": str(folder), "tasks": {**results, **ordered}})
     return {"model": str(folder), "tasks": {p.task.name: kept[p.task.name] for p in prepared}}

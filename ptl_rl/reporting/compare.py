@@ -2,15 +2,14 @@
 
 from rich.table import Table
 
-from ptl_rl.evaluation.intervals import paired
-from ptl_rl.reporting.run_data import RunData
+from ptl_rl.reporting.run_data import RunData, paired_answers
 
 HEADINGS = [
     "run",
-    "original",
+    "start",
     "final",
     "95 % interval",
-    "of the original's",
+    "of the start's",
     "parameters",
     "FLOPs/token",
     "tokens/answer",
@@ -46,11 +45,9 @@ def _cells(run: RunData, reference: RunData) -> list[str]:
 def _against(run: RunData, reference: RunData) -> str:
     if run is reference:
         return "reference"
-    first = {answer.id: answer.correct for answer in reference.answers(reference.final.cycle)}
-    second = {answer.id: answer.correct for answer in run.answers(run.final.cycle)}
-    if not first or first.keys() != second.keys():
+    found = paired_answers(reference.answers(reference.final.cycle), run.answers(run.final.cycle))
+    if found is None:
         return "other problems"
-    found = paired(list(first.values()), [second[name] for name in first])
     return f"{100 * found.difference:+.1f} points (p = {found.p_value:.2g})"
 
 

@@ -7,8 +7,7 @@ from ptl_rl.reporting.run_data import Removed, RunData
 
 BLUE, RED, GREY = "#1f4e8c", "#b8413b", "#d9dee7"
 STAGE_COLOURS = {"score": "#7aa6c2", "slice": "#c9a227", "recover": "#1f4e8c", "evaluate": "#8a9a5b"}
-CYCLE_COLOURS = ("#f2f4f7", "#9ecae1", "#5b9bd5", "#2f6db0", "#1f4e8c", "#7b5ea7", "#b8413b", "#d98e04")
-"""Of what is still there, and of what went in the first, second, ... cycle."""
+STAYS = "#f2f4f7"
 MOST_COLUMNS = 2048
 
 
@@ -34,8 +33,10 @@ def accuracy_by_size(runs: list[RunData]) -> str:
     """Accuracy with its interval against parameters and against FLOPs per token, a line per run."""
     figure = _figure(8, 3.2)
     axes = figure.subplots(1, 2, sharey=True)
+    alike = len({run.rows[0].parameters for run in runs}) == 1
     for number, run in enumerate(runs):
         colour = BLUE if len(runs) == 1 else f"C{number}"
+        label = run.name.lstrip("_") or run.name  # what begins with _ has no place in a legend
         first = run.rows[0]
         rows = [row for row in run.rows if row.decision not in ("retry", "stop")]
         accuracy = [row.accuracy for row in rows]
@@ -44,14 +45,15 @@ def accuracy_by_size(runs: list[RunData]) -> str:
             [max(0.0, value - low) for value, (low, _) in zip(accuracy, intervals, strict=True)],
             [max(0.0, high - value) for value, (_, high) in zip(accuracy, intervals, strict=True)],
         ]
+        units = (first.parameters, first.flops_per_token) if alike else (1e6, 1e6)
         sizes = (
-            [row.parameters / first.parameters for row in rows],
-            [row.flops_per_token / first.flops_per_token for row in rows],
+            [row.parameters / units[0] for row in rows],
+            [row.flops_per_token / units[1] for row in rows],
         )
         for axis, shares in zip(axes, sizes, strict=True):
-            axis.errorbar(shares, accuracy, yerr=arms, fmt="o-", color=colour, capsize=3, label=run.name)
+            axis.errorbar(shares, accuracy, yerr=arms, fmt="o-", color=colour, capsize=3, label=label)
     for axis, what in zip(axes, ("parameters", "FLOPs per token"), strict=True):
-        axis.set_xlabel(f"{what}, share of the original's")
+        axis.set_xlabel(f"{what}, share of the start's" if alike else f"{what}, millions")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("greedy accuracy, 95 % interval")
@@ -74,7 +76,7 @@ def time_line(run: RunData) -> str:
         start += seconds
     axis.set_yticks(range(len(cycles)), [f"cycle {cycle}" if cycle else "original" for cycle in cycles])
     axis.invert_yaxis()
-    axis.set_xlabel("minutes since the start")
+    axis.set_xlabel("minutes of finished stages, one after the other")
     axis.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return _svg(figure)
 
@@ -102,35 +104,45 @@ def recovery_curves(run: RunData) -> str | None:
 
 
 def removal_map(removed: Removed) -> str:
-    """Blocks by channels: in which cycle each went. Where channels share a column, the middle one of them is shown, by
-    cycle."""
+    """Blocks by channels: in which cycle each went.
+
+    Of a model wider than :data:`MOST_COLUMNS` each block's channels are sorted by cycle, so that every cycle has its
+    share of the row.
+    """
+    import matplotlib
     import numpy
     from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    shown, in_order = removal_image(removed)
+    last = max(1, int(shown.max()))
+    gone = matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1.0, last))
+    figure = _figure(8, min(9.0, 0.22 * len(shown) + 1.2))
+    axis = figure.add_subplot()
+    image = axis.imshow(
+        shown,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap([STAYS, *gone]),
+        norm=BoundaryNorm(numpy.arange(-0.5, last + 1), last + 1),
+        extent=(0, len(removed.channels[0]), len(shown) - 0.5, -0.5),
+    )
+    axis.set_xlabel("FFN channel of the original" if in_order else "FFN channels of the block, sorted by cycle")
+    axis.set_ylabel("block")
+    bar = figure.colorbar(image, ax=axis, ticks=range(last + 1))
+    bar.ax.set_yticklabels(["stays", *(f"cycle {cycle}" for cycle in range(1, last + 1))], fontsize=7)
+    return _svg(figure)
+
+
+def removal_image(removed: Removed) -> tuple[Any, bool]:
+    """What the map shows: (blocks, columns) of cycles, 0 for what stays; and whether columns are channels in order."""
+    import numpy
 
     cycles = numpy.asarray(removed.channels)
     for block, cycle in enumerate(removed.layers):
         if cycle:
             cycles[block] = numpy.where(cycles[block] == 0, cycle, cycles[block])
     width = cycles.shape[1]
-    each = -(-width // MOST_COLUMNS)
-    shown = [
-        numpy.sort(cycles[:, start : start + each])[:, (min(each, width - start) - 1) // 2]
-        for start in range(0, width, each)
-    ]
-    last = max(1, int(cycles.max()))
-    colours = [CYCLE_COLOURS[0], *(CYCLE_COLOURS[1 + i % (len(CYCLE_COLOURS) - 1)] for i in range(last))]
-    figure = _figure(8, min(9.0, 0.22 * len(cycles) + 1.2))
-    axis = figure.add_subplot()
-    image = axis.imshow(
-        numpy.stack(shown, axis=1),
-        aspect="auto",
-        interpolation="nearest",
-        cmap=ListedColormap(colours),
-        norm=BoundaryNorm(numpy.arange(-0.5, last + 1), len(colours)),
-        extent=(0, width, len(cycles) - 0.5, -0.5),
-    )
-    axis.set_xlabel("FFN channel of the original")
-    axis.set_ylabel("block")
-    bar = figure.colorbar(image, ax=axis, ticks=range(last + 1))
-    bar.ax.set_yticklabels(["stays", *(f"cycle {cycle}" for cycle in range(1, last + 1))], fontsize=7)
-    return _svg(figure)
+    if width <= MOST_COLUMNS:
+        return cycles, True
+    places = ((numpy.arange(MOST_COLUMNS) + 0.5) * width / MOST_COLUMNS).astype(int)
+    return numpy.sort(cycles, axis=1)[:, places], False

@@ -42,7 +42,7 @@ def _cards(run: RunData) -> list[dict[str, str]]:
             "label": "accuracy",
             "note": f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else "",
         },
-        {"value": f"{first.accuracy:.1%}", "label": "the original's", "note": ""},
+        {"value": f"{first.accuracy:.1%}", "label": f"accuracy of the {run.start}", "note": ""},
         {
             "value": f"{final.parameters / first.parameters:.0%}",
             "label": "of the parameters",
@@ -68,7 +68,7 @@ def _cards(run: RunData) -> list[dict[str, str]]:
 def _run(run: RunData) -> dict[str, Any]:
     drawn = [
         ("Accuracy against size, cycle by cycle", figures.accuracy_by_size([run])),
-        ("When each stage ran", figures.time_line(run)),
+        ("How long each stage took", figures.time_line(run)),
         ("Recovery, step by step", figures.recovery_curves(run)),
         (
             "Which channels and blocks of the original went, and in which cycle",
@@ -78,16 +78,21 @@ def _run(run: RunData) -> dict[str, Any]:
     return {
         "name": run.name,
         "model": run.config.model.path,
-        "recoveries": ", ".join(dict.fromkeys(recovery.method.upper() for recovery in run.config.all_recoveries)),
+        "recoveries": ", ".join(method.upper() for method in run.methods),
+        "start": run.start,
         "cards": _cards(run),
         "headings": summary.HEADINGS,
-        "table": [summary.cells(row, run.rows[0]) for row in run.rows],
+        "table": [_named(run, summary.cells(row, run.rows[0])) for row in run.rows],
         "figures": [{"caption": caption, "source": _source(svg)} for caption, svg in drawn if svg],
         "notes": run.notes,
         "examples": [_example(example) for example in run.examples()],
         "config": [(key, "" if value is None else str(value)) for key, value in run.flat_config()],
         "versions": sorted(run.versions.items()),
     }
+
+
+def _named(run: RunData, cells: list[str]) -> list[str]:
+    return [run.start if cells[0] == "original" else cells[0], *cells[1:]]
 
 
 def page(runs: list[RunData]) -> str:

@@ -1,7 +1,9 @@
 """``ptl export``: the final model of a run as a folder that says where it comes from."""
 
+import contextlib
+import fnmatch
 import itertools
-import os
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,18 +12,36 @@ from typing import Any
 import yaml
 
 from ptl_rl.config import ConfigError
+from ptl_rl.families import BASELINES
 from ptl_rl.reporting import summary
 from ptl_rl.reporting.html import TEMPLATES
 from ptl_rl.reporting.run_data import ACCEPTED, RunData
 
-UNKNOWN = "unknown"
-_OURS = ("verl_metrics.jsonl",)
-"""Files of a checkpoint that are the run's, not the model's."""
+_OF_A_MODEL = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+"""Files that are published; what else lies in a run's checkpoint, its rollouts for one, is the run's."""
+_LICENCE = ("license", "license_name", "license_link")
 
 
-def parent_card(parent: Path) -> dict[str, Any]:
-    """The metadata on the card of the model that a run started from; nothing where it has none."""
-    path = parent / "README.md"
+def parent_card(model: str) -> dict[str, Any]:
+    """The metadata on the card of the model that a run started from; nothing where it has none, or cannot be had."""
+    path = Path(model).expanduser() / "README.md"
+    if not path.exists() and is_hub_id(model):
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(Exception):  # the hub client raises many kinds; without a card there is no licence
+            path = Path(hf_hub_download(model, "README.md"))
     found = re.match(r"---\n(.*?)\n---", path.read_text(errors="replace"), re.DOTALL) if path.exists() else None
     try:
         values = yaml.safe_load(found.group(1)) if found else None
@@ -30,7 +50,22 @@ def parent_card(parent: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def card(run: RunData, name: str, licence: str, parent: str) -> str:
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named as the hub names it."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).expanduser().exists()
+
+
+def metadata(run: RunData, licence: dict[str, str], parent: str) -> str:
+    """The card's YAML header, in the hub's terms."""
+    values: dict[str, Any] = {name: licence[name] for name in _LICENCE if name in licence}
+    if is_hub_id(parent):
+        values |= {"base_model": parent, "base_model_relation": "finetune"}
+    pruned = ["pruned"] if _steps(run) and not run.config.schedule.recover_only else []
+    values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    return yaml.safe_dump(values | {"tags": ["ptl-rl", *pruned, "reasoning"]}, sort_keys=False)
+
+
+def card(run: RunData, name: str, licence: dict[str, str]) -> str:
     """The model card as markdown."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -47,23 +82,40 @@ def card(run: RunData, name: str, licence: str, parent: str) -> str:
         for before, row in _steps(run)
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, keep_trailing_newline=True)
+    start = run.config.model.parent or run.config.model.path
+    metrics = [entry.metrics for entry in run.entries if entry.stage == "evaluate" and entry.cycle == final.cycle]
     return environment.get_template("model_card.md.j2").render(
+        metadata=metadata(run, licence, start),
         name=name,
-        licence=licence,
-        licence_unknown=licence == UNKNOWN,
-        parent=parent,
-        run=run,
+        licence=licence.get("license_name") or licence.get("license"),
+        parent=start if is_hub_id(start) or start.startswith("testbed") else Path(start).name,
+        cut_before=run.config.model.parent is not None,
         first=first,
         final=final,
         share=f"{final.parameters / first.parameters:.0%}",
         flops=f"{final.flops_per_token / first.flops_per_token:.0%}",
-        interval=f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else "not known",
-        problems=len(run.answers(final.cycle)),
-        test=run.config.data.test.path,
+        interval=f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else None,
+        problems=metrics[-1]["problems"],
+        test=_test_name(run),
         cuts=cuts,
+        channels_went=final.channels < first.channels,
+        blocks_went=final.layers < first.layers,
+        stock=_is_stock(run),
         criterion=run.config.criterion,
         table=summary.markdown(run.entries),
     )
+
+
+def _test_name(run: RunData) -> str:
+    path = run.config.data.test.path
+    return path if ":" in path else Path(path).name
+
+
+def _is_stock(run: RunData) -> bool:
+    """Whether plain transformers load the model."""
+    assert run.checkpoint is not None
+    model_type = json.loads((run.checkpoint / "config.json").read_text()).get("model_type")
+    return model_type not in BASELINES
 
 
 def _steps(run: RunData) -> list[tuple[summary.Row, summary.Row]]:
@@ -83,25 +135,22 @@ def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = N
     Raises:
         ConfigError: no run, no accepted cycle, or ``out`` holds something.
     """
-    run = RunData(run_dir)
-    best = run.folder / "best"
-    if not best.exists():
+    run, out = RunData(run_dir), out.resolve()
+    if run.checkpoint is None:
         raise ConfigError(f"{run_dir}: no cycle was accepted, so there is no model but the original to export")
+    if not (run.checkpoint / "config.json").exists():
+        raise ConfigError(f"{run.checkpoint}: the journal names this checkpoint, but it is not there; put it back")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder")
-    from ptl_rl.models import resolve_model
-
-    named = run.config.model.path
-    try:
-        known = parent_card(resolve_model(named, weights=False))
-    except ConfigError:  # gone, or offline: the card then says so
-        known = {}
-    licence = licence or str(known.get("license") or UNKNOWN)
+    found = parent_card(run.config.model.parent or run.config.model.path)
+    known = {"license": licence} if licence else {name: str(found[name]) for name in _LICENCE if name in found}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(best.resolve(), partial, ignore=shutil.ignore_patterns(*_OURS, "README.md"))
-    (partial / "README.md").write_text(card(run, name, licence, named))
+    partial.mkdir(parents=True)
+    for file in sorted(run.checkpoint.iterdir()):
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL):
+            shutil.copy2(file, partial / file.name)
+    (partial / "README.md").write_text(card(run, name, known))
     if out.is_dir():
         out.rmdir()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, out)  # noqa: PTH105  (a folder)
+    partial.replace(out)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.journal import Entry, Journal
+from ptl_rl.driver.state import ORIGINAL, fold
 from ptl_rl.evaluation.intervals import Paired, accuracy_interval, paired
 from ptl_rl.reporting import summary
 
@@ -45,6 +46,14 @@ class Removed:
     """Of every block the cycle in which it went as a whole; 0: it is still there."""
 
 
+def paired_answers(first: list[Answer], second: list[Answer]) -> Paired | None:
+    """Two models' answers compared problem by problem; None if the problems are not the same ones in the same order."""
+    asked = [[(answer.id, answer.question, answer.expected) for answer in answers] for answers in (first, second)]
+    if not first or asked[0] != asked[1]:
+        return None
+    return paired([answer.correct for answer in first], [answer.correct for answer in second])
+
+
 class RunData:
     """A run's folder, read.
 
@@ -72,8 +81,19 @@ class RunData:
 
     @property
     def final(self) -> summary.Row:
-        """The last cycle that was accepted; the original if none was."""
-        return [row for row in self.rows if row.decision in (*ACCEPTED, "")][-1] if len(self.rows) > 1 else self.rows[0]
+        """The last cycle that the gate accepted; what the run started from if there is none."""
+        return [row for row in self.rows if not row.cycle or row.decision in ACCEPTED][-1]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the final model, as the journal names it; None if it is what the run started from."""
+        source = fold(self.config, self.entries).source
+        return None if source == ORIGINAL else self.folder / source
+
+    @property
+    def start(self) -> str:
+        """What cycle 0 is of."""
+        return "original" if self.config.model.parent is None else "start (cut before)"
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -99,10 +119,7 @@ class RunData:
 
     def against_original(self, cycle: int) -> Paired | None:
         """A cycle's answers against the original model's to the same problems."""
-        first = {answer.id: answer.correct for answer in self.answers(0)}
-        second = {answer.id: answer.correct for answer in self.answers(cycle)}
-        shared = [name for name in first if name in second]
-        return paired([first[n] for n in shared], [second[n] for n in shared]) if shared and cycle else None
+        return paired_answers(self.answers(0), self.answers(cycle)) if cycle else None
 
     def examples(self, each: int = 2) -> list[Example]:
         """Up to ``each`` problems of every kind, in the order of the test set."""
@@ -143,6 +160,12 @@ class RunData:
             places = [places[place] for place in plan["keep_layers"]]
             blocks = [blocks[place] for place in plan["keep_layers"]]
         return result
+
+    @property
+    def methods(self) -> list[str]:
+        """Of the recoveries that were made."""
+        found = [entry.metrics.get("method", "recovery") for entry in self.entries if entry.stage == "recover"]
+        return list(dict.fromkeys(found))
 
     def curves(self) -> list[tuple[str, str, list[int], list[float]]]:
         """Of every recovery its cycle and method, what is drawn (reward, else loss), steps and values."""

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from ptl_rl.config import RunConfig
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.recipe import parse_config, save_config
 
@@ -16,12 +17,22 @@ ORIGINAL_RIGHT = 9
 
 
 def make_run(
-    folder: Path, *, right: tuple[int, ...] = (8, 7), decisions: tuple[str, ...] = ("accept", "accept")
+    folder: Path,
+    *,
+    right: tuple[int, ...] = (8, 7),
+    decisions: tuple[str, ...] = ("accept", "accept"),
+    question: str = "What is {i} <b>times</b> 1?",
+    config: RunConfig | None = None,
 ) -> Path:
-    """Two cycles: two channels of every block go, then block 1; ``right`` are the problems solved after each."""
+    """Two cycles: two channels of every block go, then block 1; ``right`` are the problems solved after each.
+
+    With a ``config`` that only recovers there is one, and nothing goes.
+    """
     folder.mkdir(parents=True)
     schedule = {"channels_per_cycle": [2], "layers_total": 1, "alignment": 1}
-    save_config(parse_config({"name": "made", "schedule": schedule}), folder / "config.json")
+    config = config or parse_config({"name": "made", "schedule": schedule})
+    save_config(config, folder / "config.json")
+    only = config.schedule.recover_only
     journal = Journal(folder / "journal.jsonl")
 
     def evaluated(cycle: int, solved: int, channels: int, layers: int) -> None:
@@ -30,7 +41,7 @@ def make_run(
         rows = [
             {
                 "id": f"p{i}",
-                "question": f"What is {i} <b>times</b> 1?",
+                "question": question.format(i=i),
                 "expected": str(i),
                 "text": f"cycle {cycle}: \\boxed{{{i if i < solved else -1}}}",
                 "correct": float(i < solved),
@@ -67,19 +78,22 @@ def make_run(
             "layer_order": [1],
         },
     ]
-    for cycle, (plan, solved, decision) in enumerate(zip(plans, right, decisions, strict=True), 1):
+    for cycle, (plan, solved, decision) in enumerate(zip(plans[: 1 if only else 2], right, decisions, strict=False), 1):
         sliced = folder / f"cycles/{cycle:03d}/sliced"
-        sliced.mkdir(parents=True)
-        (sliced / "plan.json").write_text(json.dumps(plan))
-        journal.append(_entry(folder, cycle, "slice", sliced, {"notes": [f"rounded in {cycle}"]}))
+        if not only:
+            journal.append(_entry(folder, cycle, "score", sliced, {}))
+            sliced.mkdir(parents=True)
+            (sliced / "plan.json").write_text(json.dumps(plan))
+            journal.append(_entry(folder, cycle, "slice", sliced, {"notes": [f"rounded in {cycle}"]}))
         recovered = folder / f"cycles/{cycle:03d}/recovered"
         recovered.mkdir(parents=True)
         (recovered / "config.json").write_text("{}")
         (recovered / "model.safetensors").write_bytes(b"weights")
+        (recovered / "rollouts.jsonl").write_text("of the run alone")
         curve = [{"step": step, "reward": 0.5 + step / 100} for step in (1, 2, 3)]
         metrics = {"steps": 3, "method": "grpo", "curve": curve}
         journal.append(_entry(folder, cycle, "recover", recovered, metrics))
-        evaluated(cycle, solved, 6, BLOCKS - (cycle == 2))
+        evaluated(cycle, solved, WIDTH if only else 6, BLOCKS - (cycle == 2))
         journal.append(Entry(cycle=cycle, stage="gate", metrics={"decision": decision}))
         if decision.startswith("accept"):
             (folder / "best").unlink(missing_ok=True)

@@ -64,7 +64,7 @@ def test_a_broken_results_file_is_named(tmp_path):
 
 def test_finished_tasks_are_not_made_again(tmp_path, monkeypatch):
     folder, prepared = command.prepare("testbed", config())
-    figures = {"key": prepared[0].key, "accuracy": 0.5}
+    figures = {"key": prepared[0].key, "accuracy": 0.5, "model_identity": command._identity(folder)}
     (tmp_path / command.RESULTS).write_text(json.dumps({"model": "m", "tasks": {"boxed": figures}}))
     monkeypatch.setattr(command, "make_model", lambda *_, **__: pytest.fail("loads a model for nothing"))
     found = command.evaluate_model(folder, prepared, config(), tmp_path)
@@ -99,3 +99,30 @@ def test_flops_of_an_answer_are_the_sum_over_its_tokens():
     shape = read_shape(CHECKPOINT_DIR)
     by_token = [shape.flops_per_token(context_tokens=place + 1, output_head=place >= 7) for place in range(10)]
     assert command.flops_per_answer(shape, 7, 3) == pytest.approx(sum(by_token))
+
+
+def test_results_of_another_model_are_not_carried_on(tmp_path, monkeypatch):
+    folder, prepared = command.prepare("testbed", config())
+    figures = {"key": prepared[0].key, "model_identity": "another"}
+    (tmp_path / command.RESULTS).write_text(json.dumps({"model": "m", "tasks": {"boxed": figures}}))
+
+    class Loaded(Exception):
+        pass
+
+    def load(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(command, "make_model", load)
+    monkeypatch.setattr(command, "prepare_machine", lambda: True)
+    with pytest.raises(Loaded):
+        command.evaluate_model(folder, prepared, config(), tmp_path)
+
+
+def test_every_model_has_a_default_folder_of_its_own(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name / "best").mkdir(parents=True)
+    folders = {command.default_folder(str(tmp_path / name / "best")) for name in ("a", "b")}
+    assert len(folders) == 2 and all(folder.parent.name == "evaluations" for folder in folders)
+    assert command.default_folder("testbed:llama").name == "testbed-llama"
+    monkeypatch.chdir(tmp_path / "a")
+    assert command.default_folder(".") == command.default_folder(str(tmp_path / "a"))

@@ -11,12 +11,13 @@ from run_folders import make_run
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, ModelConfig, ScheduleConfig
+from ptl_rl.recipe import save_config
 from ptl_rl.reporting import figures
 from ptl_rl.reporting.compare import comparison
 from ptl_rl.reporting.html import page
-from ptl_rl.reporting.model_card import export_model
-from ptl_rl.reporting.run_data import RunData
+from ptl_rl.reporting.model_card import card, export_model
+from ptl_rl.reporting.run_data import Removed, RunData
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_runs_side_by_side(run, tmp_path):
     first, second = (dict(zip(headings, row, strict=True)) for row in rows)
     assert first["against the first"] == "reference"
     assert second["against the first"].startswith("+30.0 points")
-    assert second["of the original's"] == "1.111" and second["steps"] == "6"
+    assert second["of the start's"] == "1.111" and second["steps"] == "6"
     assert "2 runs compared" in page([run, other])
 
 
@@ -102,14 +103,17 @@ def test_an_exported_model_has_a_card(run, tmp_path):
     parent = tmp_path / "parent"
     parent.mkdir()
     (parent / "README.md").write_text("---\nlicense: apache-2.0\n---\nA parent.\n")
-    run.config.__dict__["model"] = run.config.model.model_copy(update={"path": str(parent)})
-    from ptl_rl.recipe import save_config
-
-    save_config(run.config, run.folder / "config.json")
+    save_config(run.config.model_copy(update={"model": ModelConfig(path=str(parent))}), run.folder / "config.json")
     export_model(run.folder, tmp_path / "out/small", name="small")
     text = (tmp_path / "out/small/README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["license"] == "apache-2.0" and metadata["base_model"] == str(parent)
+    assert metadata["license"] == "apache-2.0" and metadata["tags"] == ["ptl-rl", "pruned", "reasoning"]
+    assert "base_model" not in metadata and str(tmp_path) not in text
+    assert {path.name for path in (tmp_path / "out/small").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     assert "3 blocks of 8 FFN channels became 2 of 6" in text
     assert "| 2 | 0 | 1 | 3 steps of GRPO | 70.0% |" in text
     assert (tmp_path / "out/small/model.safetensors").read_bytes() == b"weights"
@@ -124,12 +128,50 @@ def test_a_parent_without_a_licence_is_not_given_one(run, tmp_path):
     assert "licence was not found" in text
 
 
+def test_a_copied_run_without_its_link_is_exported_all_the_same(run, tmp_path):
+    (run.folder / "best").unlink()
+    export_model(run.folder, tmp_path / "small", name="small")
+    assert (tmp_path / "small/model.safetensors").exists()
+    shutil.rmtree(run.folder / "cycles/002/recovered")
+    with pytest.raises(ConfigError, match="the journal names this checkpoint, but it is not there"):
+        export_model(run.folder, tmp_path / "other", name="other")
+
+
+def test_a_model_that_was_cut_before_is_not_said_to_be_cut_here(run, tmp_path):
+    model = ModelConfig(path=str(tmp_path / "sliced"), parent="some/parent")
+    changed = run.config.model_copy(update={"model": model, "schedule": ScheduleConfig(recover_only=True)})
+    text = card(RunData(make_run(tmp_path / "other", config=changed)), "small", {})
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "some/parent" and metadata["tags"] == ["ptl-rl", "reasoning"]
+    assert "cut by another method" in text and "chosen by" not in text and "before recovery 90.0 %" in text
+    assert "start (cut before)" in page([RunData(tmp_path / "other")])
+
+
+def test_a_wide_model_shows_every_cycles_share():
+    width, block = 18944, [0] * 18944
+    for cycle in range(1, 11):
+        for channel in range(1024):
+            block[(cycle * 1024 + channel) * 7 % width] = cycle
+    shown, in_order = figures.removal_image(Removed([block, list(block)], [0, 3]))
+    assert not in_order and shown.shape == (2, figures.MOST_COLUMNS)
+    shares = [float((shown[0] == cycle).mean()) for cycle in range(11)]
+    assert shares[1:] == pytest.approx([1024 / width] * 10, abs=0.001)
+    assert (shown[1] > 0).all()
+    assert "sorted by cycle" in figures.removal_map(Removed([block], [0]))
+
+
+def test_other_problems_of_the_same_names_are_not_compared(run, tmp_path):
+    other = RunData(make_run(tmp_path / "other", question="How much is {i}?"))
+    headings, rows = comparison([run, other])
+    assert dict(zip(headings, rows[1], strict=True))["against the first"] == "other problems"
+
+
 def test_commands(run, tmp_path):
     runner = CliRunner()
     done = runner.invoke(app, ["report", str(run.folder), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0 and "70.0%" in (tmp_path / "page.html").read_text()
     done = runner.invoke(app, ["compare", str(run.folder), str(run.folder), "--out", str(tmp_path / "table.md")])
-    assert done.exit_code == 0 and "| run | original |" in (tmp_path / "table.md").read_text()
+    assert done.exit_code == 0 and "| run | start |" in (tmp_path / "table.md").read_text()
     for command in (["report"], ["compare"], ["export"]):
         extra = [str(tmp_path / "x")] if command == ["export"] else []
         done = runner.invoke(app, [*command, str(tmp_path), *extra])
