@@ -9,6 +9,10 @@ import typer
 
 from ptl_rl.cli.common import Model, Settings, app, bar, refuse
 
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: float32 on CPUs, bfloat16 elsewhere.")
+]
+
 
 def _list_tasks(wanted: bool) -> None:
     from rich.console import Console
@@ -35,10 +39,13 @@ def evaluate(
         int | None, typer.Option(min=8, help="Prompt and response together; default: what the model can read.")
     ] = None,
     prompt_suffix: Annotated[str, typer.Option(help="Appended to zero-shot questions, as data.prompt_suffix.")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on CPUs.")] = "auto",
+    dtype: Dtype = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Concurrent sequences in vLLM.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap; generation is greedy.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", is_eager=True, callback=_list_tasks, help="Print the tasks and end.")
     ] = False,
@@ -67,6 +74,7 @@ def evaluate(
             tensor_parallel_size=tensor_parallel_size,
             batch_size=batch_size,
             seed=seed,
+            trust_remote_code=trust_remote_code,
         )
         out = out or command.default_folder(model)
         folder, prepared = command.prepare(model, config)
@@ -82,7 +90,7 @@ def evaluate(
             )
         finally:
             shown.stop()
-    except (ConfigError, ValueError, RuntimeError) as error:
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished tasks are kept in {out}; the same command goes on", file=sys.stderr)
@@ -100,7 +108,7 @@ def speed(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of every prompt.")] = 64,
     response_tokens: Annotated[int, typer.Option(min=2, help="Of every response.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Of every model under every load, in turns.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on CPUs.")] = "auto",
+    dtype: Dtype = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share a model.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
@@ -128,8 +136,7 @@ def speed(
         for folder in folders:
             read_shape(folder)
         cpu = prepare_machine()
-        if dtype == "auto":
-            dtype = "float32" if cpu else "bfloat16"
+        kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
         loads = [
             Load("batch 1", 1, prompt_tokens, response_tokens),
             Load("saturated", sequences, prompt_tokens, response_tokens),
@@ -137,16 +144,21 @@ def speed(
         shown, progress = bar(console, "rounds")
         try:
             found = measure(
-                folders, loads, rounds=rounds, dtype=dtype, tensor_parallel_size=tensor_parallel_size, progress=progress
+                folders, loads, rounds=rounds, dtype=kind, tensor_parallel_size=tensor_parallel_size, progress=progress
             )
         finally:
             shown.stop()
+        found = [replace(figures, model=model) for figures, model in zip(found, models, strict=True)]
+        console.print(speed_table(found, loads))
+        if out is not None:
+            out.write_text(json.dumps([asdict(model) for model in found], indent=2) + "\n")
+    except ImportError as error:
+        refuse(ImportError(f"{error}; timing needs vLLM, which launch/setup.sh or the extra 'gpu' installs"))
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
         refuse(error)
-    found = [replace(figures, model=model) for figures, model in zip(found, models, strict=True)]
-    console.print(speed_table(found, loads))
-    if out is not None:
-        out.write_text(json.dumps([asdict(model) for model in found], indent=2) + "\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is kept of a measurement that is not finished", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()

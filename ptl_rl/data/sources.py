@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +145,18 @@ def _saved(source: SourceConfig, path: Path, layout: Layout) -> Opened:
     return Opened(path.name, digest.hexdigest(), layout, f"{path} row {{}}", rows)
 
 
-def open_source(source: SourceConfig, layout: Layout | None = None) -> Opened:
+def open_source(source: SourceConfig, *, all_columns: bool = False) -> Opened:
     """Find a source and say how its rows are read; the test bed's, which are made, are not read.
 
     Args:
-        layout: default: what the source's fields or name say.
+        all_columns: give rows whole; by default only the columns of the source's layout are read.
 
     Raises:
         DataError: nothing is there, or nothing of a known kind.
     """
-    layout = layout or layout_of(source)
+    layout = layout_of(source)
+    if all_columns:
+        layout = replace(layout, columns=())
     if source.path.startswith(HUB):
         return _hub(source, layout)
     path = Path(source.path).expanduser()

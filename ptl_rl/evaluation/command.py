@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ptl_rl.config import ConfigError, SourceConfig
 from ptl_rl.data.records import DataError
@@ -20,6 +20,7 @@ from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_shape
 from ptl_rl.models import resolve_model
+from ptl_rl.section import Section
 
 RESULTS = "results.json"
 
@@ -31,10 +32,9 @@ def default_folder(model: str) -> Path:
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
-class EvalConfig(BaseModel):
+class EvalConfig(Section):
     """What ``ptl eval`` is told, beside the model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     tasks: list[str]
     data: dict[str, str] = Field({}, description="By task: a file, a saved folder, testbed:SPLIT or hub:NAME.")
     limit: int | None = Field(None, ge=1)

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
 
 RESAMPLES = 10_000
 
@@ -12,18 +16,19 @@ def accuracy_interval(correct: Sequence[float], seed: int = 0, level: float = 0.
     Of problems that are all right, or all wrong, it is that one point: resampling them shows no other.
     """
     import numpy
+
+    return _interval(numpy.asarray(correct, dtype=float), numpy.random.default_rng(seed), level)
+
+
+def _interval(values: "numpy.ndarray", rng: "numpy.random.Generator", level: float) -> tuple[float, float]:
+    """Of the mean."""
+    import numpy
     from scipy import stats
 
-    if len(set(correct)) < 2:
-        return float(correct[0]), float(correct[0])
+    if numpy.unique(values).size == 1:
+        return float(values[0]), float(values[0])
     found = stats.bootstrap(
-        (numpy.asarray(correct, dtype=float),),
-        numpy.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=level,
-        method="percentile",
-        batch=500,
-        rng=numpy.random.default_rng(seed),
+        (values,), numpy.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", batch=500, rng=rng
     ).confidence_interval
     return float(found.low), float(found.high)
 
@@ -61,19 +66,7 @@ def paired(first: Sequence[float], second: Sequence[float], seed: int = 0, level
     if not gained and not lost:
         return Paired(mean, mean, mean, 1.0, 0, 0)
     rng = numpy.random.default_rng(seed)
-    if numpy.unique(differences).size == 1:
-        low = high = mean
-    else:
-        found = stats.bootstrap(
-            (differences,),
-            numpy.mean,
-            n_resamples=RESAMPLES,
-            confidence_level=level,
-            method="percentile",
-            batch=500,
-            rng=rng,
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
+    low, high = _interval(differences, rng, level)
     test = stats.permutation_test(
         (differences,),
         numpy.mean,

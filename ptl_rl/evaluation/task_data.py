@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl_rl.config import SourceConfig
-from ptl_rl.data.known import Layout, Parts
 from ptl_rl.data.records import DataError, RowError
 from ptl_rl.data.sources import TESTBED, open_source
 
@@ -28,13 +27,6 @@ class Documents:
     fingerprint: str
     left_out: int
     """Rows that are no question of the task, as they stand in its prompt."""
-
-
-def _no_parts(row: dict[str, Any]) -> Parts:
-    raise NotImplementedError("rows of this layout are read as they are")
-
-
-_AS_THEY_ARE = Layout("rows", (), _no_parts)
 
 
 def read_documents(sources: Sequence[SourceConfig], to_document: ToDocument, limit: int | None) -> Documents:
@@ -55,7 +47,7 @@ def _of_source(source: SourceConfig, to_document: ToDocument, limit: int | None)
         return _of_testbed(source, to_document, limit)
     import pyarrow
 
-    opened = open_source(source, _AS_THEY_ARE)
+    opened = open_source(source, all_columns=True)
     found: list[Document] = []
     left_out = 0
     try:

@@ -36,15 +36,19 @@ class EvalTask:
     """In place of lm-eval's own; None: those."""
     metric_names: tuple[str, ...] = ()
     """Of ``metrics``."""
-    is_code: bool = False
+    judged_by: str | None = None
+    """The one of ``metric_names`` that says whether an answer is right; None: the stated final answer does."""
 
-    def correct(self, document: Document, response: str) -> float:
-        """1.0 for a right answer, 0.0 for any other."""
+    def correct(self, document: Document, response: str, metrics: dict[str, Any]) -> float:
+        """1.0 for a right answer, 0.0 for any other.
+
+        Args:
+            metrics: of this response, by ``metric_names``.
+        """
+        if self.judged_by is not None:
+            return float(metrics[self.judged_by])
         from reward.accuracy import answers_equal
-        from reward.code import passes
 
-        if self.is_code:
-            return float(passes(response, document["tests"]))
         answer = final_answer(response)
         return float(answer is not None and answers_equal(answer, expected(document)))
 
@@ -133,7 +137,7 @@ TASKS = {
             "mbpp/mbpp.yaml",
             _pass_at_1,
             ("pass_at_1",),
-            is_code=True,
+            "pass_at_1",
         ),
         EvalTask(
             "college_science",
@@ -178,7 +182,9 @@ def find_tasks(names: list[str]) -> list[EvalTask]:
             close = difflib.get_close_matches(name, TASKS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
             raise ConfigError(f"--tasks: {name!r} is no task; {hint}")
-    if len(set(names)) < len(names) or not names:
+    if not names:
+        raise ConfigError(f"--tasks: name at least one of {', '.join(TASKS)}")
+    if len(set(names)) < len(names):
         raise ConfigError(f"--tasks {','.join(names)}: name each task once")
     return [TASKS[name] for name in names]
 
@@ -200,9 +206,7 @@ def lm_eval_config(
         config = task_definition(task.definition)
     else:
         config = {
-            "doc_to_text": lambda document: prompt(
-                document["question"] if "question" in document else document["problem"]
-            ),
+            "doc_to_text": lambda document: prompt(_question(document)),
             "doc_to_target": expected,
             "generation_kwargs": {"until": [], "do_sample": False},
             "output_type": "generate_until",

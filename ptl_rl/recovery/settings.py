@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from ptl_rl.section import Section
 
 
-class RecoveryConfig(BaseModel):
+class RecoveryConfig(Section):
     """What every way of recovery has."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or one number per cycle.")
     learning_rate: float = Field(1e-6, gt=0)

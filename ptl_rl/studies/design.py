@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.schedule import planned_cuts
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
@@ -118,7 +119,6 @@ def slicegpt_shape(shape: ModelShape, hidden_size: int) -> ModelShape:
         shape,
         family=BASELINES["slicegpt_llama"],
         hidden_size=hidden_size,
-        head_dim=shape.head_dim,
         tied=False,
         attention_bias=shape.attention_bias or shape.family.qkv_bias,
     )
@@ -157,7 +157,7 @@ def table1(config: RunConfig, shape: ModelShape) -> Study:
         ),
     ]
     notes = [f"the loop leaves {target:,} parameters; the others come as near as whole blocks and units allow"]
-    if shape.family.model_type in ("llama", "qwen2", "mistral"):
+    if shape.family.model_type in SLICEGPT_FAMILIES:
         size = slicegpt_size_for(shape, target)
         rows.append(
             Row(

@@ -7,6 +7,8 @@ own, the residual connections need a matrix each, so the result is no stock arch
 transformers, :mod:`.vllm_model` for vLLM.
 """
 
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Those that a Llama with biases can express."""
 MODEL_TYPE = "slicegpt_llama"
 ARCHITECTURE = "SliceGptLlamaForCausalLM"
 NOTE = "slicegpt.json"

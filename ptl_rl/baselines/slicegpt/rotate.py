@@ -13,11 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptl_rl.baselines.slicegpt import FAMILIES
 from ptl_rl.baselines.slicegpt.modeling import SliceGptLlamaConfig, SliceGptLlamaForCausalLM
 from ptl_rl.pruning.calibration import Batch
-
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Those that a Llama with biases can express."""
 
 
 class SliceGptError(ValueError):
