@@ -130,7 +130,8 @@ def speed(
 
         if out is not None and not out.parent.is_dir():
             raise ConfigError(f"--out {out}: {out.parent} is no folder")
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends the models' processes, too
+        for number in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the former: set both
+            signal.signal(number, signal.default_int_handler)
         quieten_libraries()
         folders = [resolve_model(model, setting="MODEL") for model in models]
         for folder in folders:

@@ -133,17 +133,22 @@ def _batches(opened: Opened, path: str, progress: Progress, about: dict[str, Any
 
 @lru_cache(maxsize=8)
 def _testbed(path: str, rows: int | None, seed: int) -> Store:
-    from ptl_rl.testbed.word_problems import SPLITS, problems
+    from ptl_rl.testbed import programs, word_problems
+    from ptl_rl.testbed.problem import SPLITS
 
-    split = path.removeprefix(TESTBED)
-    if split not in SPLITS:
-        raise DataError(f"{path}: no such split of the test bed; there are {', '.join(SPLITS)}")
+    kind, _, split = path.removeprefix(TESTBED).rpartition("-")
+    if kind not in ("", "programs") or split not in SPLITS:
+        there = ", ".join([*SPLITS, *(f"programs-{name}" for name in SPLITS)])
+        raise DataError(f"{path}: no such split of the test bed; there are {there}")
+    problems, name = (
+        (programs.problems, "ptl_rl/programs") if kind else (word_problems.problems, "ptl_rl/word_problems")
+    )
     if rows is None:
         raise DataError(f"{path}: the test bed is endless; set rows (`ptl score`: --set data.rows=256)")
     # Evaluation problems do not depend on the run's seed, so that seeds can be compared.
     stream = itertools.islice(problems(split, seed if split in ("rl", "pretrain") else 0), rows)
-    records = (Record(p.question, p.solution, p.answer, "ptl_rl/word_problems", p.id) for p in stream)
-    return store_of(records, path, "ptl_rl/word_problems")
+    records = (Record(p.question, p.solution, p.answer, name, p.id) for p in stream)
+    return store_of(records, path, name)
 
 
 def store_of(records: Iterable[Record], path: str, name: str) -> Store:

@@ -152,7 +152,6 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         "trainer.n_gpus_per_node": num_workers,
         # The padding-free path needs flash-attn, which has no CPU build.
         "actor_rollout_ref.model.use_remove_padding": False,
-        "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_torch_compile": False,
         **_fsdp_cpu_overrides(f"{actor}.fsdp_config"),

@@ -1,4 +1,4 @@
-"""What verl's FSDP engine needs on a CPU; verl imports this module in its workers, by `model.external_lib`.
+"""What verl's FSDP engine is given; verl imports this module in its workers, by `model.external_lib`.
 
 Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
 heavy to import.
@@ -24,9 +24,19 @@ def keep_offloaded_memory_unpinned() -> None:
     engine.CPUOffloadPolicy = functools.partial(unpinned)
 
 
+def write_checkpoints_on_all_ranks() -> None:
+    """Save recovered policies without gathering them on rank 0 (verl 0.9), on any device."""
+    from verl.workers.engine.fsdp import transformer_impl as engine
+
+    from ptl_rl.platform.verl_checkpoint import ShardedCheckpointManager
+
+    engine.FSDPCheckpointManager = ShardedCheckpointManager
+
+
 def _activate() -> None:
     from ptl_rl.platform.checks import should_activate
 
+    write_checkpoints_on_all_ranks()
     if should_activate():
         keep_offloaded_memory_unpinned()
 

@@ -3,7 +3,6 @@
 The result is an ordinary Hugging Face folder with a smaller ``intermediate_size`` and ``num_hidden_layers``.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from transformers import AutoConfig
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_files
+from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_index
 
-MAX_FILE_BYTES = 5 << 30
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -68,25 +67,6 @@ def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | Non
     return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer, projection)
 
 
-def _files(pieces: list[tuple[_Piece, int]], ranks: int) -> list[list[_Piece]]:
-    """Group tensors, in order, into files of about equal size: at least one per rank, none above the limit."""
-    total = sum(size for _, size in pieces)
-    limit = max(1, min(MAX_FILE_BYTES, -(-total // ranks)))
-    groups: list[list[_Piece]] = [[]]
-    filled = 0
-    for piece, size in pieces:
-        if groups[-1] and filled + size > limit and (len(groups) < ranks or filled + size > MAX_FILE_BYTES):
-            groups.append([])
-            filled = 0
-        groups[-1].append(piece)
-        filled += size
-    return groups
-
-
-def _file_name(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
 def _sizes(source_files: dict[str, Path], stack: ExitStack) -> tuple[dict[str, int], dict[Path, safe_open]]:
     handles = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(source_files.values()))}
     widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
@@ -122,17 +102,19 @@ def slice_weights(
         source_files = checkpoint_files(source)
         sizes, handles = _sizes(source_files, stack)
         ratio = plan.intermediate_size / plan.source_intermediate_size
-        pieces = []
+        pieces, sizes_after = {}, {}
         for name in sorted(source_files):
             piece = _piece(name, family, new_index)
             if piece is not None:
-                pieces.append((piece, int(sizes[name] * (1 if piece.dim is None else ratio))))
-        groups = _files(pieces, ranks)
+                pieces[piece.name] = piece
+                sizes_after[piece.name] = int(sizes[name] * (1 if piece.dim is None else ratio))
+        groups = group_into_files(sizes_after, ranks)
         own = groups[rank::ranks]
         done, total = 0, sum(map(len, own))
         for index in range(rank, len(groups), ranks):
             tensors = {}
-            for piece in groups[index]:
+            for name in groups[index]:
+                piece = pieces[name]
                 tensor = handles[source_files[piece.source_name]].get_tensor(piece.source_name)
                 new = None
                 if new_weights and piece.projection:
@@ -145,11 +127,11 @@ def slice_weights(
                     )
                 elif piece.dim is not None:
                     tensor = tensor.index_select(piece.dim, torch.tensor(plan.keep_channels[piece.layer]))
-                tensors[piece.name] = tensor.contiguous()
+                tensors[name] = tensor.contiguous()
                 done += 1
                 progress(done, total)
-            save_file(tensors, out / _file_name(index, len(groups)), metadata={"format": "pt"})
-    return {piece.name: _file_name(index, len(groups)) for index, group in enumerate(groups) for piece in group}
+            save_file(tensors, out / file_name(index, len(groups)), metadata={"format": "pt"})
+    return weight_map(groups)
 
 
 def _new_weight_file(folder: Path, layer: int, name: str) -> Path:
@@ -168,7 +150,7 @@ def load_new_weight(folder: Path, layer: int, name: str) -> torch.Tensor | None:
     return load_file(path)["weight"] if path.exists() else None
 
 
-def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dict[str, str]) -> None:
+def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str, str]) -> None:
     """Write ``config.json``, the weight index where there are several files, and copy the tokenizer (rank 0's part)."""
     family = read_shape(source).family
     config = AutoConfig.from_pretrained(source)
@@ -185,10 +167,7 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, weight_map: dic
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             shutil.copy2(path, out / path.name)
-    if set(weight_map.values()) != {"model.safetensors"}:
-        size = sum((out / name).stat().st_size for name in set(weight_map.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_index(out, files)
 
 
 def slice_checkpoint(
@@ -201,5 +180,5 @@ def slice_checkpoint(
 ) -> None:
     """Slice a whole checkpoint in one process; see :func:`slice_weights`."""
     out.mkdir(parents=True, exist_ok=True)
-    weight_map = slice_weights(source, plan, out, new_weights=new_weights, progress=progress)
-    write_companions(source, plan, out, weight_map)
+    files = slice_weights(source, plan, out, new_weights=new_weights, progress=progress)
+    write_companions(source, plan, out, files)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import RunConfig
+from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.verl_config import SAVE_ALL, composed
 from ptl_rl.stage import StageSpec
@@ -26,6 +27,7 @@ def render_sft(
         "data.custom_cls.name": "SequenceFile",
         "model.path": str(spec.source),
         "model.trust_remote_code": config.model.trust_remote_code,
+        "model.external_lib": ENGINE_LIBRARY,
         "model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
         "model.override_config.attn_implementation": config.model.attention,
         "model.use_remove_padding": config.model.attention == "flash_attention_2",

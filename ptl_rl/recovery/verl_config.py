@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
 from ptl_rl.stage import StageSpec
 
@@ -67,6 +68,7 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "actor_rollout_ref.ref.fsdp_config.dtype": config.model.dtype,
         "actor_rollout_ref.model.path": str(spec.source),
         "actor_rollout_ref.model.trust_remote_code": config.model.trust_remote_code,
+        "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
         "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
         "actor_rollout_ref.model.override_config.attn_implementation": config.model.attention,
         "actor_rollout_ref.model.use_remove_padding": config.model.attention == "flash_attention_2",

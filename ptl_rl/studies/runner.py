@@ -68,6 +68,15 @@ def runs_found(row: Row, out: Path) -> list[StudyRun]:
     return sorted(found, key=lambda run: run.seed)
 
 
+def _saved_config(run: StudyRun, out: Path) -> RunConfig:
+    """What a run was started with; a model that lies in the study's folder is looked for where that is now."""
+    saved = read_saved_config(run.folder / "config.json")
+    here = run.model_folder(out)
+    if run.row.slicegpt_size and Path(saved.model.path).parts[-2:] == here.parts[-2:]:
+        return saved.model_copy(update={"model": saved.model.model_copy(update={"path": str(here)})})
+    return saved
+
+
 def check_folder(study: Study, out: Path, seeds: int) -> None:
     """Raise :class:`ConfigError` if ``out`` holds another study, or runs or models of another design."""
     saved = out / STUDY
@@ -80,7 +89,7 @@ def check_folder(study: Study, out: Path, seeds: int) -> None:
             raise ConfigError(f"{out}: holds the study {name}; name another --out")
     for run in runs_of(study, out, seeds):
         if (run.folder / "config.json").exists():
-            found, wanted = read_saved_config(run.folder / "config.json"), run.config(out)
+            found, wanted = _saved_config(run, out), run.config(out)
             differing = [name for name in RunConfig.model_fields if getattr(found, name) != getattr(wanted, name)]
             if differing:
                 raise ConfigError(
@@ -133,6 +142,7 @@ def _make(run: StudyRun, out: Path) -> int:
         if status := _python(module, out / LOGS / f"{run.name}.log"):
             return status
     if (run.folder / "config.json").exists():
+        save_config(_saved_config(run, out), run.folder / "config.json")
         module = ["ptl_rl.cli", "resume", str(run.folder)]
     else:
         save_config(run.config(out), recipe)

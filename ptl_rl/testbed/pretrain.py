@@ -1,6 +1,6 @@
 """Pre-train the demo model from nothing on two CPU cores: ``python -m ptl_rl.testbed.pretrain OUT``.
 
-The shipped checkpoint came from this script; it is kept runnable so that anyone can make it again, larger, or for
+The shipped checkpoints came from this script; it is kept runnable so that anyone can make one again, larger, or for
 another family.
 """
 
@@ -9,9 +9,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -22,11 +22,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.masking import skipped
 from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.testbed import programs, word_problems
+from ptl_rl.testbed.problem import Problem
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
-from ptl_rl.testbed.word_problems import Problem, problems
+from reward.code import code_reward
 
 IGNORE = -100
+
+Kind = Literal["words", "programs"]
+STREAMS: dict[Kind, Callable[[str, int], Iterator[Problem]]] = {
+    "words": word_problems.problems,
+    "programs": programs.problems,
+}
+"""What a model can be trained on."""
+
+
+def is_right(kind: Kind, problem: Problem, text: str) -> bool:
+    """Whether a response ends in the right box, or its program, run in a confined process, passes the tests."""
+    if kind == "programs":
+        return code_reward(text, problem.answer) == 1.0
+    return text.endswith(f"\\boxed{{{problem.answer}}}")
 
 
 def encode(tokenizer, problem: Problem) -> tuple[list[int], int]:
@@ -40,9 +56,9 @@ def encode(tokenizer, problem: Problem) -> tuple[list[int], int]:
     return prompt + tokenizer.encode(problem.solution) + [tokenizer.eos_token_id], len(prompt)
 
 
-def batches(tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer, batch_size: int, seed: int, kind: Kind) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (input_ids_BT, labels_BT); question tokens count too, padding does not."""
-    stream, rng = problems("pretrain", seed), random.Random(seed)
+    stream, rng = STREAMS[kind]("pretrain", seed), random.Random(seed)
     while True:
         # Sixteen batches are sorted by length together, so that little is padded.
         window = [encode(tokenizer, p)[0] for p in itertools.islice(stream, batch_size * 16)]
@@ -68,9 +84,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
 
 
 @torch.no_grad()
-def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0) -> float:
-    """Share of ``count`` problems whose greedy answer ends in the right box."""
-    sample = list(itertools.islice(problems(split, seed), count))
+def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0, kind: Kind = "words") -> float:
+    """Share of ``count`` problems whose greedy answer is right; see :func:`is_right`."""
+    sample = list(itertools.islice(STREAMS[kind](split, seed), count))
     right = 0
     for start in range(0, count, 250):
         part = sample[start : start + 250]
@@ -86,7 +102,7 @@ def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0) -> 
             do_sample=False,
         )
         texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
-        right += sum(t.endswith(f"\\boxed{{{p.answer}}}") for t, p in zip(texts, part, strict=True))
+        right += sum(is_right(kind, problem, text) for problem, text in zip(part, texts, strict=True))
     return right / count
 
 
@@ -176,6 +192,7 @@ def history(folder: Path) -> dict[str, Any]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
     family: Annotated[str, typer.Option(help="qwen2, llama, qwen3, gemma2 or gemma3.")] = "qwen2",
+    kind: Annotated[Kind, typer.Option(help="What it learns: word problems, or to write programs.")] = "words",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3000,
     batch_size: Annotated[int, typer.Option(min=1, help="Problems per step.")] = 64,
     peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of AdamW.")] = 3e-3,
@@ -198,7 +215,7 @@ def main(
     ] = None,
 ) -> None:
     """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(stream=STREAMS[kind]("pretrain", 1234))
     if start_from and not (start_from / "config.json").exists():
         raise typer.BadParameter(f"{start_from} is no checkpoint: it has no config.json")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -208,16 +225,17 @@ def main(
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
         if model.config.num_hidden_layers < layers:
             model = add_blocks(model, layers)
-    stream, started = batches(tokenizer, batch_size, seed), time.time()
+    stream, started = batches(tokenizer, batch_size, seed, kind), time.time()
     loss = train(model, stream, steps, peak_lr, block_drop=block_drop, seed=seed, autocast=autocast)
     seconds = time.time() - started
     # Rounded as they are saved, so that the accuracy is that of the saved weights.
     model = model.to(getattr(torch, dtype)).float().eval()
-    accuracy = greedy_accuracy(model, tokenizer, "validation", 500)
+    accuracy = greedy_accuracy(model, tokenizer, "validation", 500, kind=kind)
     model.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
         "family": model.config.model_type,
+        "kind": kind,
         "steps": steps,
         "batch_size": batch_size,
         "peak_lr": peak_lr,

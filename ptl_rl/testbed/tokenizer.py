@@ -1,13 +1,17 @@
-"""A small byte-level BPE tokenizer trained on the generated problems, with a chat template.
+"""A small byte-level BPE tokenizer trained on generated problems, with a chat template.
 
 Transformers builds the tokenizer class of a ``qwen2`` model from its ``model_type``, which is byte-level BPE whatever
 ``tokenizer.json`` says, so the test bed uses exactly that class for every family.
 """
 
+import itertools
+from collections.abc import Iterable
+
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from ptl_rl.testbed.word_problems import problems
+from ptl_rl.testbed import word_problems
+from ptl_rl.testbed.problem import Problem
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 512
@@ -21,8 +25,14 @@ SPLIT_PATTERN = (
 )
 
 
-def build_tokenizer(vocab_size: int = VOCAB_SIZE, sample_problems: int = 4000) -> Qwen2Tokenizer:
-    """Train the tokenizer on the pre-training split; deterministic. ``len(tokenizer) == vocab_size``."""
+def build_tokenizer(
+    vocab_size: int = VOCAB_SIZE, sample_problems: int = 4000, stream: Iterable[Problem] | None = None
+) -> Qwen2Tokenizer:
+    """Train the tokenizer on the first ``sample_problems``; deterministic. ``len(tokenizer) == vocab_size``.
+
+    Args:
+        stream: default: word problems of the pre-training split.
+    """
     from tokenizers import Regex
 
     raw = Tokenizer(models.BPE())
@@ -37,8 +47,8 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE, sample_problems: int = 4000) -
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    stream = problems("pretrain", seed=1234)
-    texts = [p.question + "\n" + p.solution for p, _ in zip(stream, range(sample_problems), strict=False)]
+    stream = word_problems.problems("pretrain", seed=1234) if stream is None else stream
+    texts = [p.question + "\n" + p.solution for p in itertools.islice(stream, sample_problems)]
     raw.train_from_iterator(["user\n", "assistant\n", *texts], trainer=trainer)
     import json
 

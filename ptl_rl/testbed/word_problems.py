@@ -4,32 +4,13 @@ They stand in for Math-12k in the demo: short enough for a two-million-parameter
 that one wrong intermediate result spoils the answer, which is what pruning does to reasoning.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+
+from ptl_rl.testbed.problem import LEVELS, Problem, distinct, id_of
 
 NAMES = ("Anna Ben Carla Dan Emma Felix Gina Hugo Ida Jonas Kira Leo Mia Nils Olga Paul").split()  # noqa: SIM905
 ITEMS = "apples books coins shells cards stamps eggs pears beads pens rings nuts".split()  # noqa: SIM905
-SPLITS = {"pretrain": (0, 80), "rl": (80, 92), "validation": (92, 95), "test": (95, 100)}
-"""Split name to its range of hash buckets (percent): a question belongs to one split whatever seed made it."""
-LEVELS = (1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem; ``solution`` is the chain of thought and ends in the boxed ``answer``."""
-
-    id: str
-    question: str
-    solution: str
-    answer: str
-    level: int
-    template: str
-
-    def to_record(self) -> dict:
-        """The project's record schema (question, solution, answer, source, id) plus level and template."""
-        return {**asdict(self), "source": "ptl_rl/word_problems"}
 
 
 class _Working:
@@ -182,12 +163,6 @@ TEMPLATES: dict[str, Callable[[random.Random, _Working, int], Draft]] = {
 }
 
 
-def split_of(question: str) -> str:
-    """The one split that a question belongs to, by hash of its text."""
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 100
-    return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
-
-
 def _draw(rng: random.Random) -> Problem | None:
     template, level = rng.choice(tuple(TEMPLATES)), rng.choice(LEVELS)
     work = _Working()
@@ -196,27 +171,9 @@ def _draw(rng: random.Random) -> Problem | None:
     if min(numbers) < 0 or max(numbers) > MAX_ANSWER:
         return None
     solution = "\n".join([*work.lines, f"\\boxed{{{answer}}}"])
-    digest = hashlib.sha256(question.encode()).hexdigest()[:16]
-    return Problem(f"wp-{digest}", question, solution, str(answer), level, template)
+    return Problem(id_of("wp", question), question, solution, str(answer), level, template)
 
 
 def problems(split: str, seed: int = 0) -> Iterator[Problem]:
-    """Endless stream of distinct problems of one split.
-
-    Args:
-        split: one of :data:`SPLITS`; the splits share no question, whatever the seeds.
-        seed: the same seed gives the same stream.
-
-    Raises:
-        ValueError: for an unknown split.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    rng = random.Random(f"{split}-{seed}")
-    seen: set[str] = set()
-    while True:
-        problem = _draw(rng)
-        if problem is None or problem.question in seen or split_of(problem.question) != split:
-            continue
-        seen.add(problem.question)
-        yield problem
+    """Endless stream of distinct word problems of one split; see :func:`~ptl_rl.testbed.problem.distinct`."""
+    return distinct(_draw, split, seed)

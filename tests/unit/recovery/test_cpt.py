@@ -146,6 +146,7 @@ def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> No
         loss = torch.tensor(sum(found["loss"]))
         torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
         losses.append(float(loss))
+    engine.save_checkpoint(f"{folder}/saved-{ranks}", global_step=3)
     parameters = {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
     if rank == 0:
         torch.save(parameters, Path(folder) / f"{ranks}.pt")
@@ -153,6 +154,8 @@ def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> No
 
 
 def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     records = [PROBLEM, LONGER, TEXT] * 4
     write(records, tokenizer, tmp_path, max_tokens=64)
     arguments = (str(tmp_path), str(make_checkpoint("llama")), str(tmp_path / "s.arrow"))
@@ -165,6 +168,12 @@ def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text)
+    for ranks, trained in ((1, first), (2, second)):  # each rank writes its share
+        folder = tmp_path / f"saved-{ranks}/huggingface"
+        assert len(list(folder.glob("*.safetensors"))) == ranks and (folder / "tokenizer.json").exists()
+        saved = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        assert saved.keys() == trained.keys()
+        assert all(torch.equal(saved[name], value) for name, value in trained.items())
 
 
 def _with_parent(_rank: int, _ranks: int, folder: str, model: str, parent: str, sequences: str) -> None:

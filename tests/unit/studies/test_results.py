@@ -164,6 +164,26 @@ def test_a_sliced_model_of_another_size_is_not_used_again(tmp_path):
         runner.check_folder(other.whole, tmp_path, 1)
 
 
+def test_a_moved_folder_finds_its_own_models(tmp_path, monkeypatch):
+    recipe = demo_recipes("table1")[1]
+    made = prepare("table1", [recipe], [], tmp_path / "before", only=["slicegpt"])[0]
+    (run,) = runner.runs_of(made.study, made.out, 1)
+    run.folder.mkdir(parents=True)
+    run.model_folder(made.out).mkdir(parents=True)
+    save_config(run.config(made.out), run.folder / "config.json")
+    made.out.rename(tmp_path / "after")
+
+    made = prepare("table1", [recipe], [], tmp_path / "after", only=["slicegpt"])[0]
+    runner.check_folder(made.whole, made.out, 1)
+    started = []
+    monkeypatch.setattr(runner, "_python", lambda module, log: started.append(module) or 0)
+    runner.make_runs(made.study, made.out, 1)
+    (run,) = runner.runs_of(made.study, made.out, 1)
+    assert started == [["ptl_rl.cli", "resume", str(run.folder)]]
+    saved = json.loads((run.folder / "config.json").read_text())
+    assert saved["model"]["path"] == str(tmp_path / "after/models/slicegpt-seed0")
+
+
 def test_the_original_is_no_model_that_was_cut_before(tmp_path):
     made = prepare("table1", [demo_recipes("table1")[1]], [], tmp_path)[0]
     for run in runner.runs_of(made.whole, tmp_path, 1):

@@ -1,4 +1,4 @@
-"""The generator is seeded, its splits share nothing, and its solutions are right."""
+"""Generators are seeded, their splits share nothing, and their solutions are right."""
 
 import itertools
 import json
@@ -9,32 +9,48 @@ import torch
 
 from ptl_rl.config import ConfigError
 from ptl_rl.models import resolve_model
-from ptl_rl.testbed import shipped_checkpoint
+from ptl_rl.testbed import programs, shipped_checkpoint, word_problems
 from ptl_rl.testbed.pretrain import add_blocks, history, train
+from ptl_rl.testbed.problem import LEVELS, SPLITS, split_of
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
-from ptl_rl.testbed.word_problems import LEVELS, SPLITS, TEMPLATES, problems, split_of
+from reward.code import code_reward
+
+GENERATORS = pytest.mark.parametrize("generator", [word_problems, programs], ids=["words", "programs"])
 
 
-def take(split, count, seed=0):
-    return list(itertools.islice(problems(split, seed), count))
+def take(split, count, seed=0, generator=word_problems):
+    return list(itertools.islice(generator.problems(split, seed), count))
 
 
-def test_streams_are_seeded():
-    assert take("rl", 50, seed=1) == take("rl", 50, seed=1)
-    assert take("rl", 50, seed=1) != take("rl", 50, seed=2)
+@GENERATORS
+def test_streams_are_seeded(generator):
+    assert take("rl", 50, 1, generator) == take("rl", 50, 1, generator)
+    assert take("rl", 50, 1, generator) != take("rl", 50, 2, generator)
     with pytest.raises(ValueError, match="there are pretrain, rl, validation, test"):
-        problems("nowhere").__next__()
+        generator.problems("nowhere").__next__()
 
 
-def test_splits_share_no_question():
-    questions = {split: {p.question for p in take(split, 600, seed=5)} for split in SPLITS}
+@GENERATORS
+def test_splits_share_no_question(generator):
+    questions = {split: {p.question for p in take(split, 600, 5, generator)} for split in SPLITS}
     assert all(len(found) == 600 for found in questions.values())
     assert len(set().union(*questions.values())) == 600 * len(SPLITS)
     assert all(split_of(q) == split for split, found in questions.items() for q in found)
 
 
-def test_every_template_and_level_appears():
-    assert {(p.template, p.level) for p in take("pretrain", 1500)} == set(itertools.product(TEMPLATES, LEVELS))
+@GENERATORS
+def test_every_template_and_level_appears(generator):
+    found = {(p.template, p.level) for p in take("pretrain", 1500, generator=generator)}
+    assert found == set(itertools.product(generator.TEMPLATES, LEVELS))
+
+
+def test_programs_pass_their_tests_and_others_do_not():
+    sample = take("test", 120, generator=programs)
+    assert all(code_reward(p.solution, p.answer) == 1.0 for p in sample)
+    nothing = "```python\ndef {}(_):\n    return None\n```"
+    assert not any(
+        code_reward(nothing.format(p.question.split("(")[0].removeprefix("Write ")), p.answer) for p in sample[:20]
+    )
 
 
 def test_solutions_are_right():

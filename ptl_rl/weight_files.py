@@ -1,0 +1,46 @@
+"""How a checkpoint's tensors are shared out to safetensors files, each of which one rank writes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+MAX_FILE_BYTES = 5 << 30
+
+
+def group_into_files(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Tensors, in order, in files of about equal size: one per rank if there are enough, none above the limit.
+
+    Rank r writes the files r, r + ranks, and so on.
+
+    Args:
+        sizes: bytes of every tensor by its name.
+    """
+    limit = max(1, min(MAX_FILE_BYTES, -(-sum(sizes.values()) // ranks)))
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit and (len(groups) < ranks or filled + size > MAX_FILE_BYTES):
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def file_name(index: int, count: int) -> str:
+    """Of the file ``index`` of ``count``, as transformers names it."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def weight_map(groups: list[list[str]]) -> dict[str, str]:
+    """Tensor name to file name."""
+    return {name: file_name(index, len(groups)) for index, group in enumerate(groups) for name in group}
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """``model.safetensors.index.json`` of what :func:`weight_map` gives, where there are several files."""
+    names = set(files.values())
+    if names != {file_name(0, 1)}:
+        size = sum((folder / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

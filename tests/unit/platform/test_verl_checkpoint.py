@@ -1,0 +1,80 @@
+"""Recovered policies are written by all ranks, and verl still gathers them on one."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from gloo_ranks import run_ranks
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from ptl_rl.testbed.tiny_models import tiny_model
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def test_verl_still_gathers_on_one_rank():
+    """If this fails, `ptl_rl.platform.verl_checkpoint` can go."""
+    from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+    assert "rank0_only=True" in inspect.getsource(FSDPCheckpointManager.save_checkpoint)
+
+
+def test_verls_engine_is_given_our_writer(monkeypatch):
+    from verl.workers.engine.fsdp import transformer_impl
+
+    from ptl_rl.platform.verl_checkpoint import ShardedCheckpointManager
+    from ptl_rl.platform.verl_engine import write_checkpoints_on_all_ranks
+
+    monkeypatch.setattr(transformer_impl, "FSDPCheckpointManager", None)
+    write_checkpoints_on_all_ranks()
+    assert transformer_impl.FSDPCheckpointManager is ShardedCheckpointManager
+
+
+def save(rank, ranks, folder, family, tied):
+    from ptl_rl.platform import verl_checkpoint
+
+    model = tiny_model(family, num_hidden_layers=3, tie_word_embeddings=tied, **SIZES)
+    if rank == 0:
+        model.save_pretrained(folder / "expected")
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    model(torch.arange(12)[None])  # leaves the root's weights unsharded, as a last validation does
+    written = []
+    write = verl_checkpoint.save_file
+
+    def counted(tensors, path, metadata):
+        written.append(sum(tensor.nbytes for tensor in tensors.values()))
+        write(tensors, path, metadata)
+
+    verl_checkpoint.save_file = counted
+    contents = {"save_contents": ["hf_model"], "load_contents": []}
+    manager = verl_checkpoint.ShardedCheckpointManager(model, None, checkpoint_config=contents)
+    manager.save_checkpoint(str(folder / "step"), global_step=1)
+    parameters = list(model.parameters())
+    whole, largest = sum(p.numel() * 4 for p in parameters), max(p.numel() * 4 for p in parameters)
+    assert len(written) == 1 and 0 < written[0] <= whole / ranks + largest
+    # The same again, over what is there.
+    manager.save_checkpoint(str(folder / "step"), global_step=2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "family", "tied"), [(2, "qwen2", True), (2, "gemma3_text", True), (4, "llama", False)]
+)
+def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied):
+    run_ranks(save, ranks, tmp_path, family, tied)
+    folder = tmp_path / "step/huggingface"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == ranks
+    assert ("lm_head.weight" in index["weight_map"]) is not tied
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
+    assert found.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_files_of_another_number_of_ranks_do_not_stay(tmp_path):
+    for ranks in (2, 1):
+        run_ranks(save, ranks, tmp_path, "qwen2", True)
+    assert [path.name for path in (tmp_path / "step/huggingface").glob("*.safetensors*")] == ["model.safetensors"]
