@@ -14,7 +14,7 @@ from ptl_rl.studies.command import demo_recipes, prepare
 from ptl_rl.studies.design import STUDIES, design, shared_out, slicegpt_shape
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
 
-BY_NAME = [(name, recipe) for name in STUDIES if name != "code" for recipe in demo_recipes(name)]
+BY_NAME = [(name, recipe) for name in STUDIES for recipe in demo_recipes(name)]
 
 
 def designed(name, recipe, **changes):
@@ -47,7 +47,7 @@ def test_rows_have_the_same_data_and_the_same_steps_in_all(name, recipe):
             assert count == steps(config)[method] // (2 if both else 1)
 
 
-@pytest.mark.parametrize("recipe", demo_recipes("table1"), ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", [*demo_recipes("table1"), *demo_recipes("code")], ids=lambda recipe: recipe.stem)
 def test_table1_cuts_to_about_the_same_size(recipe):
     config, shape, study = designed("table1", recipe)
     target = shape.sliced(config.schedule.channels_sum, config.schedule.layers_total).parameters
@@ -110,7 +110,6 @@ def test_steps_are_shared_out_whole(total, weights):
         ("recovery", ["recovery=[{cpt: {steps: 4}}, {cpt: {steps: 9}}, {grpo: {}}]"], "each once"),
         ("table1", ["recovery_of_cycle={1: {cpt: {steps: 9}}}"], "has recovery_of_cycle"),
         ("table2", ["recovery=[{cpt: {steps: 4}}, {distill: {steps: 4}}]"], "must list cpt and grpo"),
-        ("code", [], "name a recipe; the test bed has no model that writes programs"),
         ("iterations", ["schedule={layers_total: 1}"], "must remove channels"),
         ("iterations", ["recovery=[{cpt: {steps: 1}}]"], "cannot be shared out"),
     ],
@@ -132,5 +131,5 @@ def test_the_code_study_wants_a_recipe_that_runs_unit_tests(tmp_path):
     recipe = demo_recipes("table1")[1]
     with pytest.raises(ConfigError, match="must judge programs by their unit tests"):
         prepare("code", [recipe], [], tmp_path)
-    made = prepare("code", [recipe], ["reward.path=code", "evaluation.judge=reward"], tmp_path)
+    made = prepare("code", [], [], tmp_path)
     assert made[0].study.name == "code" and made[0].study.reference == "ptl"

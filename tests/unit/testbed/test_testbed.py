@@ -63,12 +63,15 @@ def test_solutions_are_right():
         assert box == f"\\boxed{{{problem.answer}}}" and lines[-1].endswith(f"= {problem.answer}")
 
 
-@pytest.mark.parametrize("name", ["testbed", "testbed:qwen2", "testbed:qwen2-deep", "testbed:llama", "testbed:gemma2"])
+@pytest.mark.parametrize(
+    "name", ["testbed", "testbed:qwen2", "testbed:qwen2-deep", "testbed:llama", "testbed:gemma2", "testbed:programs"]
+)
 def test_shipped_checkpoints_are_small_safe_and_of_their_family(name):
     folder = shipped_checkpoint(name)
     assert (folder / "model.safetensors").stat().st_size <= 8 * 1000 * 1000
     assert not [p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
     family = name.partition(":")[2].partition("-")[0] or "qwen2"
+    family = "llama" if family == "programs" else family
     assert json.loads((folder / "config.json").read_text())["model_type"] == family
     assert json.loads((folder / "pretraining.json").read_text())["family"] == family
 
@@ -77,7 +80,7 @@ def test_what_is_not_shipped_is_refused_with_what_is(tmp_path):
     assert shipped_checkpoint("org/testbed") is None
     for name in ("testbed:mistral", "testbed:", "testbed:.."):
         with pytest.raises(
-            ConfigError, match=r"model\.path: testbed:.*; there are testbed:gemma2, testbed:llama, testbed:q"
+            ConfigError, match=r"model\.path: testbed:.*; there are testbed:gemma2, testbed:llama, testbed:p"
         ):
             resolve_model(name)
 
