@@ -1,8 +1,12 @@
-"""How a checkpoint's tensors are shared out to safetensors files, each of which one rank writes."""
+"""A checkpoint's safetensors files: which tensors stand in which, so that each rank writes its own; their type."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 MAX_FILE_BYTES = 5 << 30
 
@@ -44,3 +48,17 @@ def write_index(folder: Path, files: Mapping[str, str]) -> None:
         size = sum((folder / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def convert_weights(source: Path, out: Path, dtype: str) -> None:
+    """Copy a checkpoint's safetensors files, floating-point tensors as ``dtype``; one file is in memory at a time."""
+    files = {}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+                files[name] = path.name
+        save_file(tensors, out / path.name, metadata={"format": "pt"})
+    write_index(out, files)

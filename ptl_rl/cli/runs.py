@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -217,15 +217,19 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder.")],
     name: Annotated[str | None, typer.Option(help="Of the model, on its card; default: the folder's.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="Default: what the parent's card says.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the weights; default: model.dtype of the run, in which it was evaluated."),
+    ] = None,
 ) -> None:
     """Copy a run's final model as a Hugging Face folder with a model card."""
     from ptl_rl.config import ConfigError
     from ptl_rl.driver.journal import JournalError
 
     try:
-        from ptl_rl.reporting.model_card import export_model
+        from ptl_rl.reporting.export import export_model
 
-        export_model(run_dir, out, name=name or out.name, licence=licence)
+        export_model(run_dir, out, name=name or out.name, licence=licence, dtype=dtype)
     except (ConfigError, JournalError, OSError) as error:
         refuse(error)
     print(f"model: {out}")

@@ -4,6 +4,7 @@ verl 0.9 gathers every tensor in rank 0's host memory, beside an empty model of 
 parameters in float32. Here a tensor is put together at a time, and kept by the one rank that writes its file.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,11 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
             return
         state: dict[str, Any] = get_model_state_dict(self.model)
         drop_tied_target_keys(state, self.model, self.model.config)
-        write_weights(state, Path(local_path) / "huggingface", self.rank, self.world_size)
+        folder = Path(local_path) / "huggingface"
+        write_weights(state, folder, self.rank, self.world_size)
+        if self.rank == 0:  # verl's configuration names the type of the checkpoint that training began from
+            values = json.loads((folder / "config.json").read_text())
+            values.pop("torch_dtype", None)
+            values["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        dist.barrier()

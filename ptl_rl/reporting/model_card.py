@@ -1,37 +1,20 @@
-"""``ptl export``: the final model of a run as a folder that says where it comes from."""
+"""The card of a run's final model: where it comes from, what was removed, what it can do, whose licence holds."""
 
 import contextlib
-import fnmatch
 import itertools
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ptl_rl.config import ConfigError
 from ptl_rl.families import BASELINES
 from ptl_rl.reporting import summary
 from ptl_rl.reporting.html import TEMPLATES
 from ptl_rl.reporting.run_data import ACCEPTED, RunData
 
-_OF_A_MODEL = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
-"""Files that are published; what else lies in a run's checkpoint, its rollouts for one, is the run's."""
-_LICENCE = ("license", "license_name", "license_link")
+LICENCE = ("license", "license_name", "license_link")
 
 
 def parent_card(model: str) -> dict[str, Any]:
@@ -57,7 +40,7 @@ def is_hub_id(model: str) -> bool:
 
 def metadata(run: RunData, licence: dict[str, str], parent: str) -> str:
     """The card's YAML header, in the hub's terms."""
-    values: dict[str, Any] = {name: licence[name] for name in _LICENCE if name in licence}
+    values: dict[str, Any] = {name: licence[name] for name in LICENCE if name in licence}
     if is_hub_id(parent):
         values |= {"base_model": parent, "base_model_relation": "finetune"}
     pruned = ["pruned"] if _steps(run) and not run.config.schedule.recover_only else []
@@ -127,30 +110,3 @@ def _steps(run: RunData) -> list[tuple[summary.Row, summary.Row]]:
 def _recoveries(run: RunData, cycle: int) -> list[str]:
     entries = [entry for entry in run.entries if entry.cycle == cycle and entry.stage == "recover"]
     return [f"{entry.metrics['steps']} steps of {entry.metrics.get('method', 'recovery').upper()}" for entry in entries]
-
-
-def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = None) -> None:
-    """Copy the last accepted checkpoint of a run to ``out``, with a card.
-
-    Raises:
-        ConfigError: no run, no accepted cycle, or ``out`` holds something.
-    """
-    run, out = RunData(run_dir), out.resolve()
-    if run.checkpoint is None:
-        raise ConfigError(f"{run_dir}: no cycle was accepted, so there is no model but the original to export")
-    if not (run.checkpoint / "config.json").exists():
-        raise ConfigError(f"{run.checkpoint}: the journal names this checkpoint, but it is not there; put it back")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder")
-    found = parent_card(run.config.model.parent or run.config.model.path)
-    known = {"license": licence} if licence else {name: str(found[name]) for name in _LICENCE if name in found}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in sorted(run.checkpoint.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL):
-            shutil.copy2(file, partial / file.name)
-    (partial / "README.md").write_text(card(run, name, known))
-    if out.is_dir():
-        out.rmdir()
-    partial.replace(out)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import torch
+from safetensors.torch import save_file
 
 from ptl_rl.config import RunConfig
 from ptl_rl.driver.journal import Entry, Journal
@@ -88,7 +90,7 @@ def make_run(
         recovered = folder / f"cycles/{cycle:03d}/recovered"
         recovered.mkdir(parents=True)
         (recovered / "config.json").write_text("{}")
-        (recovered / "model.safetensors").write_bytes(b"weights")
+        save_file({"weight": torch.arange(8.0) / 3, "steps": torch.tensor(4)}, recovered / "model.safetensors")
         (recovered / "rollouts.jsonl").write_text("of the run alone")
         curve = [{"step": step, "reward": 0.5 + step / 100} for step in (1, 2, 3)]
         metrics = {"steps": 3, "method": "grpo", "curve": curve}

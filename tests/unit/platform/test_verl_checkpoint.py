@@ -69,6 +69,7 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == ranks
     assert ("lm_head.weight" in index["weight_map"]) is not tied
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
     found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())

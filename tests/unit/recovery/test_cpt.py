@@ -171,7 +171,7 @@ def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
     for ranks, trained in ((1, first), (2, second)):  # each rank writes its share
         folder = tmp_path / f"saved-{ranks}/huggingface"
         assert len(list(folder.glob("*.safetensors"))) == ranks and (folder / "tokenizer.json").exists()
-        saved = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        saved = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())  # in the type it was saved in
         assert saved.keys() == trained.keys()
         assert all(torch.equal(saved[name], value) for name, value in trained.items())
 

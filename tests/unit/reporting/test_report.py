@@ -1,13 +1,16 @@
 """The page says what the journal holds, fetches nothing, and a model card says where its model comes from."""
 
+import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree
 
 import pytest
+import torch
 import yaml
 from run_folders import make_run
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
@@ -15,8 +18,9 @@ from ptl_rl.config import ConfigError, ModelConfig, ScheduleConfig
 from ptl_rl.recipe import save_config
 from ptl_rl.reporting import figures
 from ptl_rl.reporting.compare import comparison
+from ptl_rl.reporting.export import export_model
 from ptl_rl.reporting.html import page
-from ptl_rl.reporting.model_card import card, export_model
+from ptl_rl.reporting.model_card import card
 from ptl_rl.reporting.run_data import Removed, RunData
 
 
@@ -116,9 +120,22 @@ def test_an_exported_model_has_a_card(run, tmp_path):
     }
     assert "3 blocks of 8 FFN channels became 2 of 6" in text
     assert "| 2 | 0 | 1 | 3 steps of GRPO | 70.0% |" in text
-    assert (tmp_path / "out/small/model.safetensors").read_bytes() == b"weights"
+    saved = load_file(tmp_path / "out/small/model.safetensors")
+    assert torch.equal(saved["weight"], (torch.arange(8.0) / 3).bfloat16()) and saved["steps"].dtype == torch.int64
+    assert json.loads((tmp_path / "out/small/config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(ConfigError, match="not an empty folder"):
         export_model(run.folder, tmp_path / "out/small", name="small")
+
+
+def test_an_exported_model_may_have_another_type_and_several_files(run, tmp_path):
+    first, second = (run.checkpoint / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    (run.checkpoint / "model.safetensors").rename(first)
+    save_file({"more": torch.ones(3)}, second)
+    export_model(run.folder, tmp_path / "small", name="small", dtype="float32")
+    index = json.loads((tmp_path / "small/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"steps": first.name, "weight": first.name, "more": second.name}
+    assert load_file(tmp_path / f"small/{second.name}")["more"].dtype == torch.float32
+    assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_parent_without_a_licence_is_not_given_one(run, tmp_path):

@@ -1,0 +1,59 @@
+"""``ptl export``: the final model of a run as a folder to keep, load and publish."""
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+
+from ptl_rl.config import ConfigError
+from ptl_rl.reporting.model_card import LICENCE, card, parent_card
+from ptl_rl.reporting.run_data import RunData
+from ptl_rl.weight_files import convert_weights
+
+_BESIDE_THE_WEIGHTS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+"""Files that are published; what else lies in a run's checkpoint, its rollouts for one, is the run's."""
+
+
+def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = None, dtype: str | None = None) -> None:
+    """Copy the last accepted checkpoint of a run to ``out``, with a card.
+
+    Args:
+        dtype: of the weights there. Default: ``model.dtype`` of the run, in which it generates and was evaluated;
+            recovery keeps its own copy in float32.
+
+    Raises:
+        ConfigError: no run, no accepted cycle, or ``out`` holds something.
+    """
+    run, out = RunData(run_dir), out.resolve()
+    if run.checkpoint is None:
+        raise ConfigError(f"{run_dir}: no cycle was accepted, so there is no model but the original to export")
+    if not (run.checkpoint / "config.json").exists():
+        raise ConfigError(f"{run.checkpoint}: the journal names this checkpoint, but it is not there; put it back")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder")
+    found = parent_card(run.config.model.parent or run.config.model.path)
+    known = {"license": licence} if licence else {name: str(found[name]) for name in LICENCE if name in found}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in sorted(run.checkpoint.iterdir()):
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _BESIDE_THE_WEIGHTS):
+            shutil.copy2(file, partial / file.name)
+    dtype = dtype or run.config.model.dtype
+    convert_weights(run.checkpoint, partial, dtype)
+    values = json.loads((run.checkpoint / "config.json").read_text()) | {"dtype": dtype}
+    values.pop("torch_dtype", None)  # its former name
+    (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (partial / "README.md").write_text(card(run, name, known))
+    if out.is_dir():
+        out.rmdir()
+    partial.replace(out)
