@@ -41,6 +41,14 @@ def weight_map(groups: list[list[str]]) -> dict[str, str]:
     return {name: file_name(index, len(groups)) for index, group in enumerate(groups) for name in group}
 
 
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A checkpoint's safetensors file, with the permissions of any new file: safetensors' own leave it to its owner alone."""
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(permissions)
+
+
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
     """``model.safetensors.index.json`` of what :func:`weight_map` gives, where there are several files."""
     names = set(files.values())
@@ -60,5 +68,5 @@ def convert_weights(source: Path, out: Path, dtype: str) -> None:
                 tensor = file.get_tensor(name)
                 tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
                 files[name] = path.name
-        save_file(tensors, out / path.name, metadata={"format": "pt"})
+        write_tensors(tensors, out / path.name)
     write_index(out, files)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager, drop_tied_target_keys
 from verl.utils.fsdp_utils import fsdp_version
 
-from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_index
+from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_index, write_tensors
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks: int) -> None:
@@ -40,7 +39,7 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks
                 kept[name] = whole.cpu().contiguous()
             del whole
         if kept:
-            save_file(kept, folder / file_name(index, len(groups)), metadata={"format": "pt"})
+            write_tensors(kept, folder / file_name(index, len(groups)))
     dist.barrier()
     if rank == 0:
         write_index(folder, weight_map(groups))

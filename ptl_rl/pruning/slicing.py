@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_files
-from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_index
+from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_index, write_tensors
 
 COMPANIONS = (
     "generation_config.json",
@@ -130,7 +130,7 @@ def slice_weights(
                 tensors[name] = tensor.contiguous()
                 done += 1
                 progress(done, total)
-            save_file(tensors, out / file_name(index, len(groups)), metadata={"format": "pt"})
+            write_tensors(tensors, out / file_name(index, len(groups)))
     return weight_map(groups)
 
 

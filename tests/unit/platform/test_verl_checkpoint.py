@@ -43,13 +43,13 @@ def save(rank, ranks, folder, family, tied):
     fully_shard(model)
     model(torch.arange(12)[None])  # leaves the root's weights unsharded, as a last validation does
     written = []
-    write = verl_checkpoint.save_file
+    write = verl_checkpoint.write_tensors
 
-    def counted(tensors, path, metadata):
+    def counted(tensors, path):
         written.append(sum(tensor.nbytes for tensor in tensors.values()))
-        write(tensors, path, metadata)
+        write(tensors, path)
 
-    verl_checkpoint.save_file = counted
+    verl_checkpoint.write_tensors = counted
     contents = {"save_contents": ["hf_model"], "load_contents": []}
     manager = verl_checkpoint.ShardedCheckpointManager(model, None, checkpoint_config=contents)
     manager.save_checkpoint(str(folder / "step"), global_step=1)

@@ -1,0 +1,35 @@
+"""Which tensors stand in which file, and what a file is like."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptl_rl import weight_files
+from ptl_rl.weight_files import group_into_files, write_tensors
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_files_are_of_about_equal_size_one_per_rank(ranks):
+    sizes = {f"tensor{i}": 10 + i % 3 for i in range(40)}
+    groups = group_into_files(sizes, ranks)
+    assert [name for group in groups for name in group] == list(sizes)
+    assert len(groups) == ranks
+    filled = [sum(sizes[name] for name in group) for group in groups]
+    assert max(filled) - min(filled) <= ranks * max(sizes.values())
+
+
+def test_no_file_is_above_the_limit_unless_one_tensor_is(monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 25)
+    assert group_into_files({"a": 10, "b": 10, "c": 10, "d": 90, "e": 5}, 1) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_more_ranks_than_tensors_leave_some_without_a_file():
+    assert group_into_files({"a": 10, "b": 10}, 4) == [["a"], ["b"]]
+
+
+def test_weights_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    path = tmp_path / "model.safetensors"
+    write_tensors({"weight": torch.arange(3.0)}, path)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert torch.equal(load_file(path)["weight"], torch.arange(3.0))
