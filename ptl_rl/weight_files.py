@@ -42,7 +42,7 @@ def weight_map(groups: list[list[str]]) -> dict[str, str]:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A checkpoint's safetensors file, with the permissions of any new file: safetensors' own leave it to its owner alone."""
+    """A checkpoint's safetensors file, with the permissions of any new file; safetensors alone makes it private."""
     path.touch()
     permissions = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
