@@ -92,7 +92,7 @@ def _run_program(channel: _Channel, settings: dict[str, Any]) -> None:
     sys.modules["program"] = module
     namespace = module.__dict__
     try:
-        for label in ("program", "setup"):
+        for label in ("program", "setup"):  # model-written: this process is confined, and runs nothing else
             exec(compile(request[label], f"<{label}>", "exec"), namespace)
     except BaseException as error:  # SystemExit too: a program that stops here has not defined all it should
         channel.send({"error": _describe(error)})
@@ -107,7 +107,7 @@ def _run_program(channel: _Channel, settings: dict[str, Any]) -> None:
 
 
 def _try_whole(source: str, namespace: dict[str, Any]) -> Any:
-    try:
+    try:  # beside the program, as confined as it is
         exec(compile(source, "<test>", "exec"), namespace)
     except BaseException as error:
         return encode_error(_describe(error))
@@ -115,7 +115,7 @@ def _try_whole(source: str, namespace: dict[str, Any]) -> Any:
 
 
 def _try_call(source: str, namespace: dict[str, Any]) -> Any:
-    try:
+    try:  # a call of the program, in its confined process
         return encode(eval(compile(source, "<test>", "eval"), namespace))
     except BaseException as error:
         return encode_error(_describe(error))
@@ -217,6 +217,7 @@ def _judge(program: _Program, request: dict[str, Any]) -> dict[str, Any]:
         if broken is not None:
             return {"passed": passed, "ended": "error", "message": str(broken)[:_MESSAGE_CHARS]}
         namespace: dict[str, Any] = {}
+        # Unit tests are programs: those of the user's data are trusted, and run in this process, which has limits.
         exec(compile(request["judge_setup"], "<setup>", "exec"), namespace)
         for number, test in enumerate(request["tests"]):
             passed[number] = _passes(program, test, namespace, messages)
@@ -234,6 +235,7 @@ def _passes(program: _Program, test: dict[str, Any], namespace: dict[str, Any], 
             right = decode(reply) is True
         else:
             variables = namespace | {"__value__": lambda index: decode(reply[index])}
+            # The user's own unit test, over plain data: nothing that the program wrote is evaluated here.
             right = bool(eval(compile(test["judge"], "<test>", "eval"), variables))
     except Raised as error:
         messages.append(str(error)[:_MESSAGE_CHARS])
