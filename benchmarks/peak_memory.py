@@ -1,8 +1,9 @@
-"""Largest resident memory within a stretch of code."""
+"""Largest memory within a stretch of code."""
 
 import threading
 
 import psutil
+import torch
 
 MIB = 2**20
 
@@ -31,6 +32,22 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.thread.join()
+
+    @property
+    def added_mib(self) -> float:
+        return (self.peak - self.start) / MIB
+
+
+class PeakGpuMemory:
+    """Largest memory that torch has allocated on the GPU within the context, above what it held at its start."""
+
+    def __enter__(self) -> "PeakGpuMemory":
+        torch.cuda.reset_peak_memory_stats()
+        self.start = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated()
 
     @property
     def added_mib(self) -> float:

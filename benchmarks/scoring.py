@@ -6,26 +6,30 @@ the way of the paper's released code (one prompt at a time, sets of ids on the h
 each batch. Scoring needs no logits, so the ratios are to two passes: a plain ``model(ids)``, and one that is spared
 them, too, which is what the hooks come on top of. Peaks of memory come from processes of their own, as what one pass
 leaves in the allocator would hide another's.
+
+``python benchmarks/scoring.py qwen2.5-7b-shape --device cuda --dtype bfloat16`` does so on a GPU, with random weights
+and tokens in a published model's sizes.
 """
 
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from criteria import load, split
-from peak_memory import MIB, PeakMemory
+from criteria import split
+from peak_memory import MIB, PeakGpuMemory, PeakMemory
 from real_models import folder_of
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
@@ -36,7 +40,7 @@ from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.statistics import Collector, Needs
-from ptl_rl.pruning.streaming import Listener
+from ptl_rl.pruning.streaming import Listener, on_device
 
 
 def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Sequence]:
@@ -76,7 +80,7 @@ def released_way(model, family, prompts: list[Sequence], remove: int) -> None:
     found: dict[int, set[int]] = {}
     with torch.no_grad():
         for prompt in prompts:
-            model(input_ids=torch.tensor([prompt.ids]), use_cache=False)
+            model(input_ids=torch.tensor([prompt.ids], device=model.device), use_cache=False)
             for layer, hidden_C in seen.items():
                 lowest = set(hidden_C.topk(remove, largest=False).indices.tolist())
                 found[layer] = found.get(layer, lowest) & lowest
@@ -85,12 +89,15 @@ def released_way(model, family, prompts: list[Sequence], remove: int) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, gemma3-270m, testbed, or a folder.")],
-    data: Annotated[str, typer.Option(help="jsonl with question and solution.")],
+    model: Annotated[str, typer.Argument(help="smollm2-135m, gemma3-270m, testbed, qwen2.5-7b-shape, or a folder.")],
+    data: Annotated[str | None, typer.Option(help="jsonl with question and solution; without: random tokens.")] = None,
     sequences: Annotated[int, typer.Option(help="How many.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model.")] = "float32",
+    peaks: Annotated[bool, typer.Option(help="Also measure peaks of memory.")] = True,
     peak_of: Annotated[str | None, typer.Option(help="Only print this pass's peak, in MiB.", hidden=True)] = None,
 ) -> None:
     """Time and memory of scoring against a bare forward pass."""
@@ -98,11 +105,17 @@ def main(
         from ptl_rl.testbed import CHECKPOINT_DIR as folder
     else:
         folder = folder_of(model)
-    shape, tokenizer, policy_model = read_shape(folder), AutoTokenizer.from_pretrained(folder), load(Path(folder))
-    texts, _ = split(data, None, tokenizer, sequences * length + length, 0, length)
+    shape, place = read_shape(folder), torch.device(device)
+    policy_model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    policy_model = policy_model.to(place).eval().requires_grad_(False)
+    if data is None:
+        draw = random.Random(0)
+        texts = [Sequence(draw.choices(range(policy_model.config.vocab_size), k=length), 0) for _ in range(sequences)]
+    else:
+        texts, _ = split(data, None, AutoTokenizer.from_pretrained(folder), sequences * length + length, 0, length)
     chosen = concatenated(texts, sequences, length)
-    policy = engine.Policy(policy_model, shape.family, Path(folder), torch.device("cpu"), batch_size, 0, 1.0)
-    remove, cpu = shape.intermediate_size // 4, torch.device("cpu")
+    policy = engine.Policy(policy_model, shape.family, Path(folder), place, batch_size, 0, 1.0)
+    remove = shape.intermediate_size // 4
 
     plan = make_plan(
         Scores(torch.rand(shape.num_hidden_layers, shape.intermediate_size), torch.ones(shape.num_hidden_layers), []),
@@ -112,23 +125,24 @@ def main(
         subset_hash="",
         source=Path(folder),
     )
-    moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, cpu)
+    moments = SecondMoments(shape.num_hidden_layers, shape.intermediate_size, place)
 
     def bare(part: list[Sequence], **options: int) -> None:
         with torch.no_grad():
-            for batch in policy.batches(part):
+            for batch in on_device(policy.batches(part), place):
                 inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT}
                 policy_model(**inputs, use_cache=False, **options)
 
     def scoring(needs: Needs, *others: Listener) -> Way:
-        collector = Collector(policy_model, shape.family, shape.intermediate_size, cpu, needs)
+        collector = Collector(policy_model, shape.family, shape.intermediate_size, place, needs)
         return Way(lambda part: policy.read(part, [collector, *others]), lambda: collector.reduce())
 
     def criterion(name: str) -> Way:
         return scoring(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
 
     def solve() -> None:
-        own = deepcopy(moments)  # the next repeat adds to them
+        own = copy(moments)  # the next repeat adds to them
+        own._upper_CC = dict(moments._upper_CC)
         for layer in own.layers:
             weight_HC, moment_CC = policy.weight(layer, "down_proj"), own.take(layer)
             importance_C = obs_importance(weight_HC, moment_CC, remove, 1e-3)
@@ -151,7 +165,7 @@ def main(
         RELEASED: lambda: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
     }
     if peak_of is not None:
-        with PeakMemory() as peak:
+        with PeakMemory() if device == "cpu" else PeakGpuMemory() as peak:
             way = ways[peak_of]()
             way.read(chosen)
             way.finish()
@@ -159,6 +173,8 @@ def main(
         return
     parts = [chosen[start : start + batch_size] for start in range(0, sequences, batch_size)]
     report({name: make() for name, make in ways.items()}, parts, repeats, batch_size)
+    if not peaks:
+        return
     held_mib = sum(weight.nbytes for weight in policy_model.parameters()) / MIB
     print(f"\nPeak of memory above the model's {held_mib:.0f} MiB, in a process that does nothing else:")
     for name in list(ways)[:5]:
@@ -192,7 +208,8 @@ def report(ways: dict[str, Way], parts: list[list[Sequence]], repeats: int, batc
             scale = batch_size if name == RELEASED else 1
             seconds[name][repeat] = seconds[name][repeat] * scale + timed(ways[name].finish)
     tokens = sum(len(sequence.ids) for part in parts for sequence in part)
-    print(f"{tokens} tokens, {torch.get_num_threads()} threads; medians of {repeats} repeats")
+    where = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"{torch.get_num_threads()} threads"
+    print(f"{tokens} tokens, {where}; medians of {repeats} repeats")
     print("| | seconds | of the bare pass | of one without logits |\n|---|---|---|---|")
     for name, values in seconds.items():
         cells = [f"{statistics.median(values):.2f}"]
@@ -205,6 +222,8 @@ def report(ways: dict[str, Way], parts: list[list[Sequence]], repeats: int, batc
 def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from ptl_rl.pruning.moments import as_read
 from ptl_rl.pruning.streaming import Listener
 
 
@@ -76,8 +77,9 @@ class BlockMoments(Listener):
         if not len(self.xx_XX):
             self.xx_XX = torch.zeros(x_NX.shape[1], x_NX.shape[1], device=x_NX.device)
             self.xy_XH = torch.zeros(x_NX.shape[1], y_NH.shape[1], device=x_NX.device)
-        self.xx_XX.addmm_(x_NX.T, x_NX)
-        self.xy_XH.addmm_(x_NX.T, y_NH)
+        with as_read(inputs_NH):
+            self.xx_XX.addmm_(x_NX.T, x_NX)
+            self.xy_XH.addmm_(x_NX.T, y_NH)
 
     def reduce(self) -> None:
         """Add up over all ranks."""
@@ -139,8 +141,9 @@ class NormedBlockMoments(Listener):
         if not len(self.xx_CC):
             self.xx_CC = torch.zeros(x_NC.shape[1], x_NC.shape[1], device=x_NC.device)
             self.xy_CH = torch.zeros(x_NC.shape[1], y_NH.shape[1], device=x_NC.device)
-        self.xx_CC.addmm_(x_NC.T, x_NC)
-        self.xy_CH.addmm_(x_NC.T, y_NH)
+        with as_read(inputs_NH):
+            self.xx_CC.addmm_(x_NC.T, x_NC)
+            self.xy_CH.addmm_(x_NC.T, y_NH)
         self.weight += weight_N.sum()
 
     def reduce(self) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.config import ConfigError, ScoreConfig
@@ -21,6 +20,7 @@ from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.streaming import CalibrationError
 from ptl_rl.pruning.texts import Texts, general_texts, texts_of
 from ptl_rl.pruning.verify import EXPORT_TOLERANCE, logit_difference
+from ptl_rl.weight_files import write_tensors
 
 SCORES, PLAN, NEW_WEIGHTS = "scores.safetensors", "plan.json", "new_weights"
 """What ``ptl score`` leaves in its folder."""
@@ -126,7 +126,7 @@ def score_model(
     except (UnsupportedModelError, DataError, CriterionError, CalibrationError) as error:
         raise ConfigError(str(error)) from None
     (out / PLAN).unlink(missing_ok=True)  # an earlier one would not go with what is written now
-    save_file(scores.tensors(), out / SCORES)
+    write_tensors(scores.tensors(), out / SCORES)
     losses = engine.Losses()
     if plan.compensate != "none":
         losses = engine.compensate(policy, plan, sequences, out / NEW_WEIGHTS, sensitivity=sensitivity)

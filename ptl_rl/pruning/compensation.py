@@ -60,13 +60,16 @@ def least_squares(weight_HC: torch.Tensor, moment_CC: torch.Tensor, keep: list[i
 
 
 def removal_order(
-    weight_HC: torch.Tensor, moment_CC: torch.Tensor, remove: int, ridge: float, *, block: int = 16
+    weight_HC: torch.Tensor, moment_CC: torch.Tensor, remove: int, ridge: float, *, block: int | None = None
 ) -> tuple[list[int], torch.Tensor]:
     """Greedy optimal brain surgeon over the columns of ``down_proj``: which ``remove`` channels go, in which order.
 
     Channels go one at a time, each the one whose removal costs least given all before it. Within a block of removals
     only the cheapest few candidates are kept up to date; the inverse and the weights follow once per block, as matrix
     products.
+
+    Args:
+        block: removals of a block; by default 16, and more than that above 4096 channels, where following costs most.
 
     Returns:
         Ids of the removed channels, first removed first, and (C,) float64 costs of the survivors' removal (infinite
@@ -76,6 +79,7 @@ def removal_order(
     inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(moment_CC, ridge)))
     is_gone_C = torch.zeros(weight_HC.shape[1], dtype=torch.bool, device=moment_CC.device)
     order: list[int] = []
+    block = block or max(16, weight_HC.shape[1] // 256)
 
     def costs_C() -> torch.Tensor:
         costs = weight_HC.square().sum(0) / inverse_CC.diagonal().clamp_min(1e-300)

@@ -23,7 +23,7 @@ from ptl_rl.pruning.blocks import ridge_regression
 from ptl_rl.pruning.blockwise import BlockByBlock, Seen, block_by_block
 from ptl_rl.pruning.calibration import Batch
 from ptl_rl.pruning.compensation import least_squares
-from ptl_rl.pruning.moments import add_products, fill_lower
+from ptl_rl.pruning.moments import add_products, as_read, fill_lower
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.policy import Policy
 from ptl_rl.pruning.streaming import Listener, on_device
@@ -50,10 +50,11 @@ class Sums:
             error_BTH: what the stream lacks.
         """
         root_BT1 = weight_BT.sqrt().unsqueeze(-1)
-        x_BTX = x_BTX.float() * (root_BT1 if size_BT1 is None else root_BT1 / size_BT1)
-        x_NX, y_NH = x_BTX.flatten(0, -2), (error_BTH * root_BT1).flatten(0, -2)
-        add_products(self.xx_XX, x_NX)
-        self.xy_XH.addmm_(x_NX.T, y_NH)
+        x_NX = (x_BTX.float() * (root_BT1 if size_BT1 is None else root_BT1 / size_BT1)).flatten(0, -2)
+        y_NH = (error_BTH * root_BT1).flatten(0, -2)
+        with as_read(x_BTX):
+            add_products(self.xx_XX, x_NX)
+            self.xy_XH.addmm_(x_NX.T, y_NH)
 
     def reduce(self) -> None:
         """Add up over ranks, on rank 0."""

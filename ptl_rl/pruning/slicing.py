@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ptl_rl.families import Family, read_shape
@@ -141,7 +141,7 @@ def _new_weight_file(folder: Path, layer: int, name: str) -> Path:
 def save_new_weight(folder: Path, layer: int, name: str, weight: torch.Tensor) -> None:
     """Keep a source block's new ``down_proj`` or ``o_proj`` weight for the rank that writes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": weight.float().cpu().contiguous()}, _new_weight_file(folder, layer, name))
+    write_tensors({"weight": weight.float().cpu().contiguous()}, _new_weight_file(folder, layer, name))
 
 
 def load_new_weight(folder: Path, layer: int, name: str) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 from verl.single_controller.base import Worker
@@ -21,6 +20,7 @@ from ptl_rl.pruning.slicing import slice_weights, write_companions
 from ptl_rl.pruning.texts import Texts
 from ptl_rl.pruning.verify import logit_difference
 from ptl_rl.stage import StageContext
+from ptl_rl.weight_files import write_tensors
 
 NEW_WEIGHTS = ".new_weights"
 """Folder, within the slice stage's, of compensated weights on their way to the rank that writes them."""
@@ -87,7 +87,7 @@ class PruningWorker(Worker):
             seed=self.context.seed,
         )
         if self.rank == 0:
-            save_file(scores.tensors(), spec.out / "scores.safetensors")
+            write_tensors(scores.tensors(), spec.out / "scores.safetensors")
         return {
             "calibration_tokens": sum(len(sequence.ids) for sequence in sequences),
             "calibration_sequences": len(sequences),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from gloo_ranks import run_ranks
+from process_ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gloo_ranks import run_ranks
+from process_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 

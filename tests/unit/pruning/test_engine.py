@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo_ranks import run_ranks
+from process_ranks import run_ranks
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer

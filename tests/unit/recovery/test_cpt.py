@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo_ranks import run_ranks
+from process_ranks import run_ranks
 
 from ptl_rl.config import ConfigError
 from ptl_rl.data.corpora import Record

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks."""
+"""Run a function on several ranks, each a process of its own."""
 
 import os
 import socket
@@ -9,19 +9,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _main(rank: int, ranks: int, port: int, function: Callable, arguments: tuple) -> None:
+def _main(rank: int, ranks: int, port: int, backend: str, function: Callable, arguments: tuple) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group(backend, rank=rank, world_size=ranks)
     function(rank, ranks, *arguments)
     dist.barrier()
     # FSDP's modules keep the process group alive into the interpreter's end, where its threads may abort the process.
     os._exit(0)
 
 
-def run_ranks(function: Callable, ranks: int, *arguments) -> None:
+def run_ranks(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> None:
     """Call ``function(rank, ranks, *arguments)`` in so many processes; it must stand at the top of its module."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_main, (ranks, port, function, arguments), nprocs=ranks)
+    mp.spawn(_main, (ranks, port, backend, function, arguments), nprocs=ranks)
