@@ -133,7 +133,10 @@ def load_config(recipe: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    """Whole or not at all: a run has no other copy of its configuration."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def read_saved_config(path: Path) -> RunConfig:

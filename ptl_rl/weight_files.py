@@ -42,11 +42,17 @@ def weight_map(groups: list[list[str]]) -> dict[str, str]:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A checkpoint's safetensors file, with the permissions of any new file; safetensors alone makes it private."""
-    path.touch()
-    permissions = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(permissions)
+    """A safetensors file, whole or not at all, with the permissions of any new file; safetensors makes it private."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch()
+    permissions = unfinished.stat().st_mode
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(permissions)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:

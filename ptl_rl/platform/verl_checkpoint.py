@@ -21,6 +21,8 @@ from ptl_rl.weight_files import file_name, group_into_files, weight_map, write_i
 def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks: int) -> None:
     """Write a sharded state dict as safetensors files; called on all ranks, each of which holds one file at most.
 
+    The files of as many as there are ranks are put together, one tensor after the other, and then written side by side.
+
     Args:
         state: by name, DTensors (put together here) or tensors that every rank has whole.
         folder: which all ranks see, and which exists.
@@ -30,16 +32,17 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks
             stale.unlink()
     dist.barrier()
     groups = group_into_files({name: value.numel() * value.element_size() for name, value in state.items()}, ranks)
-    for index, group in enumerate(groups):
-        kept = {}
-        for name in group:
-            value = state[name].detach()
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if index % ranks == rank:
-                kept[name] = whole.cpu().contiguous()
-            del whole
-        if kept:
-            write_tensors(kept, folder / file_name(index, len(groups)))
+    for first in range(0, len(groups), ranks):
+        own = {}
+        for owner, group in enumerate(groups[first : first + ranks]):
+            for name in group:
+                value = state[name].detach()
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if owner == rank:
+                    own[name] = whole.cpu().contiguous()
+                del whole
+        if own:
+            write_tensors(own, folder / file_name(first + rank, len(groups)))
     dist.barrier()
     if rank == 0:
         write_index(folder, weight_map(groups))
@@ -49,6 +52,8 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks
 class ShardedCheckpointManager(FSDPCheckpointManager):
     """verl's, but that ``hf_model`` is written by all ranks. Adapters and FSDP1 are left to verl."""
 
+    _to_register: tuple[str, int] | None = None
+
     @property
     def _writes_shards(self) -> bool:
         return "hf_model" in self.checkpoint_save_contents and fsdp_version(self.model) == 2 and not self._has_lora()
@@ -57,6 +62,13 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
     def should_save_hf_model(self) -> bool:
         """What verl writes itself."""
         return super().should_save_hf_model and not self._writes_shards
+
+    def register_checkpoint(self, new_path: str, max_ckpt_to_keep: int) -> None:
+        """Removes older checkpoints, so it waits until this one is whole."""
+        if self._writes_shards:
+            self._to_register = new_path, max_ckpt_to_keep
+        else:
+            super().register_checkpoint(new_path, max_ckpt_to_keep)
 
     def save_checkpoint(self, local_path: str, *args, **kwargs) -> None:
         """As verl's; the weights lie in ``huggingface`` with the configuration and tokenizer that verl writes there."""
@@ -72,4 +84,7 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
             values.pop("torch_dtype", None)
             values["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            if self._to_register is not None:
+                super().register_checkpoint(*self._to_register)
+                self._to_register = None
         dist.barrier()

@@ -30,7 +30,8 @@ def _stripes(width: int) -> Iterator[tuple[slice, slice]]:
 @contextmanager
 def as_read(values: torch.Tensor) -> Iterator[None]:
     """Within this context a GPU may take float32 factors at TF32's 11 bits, if ``values``, which they came from, have
-    no more: bfloat16 has 8, float16 11. Sums stay float32, and such products several times as fast."""
+    no more: bfloat16 has 8, float16 11. Times the root of a position's weight they may not fit and are rounded, by
+    2^-12 at most, far less than they had been; sums stay float32, and the products are several times as fast."""
     before = torch.get_float32_matmul_precision()
     if values.device.type == "cuda" and values.dtype in (torch.bfloat16, torch.float16):
         torch.set_float32_matmul_precision("high")

@@ -142,7 +142,9 @@ def _make(run: StudyRun, out: Path) -> int:
         if status := _python(module, out / LOGS / f"{run.name}.log"):
             return status
     if (run.folder / "config.json").exists():
-        save_config(_saved_config(run, out), run.folder / "config.json")
+        config = run.folder / "config.json"
+        if (moved := _saved_config(run, out)) != read_saved_config(config):
+            save_config(moved, config)
         module = ["ptl_rl.cli", "resume", str(run.folder)]
     else:
         save_config(run.config(out), recipe)

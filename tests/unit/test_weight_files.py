@@ -33,3 +33,18 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path):
     write_tensors({"weight": torch.arange(3.0)}, path)
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert torch.equal(load_file(path)["weight"], torch.arange(3.0))
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write_tensors({"weight": torch.arange(3.0)}, path)
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(weight_files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors({"weight": torch.arange(4.0)}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_file(path)["weight"], torch.arange(3.0))

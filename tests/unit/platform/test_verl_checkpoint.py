@@ -75,6 +75,31 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
 
 
+def fill_the_disk(rank, ranks, folder):
+    from ptl_rl.platform import verl_checkpoint
+
+    model = tiny_model("qwen2", num_hidden_layers=2, **SIZES)
+    fully_shard(model)
+    contents = {"save_contents": ["hf_model", "model"], "load_contents": []}
+    manager = verl_checkpoint.ShardedCheckpointManager(model, None, checkpoint_config=contents)
+    manager.save_checkpoint(str(folder / "1"), global_step=1, max_ckpt_to_keep=1)
+
+    def full(tensors, path):
+        raise OSError("No space left on device")
+
+    write, verl_checkpoint.write_tensors = verl_checkpoint.write_tensors, full
+    with pytest.raises(OSError, match="No space left"):
+        manager.save_checkpoint(str(folder / "2"), global_step=2, max_ckpt_to_keep=1)
+    assert (folder / "1/huggingface/model.safetensors").exists()
+    verl_checkpoint.write_tensors = write
+    manager.save_checkpoint(str(folder / "2"), global_step=2, max_ckpt_to_keep=1)
+    assert not (folder / "1").exists() and (folder / "2/huggingface/model.safetensors").exists()
+
+
+def test_the_checkpoint_before_stays_until_the_weights_are_written(tmp_path):
+    run_ranks(fill_the_disk, 1, tmp_path)
+
+
 def test_files_of_another_number_of_ranks_do_not_stay(tmp_path):
     for ranks in (2, 1):
         run_ranks(save, ranks, tmp_path, "qwen2", True)

@@ -1,5 +1,7 @@
 """The closed forms against brute force: dense solves, one-at-a-time removal, and the definition of the error."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from process_ranks import run_ranks
@@ -10,7 +12,7 @@ from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.compensation import least_squares, obs_importance, removal_order
-from ptl_rl.pruning.moments import SecondMoments
+from ptl_rl.pruning.moments import SecondMoments, as_read
 from ptl_rl.pruning.sharded import load_sharded
 from ptl_rl.pruning.streaming import stream
 
@@ -165,3 +167,14 @@ def test_every_block_is_summed_on_one_rank(ranks, make_checkpoint, tmp_path):
     assert found.keys() == expected.keys()
     for layer, moment_CC in expected.items():
         torch.testing.assert_close(found[layer], moment_CC, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [("cuda", torch.bfloat16, "high"), ("cuda", torch.float32, "highest"), ("cpu", torch.bfloat16, "highest")],
+)
+def test_products_are_as_exact_as_what_was_read(device, dtype, expected):
+    with pytest.raises(RuntimeError), as_read(SimpleNamespace(device=torch.device(device), dtype=dtype)):
+        assert torch.get_float32_matmul_precision() == expected
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -7,6 +7,7 @@ import pytest
 from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError
+from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recipe import load_config
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
@@ -60,7 +61,7 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
             omega_conf_to_dataclass(verl[section])  # verl's own checks; those of the model want its folder
         assert (verl.trainer.total_training_steps, verl.optim.lr) == (5, recovery.learning_rate)
         assert verl.engine.reshard_after_forward == recovery.reshard_after_forward
-        contents = verl.checkpoint.save_contents
+        contents, model = verl.checkpoint.save_contents, verl.model
     else:
         verl = compose(render(config, told))
         rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
@@ -70,8 +71,9 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
         assert (actor.clip_ratio_low, actor.clip_ratio_high) == (recovery.clip_low, recovery.clip_high)
         assert (actor.use_kl_loss, actor.kl_loss_coef) == (recovery.kl_loss > 0, recovery.kl_loss)
         assert Path(verl.reward.custom_reward_function.path).name == "user.py"
-        contents = actor.checkpoint.save_contents
+        contents, model = actor.checkpoint.save_contents, verl.actor_rollout_ref.model
     assert "hf_model" in contents
+    assert model.external_lib == ENGINE_LIBRARY  # without it rank 0 gathers the model to write it
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
 
 
