@@ -271,6 +271,9 @@ def table2(config: RunConfig, shape: ModelShape) -> Study:
     return replace(study, name="table2", question="Is it CPT, RL, or one after the other?")
 
 
+LABELS = {"cpt": "CPT", "grpo": "GRPO", "distill": "on-policy distillation"}
+
+
 def recovery(config: RunConfig, shape: ModelShape) -> Study:
     """Every recovery that the recipe lists, alone, and CPT followed by GRPO if it lists both."""
     methods = [entry.method for entry in config.recovery]
@@ -278,7 +281,7 @@ def recovery(config: RunConfig, shape: ModelShape) -> Study:
         raise ConfigError(f"study recovery: the recipe's recovery is {methods}; list the methods to compare, each once")
     values, rows = _values(config), []
     for entry in values["recovery"]:
-        rows.append(Row(entry["method"], entry["method"].upper(), values | {"recovery": [entry]}))
+        rows.append(Row(entry["method"], LABELS[entry["method"]], values | {"recovery": [entry]}))
     by_method = {entry["method"]: entry for entry in values["recovery"]}
     if {"cpt", "grpo"} <= by_method.keys():
         both = [by_method[method] | {"steps": _half(by_method[method]["steps"])} for method in ("cpt", "grpo")]
