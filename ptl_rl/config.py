@@ -5,6 +5,7 @@ anything heavy begins. verl's own keys appear nowhere here except verbatim under
 ``ptl_rl/recovery/verl_config.py`` renders the rest.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,15 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
+SHIPPED_REWARD = "code"
+
+
+def _shipped_reward() -> Path:
+    found = find_spec("reward.code")
+    assert found is not None and found.origin is not None
+    return Path(found.origin)
+
+
 class RewardConfig(Section):
     path: str | None = Field(
         None, description="Your Python file, or 'code' for unit tests; default: 0.9 accuracy + 0.1 format."
@@ -74,11 +84,16 @@ class RewardConfig(Section):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
-        if path == "code":
-            import reward.code
+        if path is None or path == SHIPPED_REWARD:
+            return path
+        absolute = Path(path).expanduser().absolute()  # workers may run elsewhere
+        # By its name, so that a run or study goes on with another installation, which has it in another place.
+        return SHIPPED_REWARD if absolute == _shipped_reward() else str(absolute)
 
-            return reward.code.__file__
-        return None if path is None else str(Path(path).expanduser().absolute())  # workers may run elsewhere
+    @property
+    def file(self) -> str | None:
+        """Where the function of :attr:`path` stands, in this installation."""
+        return str(_shipped_reward()) if self.path == SHIPPED_REWARD else self.path
 
 
 class EvaluationConfig(Section):

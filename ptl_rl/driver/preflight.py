@@ -106,13 +106,13 @@ def check_reward(config: RunConfig, data: RunData) -> None:
     judged = ["test"] if config.evaluation.judge == "reward" else []
     judged += ["train"] if rl else []
     judged += ["validation"] if any(recovery.validate_before for recovery in rl) else []
-    if config.reward.path is None or not judged:
+    if config.reward.file is None or not judged:
         return
     from reward.check import RewardError, check_reward_function
 
     for name in judged:
         try:
-            check_reward_function(config.reward.path, config.reward.name, data.sets[name][0].reward_sample())
+            check_reward_function(config.reward.file, config.reward.name, data.sets[name][0].reward_sample())
         except RewardError as error:
             raise ConfigError(f"reward: {error} (on data.{name})") from None
 

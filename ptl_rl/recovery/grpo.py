@@ -73,10 +73,10 @@ def _user_keys(context: StageContext, record: Record) -> dict[str, str] | None:
     from reward.check import RewardError, reward_keys
 
     settings = context.config.reward
-    if settings.path is None:
+    if settings.file is None:
         return None
     try:
-        return reward_keys(settings.path, settings.name, record.reward_sample())
+        return reward_keys(settings.file, settings.name, record.reward_sample())
     except RewardError as error:  # it worked when the run began: then every worker learns the keys as it goes
         print(f"the reward function fails on the first sample of this cycle: {error}")
         return None

@@ -96,7 +96,7 @@ def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
 def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
     import reward.user
 
-    user = config.reward.path
+    user = config.reward.file
     settings: dict[str, Any] = {
         "user_path": str(Path(user).resolve()) if user else None,
         "user_name": config.reward.name,

@@ -254,10 +254,10 @@ def plot(study: Study, lines: list[Line], shape: ModelShape, original: dict[str,
         axis.plot(line.accuracies, [place] * len(line.accuracies), "|", color=colour, alpha=0.6, markersize=9)
     if original:
         axis.axvline(original["accuracy"], color="#c44e52", linestyle="--", linewidth=1, label="original")
-        axis.legend(loc="lower left", fontsize=8)
+        figure.legend(loc="outside lower left", fontsize=8)
     labels = [f"{line.row.label}\n{line.parameters / shape.parameters:.0%} of parameters" for line in lines]
     axis.set_yticks(range(len(lines)), labels)
-    axis.invert_yaxis()
+    axis.set_ylim(len(lines) - 0.5, -0.5)  # the first row on top
     axis.set_xlim(0, 1)
     axis.set_xlabel("greedy accuracy: mean, 95 % interval, and every seed")
     axis.set_title(study.question, fontsize=10)

@@ -149,6 +149,16 @@ def test_rollouts_as_calibration_need_a_recovery_that_has_some():
     assert "no recovery is grpo" in message
 
 
+def test_the_shipped_reward_is_known_by_its_name_in_every_installation(repository, tmp_path):
+    shipped = repository / "reward/code.py"
+    for path in ("code", str(shipped)):
+        reward = parse_config({**MINIMAL, "reward": {"path": path}}).reward
+        assert reward.path == "code" and reward.file == str(shipped)
+    own = parse_config({**MINIMAL, "reward": {"path": str(tmp_path / "code.py")}}).reward
+    assert own.path == own.file == str(tmp_path / "code.py")
+    assert parse_config(MINIMAL).reward.file is None
+
+
 def test_overrides_reach_into_lists(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("schedule: {channels_per_cycle: [64]}\nrecovery: [{cpt: {steps: 2}}, {grpo: {}}]\n")
