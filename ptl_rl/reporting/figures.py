@@ -9,6 +9,8 @@ BLUE, RED, GREY = "#1f4e8c", "#b8413b", "#d9dee7"
 STAGE_COLOURS = {"score": "#7aa6c2", "slice": "#c9a227", "recover": "#1f4e8c", "evaluate": "#8a9a5b"}
 STAYS = "#f2f4f7"
 MOST_COLUMNS = 2048
+WIDE, NARROW = 8.0, 4.2
+"""Inches; the narrow ones are for telephones, where a wide one's text would be too small to read."""
 
 
 def _figure(width: float, height: float) -> Any:
@@ -29,10 +31,11 @@ def _svg(figure: Any) -> str:
     return text.getvalue()
 
 
-def accuracy_by_size(runs: list[RunData]) -> str:
+def accuracy_by_size(runs: list[RunData], width: float = WIDE) -> str:
     """Accuracy with its interval against parameters and against FLOPs per token, a line per run."""
-    figure = _figure(8, 3.2)
-    axes = figure.subplots(1, 2, sharey=True)
+    beside = width >= WIDE
+    figure = _figure(width, 3.2 if beside else 5.4)
+    axes = figure.subplots(1, 2, sharey=True) if beside else figure.subplots(2, 1)
     alike = len({run.rows[0].parameters for run in runs}) == 1
     for number, run in enumerate(runs):
         colour = BLUE if len(runs) == 1 else f"C{number}"
@@ -56,16 +59,17 @@ def accuracy_by_size(runs: list[RunData]) -> str:
         axis.set_xlabel(f"{what}, share of the start's" if alike else f"{what}, millions")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("greedy accuracy, 95 % interval")
+    for axis in axes[: 1 if beside else 2]:
+        axis.set_ylabel("greedy accuracy, 95 % interval")
     if len(runs) > 1:
         axes[0].legend(fontsize=7)
     return _svg(figure)
 
 
-def time_line(run: RunData) -> str:
+def time_line(run: RunData, width: float = WIDE) -> str:
     """Stages one after the other, a bar per cycle."""
     cycles = sorted({cycle for cycle, _, _ in run.stage_seconds()})
-    figure = _figure(8, 0.35 * len(cycles) + 1.0)
+    figure = _figure(width, 0.35 * len(cycles) + 1.0)
     axis = figure.add_subplot()
     start, seen = 0.0, set()
     for cycle, stage, seconds in run.stage_seconds():
@@ -77,17 +81,17 @@ def time_line(run: RunData) -> str:
     axis.set_yticks(range(len(cycles)), [f"cycle {cycle}" if cycle else "original" for cycle in cycles])
     axis.invert_yaxis()
     axis.set_xlabel("minutes of finished stages, one after the other")
-    axis.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.legend(ncols=4, fontsize=7, loc="outside upper center", frameon=False, columnspacing=1.0)
     return _svg(figure)
 
 
-def recovery_curves(run: RunData) -> str | None:
+def recovery_curves(run: RunData, width: float = WIDE) -> str | None:
     """Reward or loss of every step of every recovery; None if none was noted."""
     curves = run.curves()
     if not curves:
         return None
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in curves))
-    figure = _figure(8, 2.6 * len(kinds))
+    figure = _figure(width, 2.6 * len(kinds))
     axes = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
     for axis, kind in zip(axes, kinds, strict=True):
         start = 0
@@ -103,7 +107,7 @@ def recovery_curves(run: RunData) -> str | None:
     return _svg(figure)
 
 
-def removal_map(removed: Removed) -> str:
+def removal_map(removed: Removed, width: float = WIDE) -> str:
     """Blocks by channels: in which cycle each went.
 
     Of a model wider than :data:`MOST_COLUMNS` each block's channels are sorted by cycle, so that every cycle has its
@@ -116,7 +120,7 @@ def removal_map(removed: Removed) -> str:
     shown, in_order = removal_image(removed)
     last = max(1, int(shown.max()))
     gone = matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1.0, last))
-    figure = _figure(8, min(9.0, 0.22 * len(shown) + 1.2))
+    figure = _figure(width, min(9.0, 0.22 * len(shown) + 1.2))
     axis = figure.add_subplot()
     image = axis.imshow(
         shown,

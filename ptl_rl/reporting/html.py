@@ -1,6 +1,7 @@
 """One self-contained page about one run or several: nothing in it is fetched from anywhere."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ COLOURS = {"broken": "bad", "gained": "good"}
 
 def _source(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _sources(draw: Callable[[float], str | None]) -> dict[str, str] | None:
+    """A figure for wide and for narrow windows; None if there is nothing to draw."""
+    drawn = {"wide": draw(figures.WIDE), "narrow": draw(figures.NARROW)}
+    found = {name: _source(svg) for name, svg in drawn.items() if svg is not None}
+    return found or None
 
 
 def _cut(text: str) -> str:
@@ -66,13 +74,14 @@ def _cards(run: RunData) -> list[dict[str, str]]:
 
 
 def _run(run: RunData) -> dict[str, Any]:
+    removed = run.removed
     drawn = [
-        ("Accuracy against size, cycle by cycle", figures.accuracy_by_size([run])),
-        ("How long each stage took", figures.time_line(run)),
-        ("Recovery, step by step", figures.recovery_curves(run)),
+        ("Accuracy against size, cycle by cycle", _sources(lambda width: figures.accuracy_by_size([run], width))),
+        ("How long each stage took", _sources(lambda width: figures.time_line(run, width))),
+        ("Recovery, step by step", _sources(lambda width: figures.recovery_curves(run, width))),
         (
             "Which channels and blocks of the original went, and in which cycle",
-            figures.removal_map(run.removed) if run.removed else None,
+            _sources(lambda width: figures.removal_map(removed, width)) if removed else None,
         ),
     ]
     return {
@@ -83,7 +92,7 @@ def _run(run: RunData) -> dict[str, Any]:
         "cards": _cards(run),
         "headings": summary.HEADINGS,
         "table": [_named(run, summary.cells(row, run.rows[0])) for row in run.rows],
-        "figures": [{"caption": caption, "source": _source(svg)} for caption, svg in drawn if svg],
+        "figures": [{"caption": caption} | sources for caption, sources in drawn if sources],
         "notes": run.notes,
         "examples": [_example(example) for example in run.examples()],
         "config": [(key, "" if value is None else str(value)) for key, value in run.flat_config()],
@@ -104,6 +113,10 @@ def page(runs: list[RunData]) -> str:
     compared = None
     if len(runs) > 1:
         headings, rows = comparison(runs)
-        compared = {"headings": headings, "rows": rows, "figure": _source(figures.accuracy_by_size(runs))}
+        compared = {
+            "headings": headings,
+            "rows": rows,
+            "figure": _sources(lambda width: figures.accuracy_by_size(runs, width)),
+        }
     template = environment.get_template("report.html.j2")
     return template.render(title=title, runs=[_run(run) for run in runs], compared=compared)

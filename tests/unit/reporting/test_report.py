@@ -61,23 +61,24 @@ def test_final_model_against_the_original(run):
 
 def test_the_page_fetches_nothing_and_shows_text_as_text(run):
     text = page([run])
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", text)
+    assert not re.search(r"""(src|srcset|href)\s*=\s*["'](?!data:)""", text)
     assert "<script" not in text and "url(" not in text and "@import" not in text
     assert "&lt;b&gt;times&lt;/b&gt;" in text and "<b>times" not in text
     for said in ("70.0%", "rounded in 2", "schedule.layers_total", "2.13.0", "0 gained, 2 lost"):
         assert said in text
-    assert text.count("<figure>") == 4
+    assert text.count("<figure>") == text.count('<source media="(max-width: 38rem)" srcset="data:') == 4
 
 
-def test_pictures_are_well_formed_and_name_what_they_show(run):
+@pytest.mark.parametrize("width", [figures.WIDE, figures.NARROW])
+def test_pictures_are_well_formed_and_name_what_they_show(run, width):
     drawn = [
-        figures.accuracy_by_size([run, run]),
-        figures.time_line(run),
-        figures.recovery_curves(run),
-        figures.removal_map(run.removed),
+        figures.accuracy_by_size([run, run], width),
+        figures.time_line(run, width),
+        figures.recovery_curves(run, width),
+        figures.removal_map(run.removed, width),
     ]
     for svg in drawn:
-        xml.etree.ElementTree.fromstring(svg)
+        assert xml.etree.ElementTree.fromstring(svg).get("width") == f"{72 * width:g}pt"
     assert "reward" in drawn[2] and "cycle 2" in drawn[3] and "recover" in drawn[1]
 
 
