@@ -269,11 +269,12 @@ def write(study: Study, out: Path, shape: ModelShape, command: str) -> str | Non
 
     Args:
         shape: of the model that the study starts from.
-        command: that makes this study, for its reader.
+        command: that makes this study, for its reader; the number of seeds found is added.
     """
     lines, original = collect(study, out), original_metrics(study, out)
     if not lines:
         return None
+    command += f" --seeds {1 + max(seed for line in lines for seed in line.seeds)}"
     table = markdown(lines, shape, original, study.reference)
     text = f"# Study: {study.name}\n`{command}`\n\n{paragraph(study, lines, original)}\n\n{table}\n"
     (out / TABLE).write_text(table)

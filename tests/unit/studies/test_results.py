@@ -94,7 +94,7 @@ def test_a_line_per_row_with_seeds_put_together(made):
     assert "The original solves 95.0% of 40 test problems" in text
     share = 400 / made.shape.parameters
     assert f"| 2 cuts | 400 ({share:.0%}) |" in text
-    assert "`ptl study iterations`" in text
+    assert "`ptl study iterations --seeds 2`" in text
     assert (made.out / "figure.png").stat().st_size > 5000
     found = json.loads((made.out / "results.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["cuts-1", "cuts-2", "cuts-4"]
