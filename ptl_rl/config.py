@@ -88,7 +88,8 @@ class RewardConfig(Section):
             return path
         absolute = Path(path).expanduser().absolute()  # workers may run elsewhere
         # By its name, so that a run or study goes on with another installation, which has it in another place.
-        return SHIPPED_REWARD if absolute == _shipped_reward() else str(absolute)
+        is_shipped = absolute.name == "code.py" and absolute == _shipped_reward()
+        return SHIPPED_REWARD if is_shipped else str(absolute)
 
     @property
     def file(self) -> str | None:
