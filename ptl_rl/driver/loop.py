@@ -291,7 +291,5 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
         raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
     folder.logs.mkdir(parents=True, exist_ok=True)
     (folder.path / "cycles").mkdir(exist_ok=True)
-    temporary = folder.config.with_suffix(".tmp")
-    save_config(config, temporary)
-    temporary.rename(folder.config)
+    save_config(config, folder.config)
     return folder
