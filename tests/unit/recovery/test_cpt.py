@@ -8,6 +8,7 @@ import pytest
 import torch
 from process_ranks import run_ranks
 
+from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError
 from ptl_rl.data.corpora import Record
 from ptl_rl.recipe import parse_config
@@ -79,8 +80,8 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
     )  # fmt: skip
     names = ("source", "parent", "out", "work", "progress", "result")
     spec = StageSpec(
-        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0, subsets=1,
-        remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
+        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0,
+        subsets=1, remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
         **{name: model if name in ("source", "parent") else folder / name for name in names},
     )  # fmt: skip
     return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
@@ -229,6 +230,10 @@ def _with_parent(_rank: int, _ranks: int, folder: str, model: str, parent: str, 
         engine.optimizer_zero_grad()
         found = engine.forward_backward_batch(batch, loss_function, forward_only=False)
         gradients = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
+    on_device = batch.to("cpu")
+    padded_NV = loss_function.parent_logits(on_device)
+    loss_function.attention = FLASH  # of the way it reads; sdpa, too, takes documents apart by their positions
+    torch.testing.assert_close(loss_function.parent_logits(on_device), padded_NV, rtol=1e-4, atol=1e-5)
     policy, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, parent))
     total, tokens = torch.zeros(()), 0
     for i in range(3):
