@@ -5,12 +5,14 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.families import ModelShape
 from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
+SMALLEST_BUCKET_MIB = 64
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
 
 
@@ -189,11 +191,21 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
     return {f"distillation.{key}": value for key, value in settings.items()}
 
 
-def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None) -> dict[str, Any]:
+def _bucket(shape: ModelShape) -> dict[str, Any]:
+    """verl sends weights to vLLM through shared memory in buckets, on CPUs, and stops at a tensor that is larger."""
+    largest = max(shape.vocab_size, shape.intermediate_size) * shape.hidden_size * 4
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    return {key: max(SMALLEST_BUCKET_MIB, -(-largest // 2**20))}
+
+
+def render(
+    config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None, shape: ModelShape | None = None
+) -> dict[str, Any]:
     """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
+        shape: of the model in ``spec.source``; None for one of the test bed's size.
     """
     recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
@@ -212,6 +224,7 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
             **verl_cpu_overrides(config.resources.workers),
             "trainer.nnodes": config.resources.nodes,
             "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
+            **(_bucket(shape) if shape else {}),
         }
         if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.

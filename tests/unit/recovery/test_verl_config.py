@@ -7,6 +7,8 @@ import pytest
 from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError
+from ptl_rl.families import FAMILIES
+from ptl_rl.families.base import shape_from_config
 from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recipe import load_config
 from ptl_rl.recovery.settings import CptConfig
@@ -93,6 +95,19 @@ def test_a_micro_batch_divides_what_a_worker_gets(prompts, rollouts, workers, wa
     verl = compose(render(load_config(DEMO, settings), spec("cpu", tmp_path)))
     actor, rollout = verl.actor_rollout_ref.actor, verl.actor_rollout_ref.rollout
     assert actor.ppo_micro_batch_size_per_gpu == rollout.log_prob_micro_batch_size_per_gpu == found
+
+
+def test_the_largest_tensor_fits_into_a_bucket_of_shared_memory(tmp_path):
+    """On CPUs; verl's assertion would leave vLLM waiting for weights that never come."""
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    sizes = {"model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 2}
+    smollm2 = shape_from_config(
+        {**sizes, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}, FAMILIES, "x"
+    )
+    tiny = shape_from_config({**sizes, "hidden_size": 192, "intermediate_size": 1280, "vocab_size": 383}, FAMILIES, "x")
+    for shape, wanted in ((smollm2, 108), (tiny, 64)):  # 49152 x 576 x 4 bytes are 108 MiB
+        assert render(load_config(DEMO), spec("cpu", tmp_path), shape=shape)[key] == wanted
+    assert key not in render(load_config(QWEN), spec("cuda", tmp_path), shape=smollm2)  # they go by CUDA IPC
 
 
 QWEN = next(path for path in RECIPES if path.stem == "grpo_qwen2.5-7b_8xh200")
