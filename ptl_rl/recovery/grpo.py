@@ -11,6 +11,7 @@ from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import evaluation_data, training_data
 from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.families import read_shape
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
@@ -124,7 +125,8 @@ def recover(context: StageContext) -> dict:
     records, metrics_path = _prepare(context)
     os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
     context.connect_ray()
-    verl_config = compose(render(context.config, spec, _user_keys(context, records[0])))
+    settings = render(context.config, spec, _user_keys(context, records[0]), read_shape(spec.source))
+    verl_config = compose(settings)
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     follower = MetricsFollower(context, metrics_path, _select)

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import sft_loss
 
+from ptl_rl.attention import FLASH
+
 CHUNK_TOKENS = 1024
 """Tokens whose distributions are held in float32 at a time."""
 
@@ -37,7 +39,7 @@ class ParentLoss:
 
     def __init__(self, folder: Path, weight: float, cross_entropy: float, attention: str, dtype: str) -> None:
         self.folder, self.weight, self.cross_entropy = folder, weight, cross_entropy
-        self.attention = "sdpa" if attention == "flash_attention_2" else attention  # it reads padded rows
+        self.attention = attention
         self.dtype = dtype
         self._parent: torch.nn.Module | None = None
 
@@ -55,8 +57,11 @@ class ParentLoss:
 
     @torch.no_grad()
     def parent_logits(self, data: TensorDict) -> torch.Tensor:
-        """(N, V) over the documents of a micro-batch, one after the other."""
+        """(N, V) over the documents of a micro-batch, one after the other; padded only if the policy's are."""
         ids = data["input_ids"]
+        if self.attention == FLASH:  # a position of 0 tells it where a document begins
+            options = {"input_ids": ids.values()[None], "position_ids": data["position_ids"].values()[None]}
+            return self._loaded()(**options, use_cache=False).logits[0]
         length_B = ids.offsets().diff()
         ids_BT = torch.nested.to_padded_tensor(ids, 0)
         mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
