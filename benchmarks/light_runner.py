@@ -73,8 +73,9 @@ class Lines:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, line: Line) -> None:
+        cut_short = self.path.exists() and self.path.read_text()[-1:] not in ("", "\n")
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(("\n" if cut_short else "") + json.dumps(line) + "\n")
 
     def latest(self) -> dict[str, Line]:
         """By stage. What a killed process left of a line is passed over."""

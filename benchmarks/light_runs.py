@@ -75,7 +75,7 @@ def real(model: Path, train: dict[str, Any], test: dict[str, Any], device: str, 
     """A recipe: an eighth of the channels goes twice, GRPO after both cuts; in the smoke once, then GRPO and CPT.
 
     Args:
-        train: source of problems to learn from, as in a recipe, without its number of rows.
+        train: source of problems to learn from, as in a recipe.
         test: source of those to be judged by.
     """
     width = json.loads((model / "config.json").read_text())["intermediate_size"]
@@ -85,15 +85,15 @@ def real(model: Path, train: dict[str, Any], test: dict[str, Any], device: str, 
     if smoke:
         grpo |= {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 16, "steps": 1}
         recovery += [{"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}}]
-    rows, tokens = ((96, 8, 40), (88, 72)) if smoke else ((2048, 64, KEPT_APART), (384, 384))
+    tokens = (88, 72) if smoke else (384, 384)
     suffix = "" if smoke else "\nPlease reason step by step, and put your final answer within \\boxed{}."
     return {
         "name": "first-light",
         "model": {"path": str(model), "dtype": "float32" if device == "cpu" else "bfloat16"},
         "data": {
-            "train": {**train, "rows": rows[0]},
-            "validation": {**test, "rows": rows[1]},
-            "test": {**test, "rows": rows[2]},
+            "train": train,
+            "validation": {**test, "rows": min(8 if smoke else 64, test["rows"])},
+            "test": test,
             "prompt_suffix": suffix,
             "max_prompt_tokens": tokens[0],
             "max_response_tokens": tokens[1],
@@ -114,20 +114,27 @@ def questions(data: str, test: str | None, folder: Path) -> tuple[dict[str, Any]
     """Sources to learn from and to be judged by; without ``test`` the last rows of ``data`` are kept apart.
 
     Args:
+        data: a .jsonl file, or the test bed's problems.
         folder: where the two parts are written then.
     """
     if data.startswith("testbed:"):
-        return {"path": data}, {"path": test or "testbed:test"}
+        return {"path": data, "rows": 96}, {"path": test or "testbed:test", "rows": 40}
     learnt = Path(data).expanduser().absolute()
     judged = Path(test).expanduser().absolute() if test else folder / "test.jsonl"
-    lines = learnt.read_text().splitlines(keepends=True)
-    layout = {"layout": "openai/gsm8k"} if "####" in lines[0] else {}
+    lines = _rows(learnt)
     if test is None:
         kept = min(KEPT_APART, len(lines) // 5)
         learnt = folder / "train.jsonl"
-        learnt.write_text("".join(lines[:-kept]))
         judged.write_text("".join(lines[-kept:]))
-    return {"path": str(learnt), **layout}, {"path": str(judged), **layout}
+        lines = lines[:-kept]
+        learnt.write_text("".join(lines))
+    layout = {"layout": "openai/gsm8k"} if "####" in lines[0] else {}
+    sizes = min(2048, len(lines)), min(KEPT_APART, len(_rows(judged)))
+    return {"path": str(learnt), "rows": sizes[0], **layout}, {"path": str(judged), "rows": sizes[1], **layout}
+
+
+def _rows(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.strip()]
 
 
 def summary(folder: Path, entries: list[Entry]) -> dict[str, Any]:
