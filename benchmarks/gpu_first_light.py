@@ -78,7 +78,7 @@ class FirstLight:
     def stages(self) -> list[Stage]:
         """In order of value; a stage that hangs may take twice what it needs."""
         needed = CUDA_SECONDS if self.device == "cuda" else dict.fromkeys(CUDA_SECONDS, 1)
-        most = 9.0 if self.device == "cuda" else float("inf")
+        most = 2.0 if self.device == "cuda" else float("inf")
         return [Stage(name, needs, getattr(self, name), most * needs) for name, needs in needed.items()]
 
     def imports(self, seconds: float) -> Line:
