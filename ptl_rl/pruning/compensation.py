@@ -18,7 +18,7 @@ class Fit:
     weight_HK: torch.Tensor
     """New ``down_proj`` weight over the kept channels, float32."""
     lost_plain: float
-    """Sum (or mean, as the moments are) of the squares of what the output lacks if the kept columns stay as they are."""
+    """Sum (mean, if the moments are means) of the squares of what is lost if the kept columns stay as they are."""
     lost: float
     """The same with ``weight_HK``."""
 

@@ -1,7 +1,7 @@
 """What ranks share out: the rows that each solves for and reads, and the regressions that each is given."""
 
 import json
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_every_row_of_every_task_is_done_once(ranks, tasks, rows):
     done = [Policy.shares(SimpleNamespace(rank=rank, ranks=ranks), rows, tasks) for rank in range(ranks)]
     for task in range(tasks):
         of_task = [list(range(rows)[part]) for shares in done for doing, part in shares if doing == task]
-        assert sorted(sum(of_task, [])) == list(range(rows))
+        assert sorted(chain.from_iterable(of_task)) == list(range(rows))
         if rows == HIDDEN:
             assert max(map(len, of_task)) - min(map(len, of_task)) <= 1
     if ranks >= tasks:
@@ -85,5 +85,5 @@ def test_each_rank_solves_for_its_share_only(ranks, make_checkpoint, tmp_path):
     assert sum(sum(part["read"]) for part in seen) == whole
     assert max(sum(part["read"]) for part in seen) < whole
     # Of four blocks three have one before them that could take over.
-    assert sorted(sum((part["regressions"] for part in seen), [])) == [1, 2, 3]
+    assert sorted(chain.from_iterable(part["regressions"] for part in seen)) == [1, 2, 3]
     assert max(len(part["regressions"]) for part in seen) == {2: 2, 3: 1}[ranks]
