@@ -289,11 +289,11 @@ class Driver:
 
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
-    """Make the run folder; refuses one that already holds a run."""
+    """Make the run folder; refuses one that already holds a run, though not one whose first stage never began."""
     from ptl_rl.recipe import save_config
 
     folder = RunFolder(run_dir)
-    if folder.config.exists():
+    if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
         raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)

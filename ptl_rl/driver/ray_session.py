@@ -1,6 +1,7 @@
 """The one Ray session of a run: started here on a single machine, joined where one is running (``ray job submit``)."""
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -11,6 +12,18 @@ from ptl_rl.driver.node_check import check_machine
 
 class WorkersHeld(RuntimeError):
     """GPUs that the next stage needs are not free; the message says what holds them."""
+
+
+def unreachable(address: str, seconds: float = 5) -> str | None:
+    """Why nobody answers at ``host:port``; None if somebody does, or it is no such address ('auto')."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 class RaySession:
@@ -73,12 +86,14 @@ class RaySession:
                 "cluster with RAY_ADDRESS=auto, or submit it as a job (launch/submit.sh)"
             )
         try:
+            if problem := unreachable(given):  # Ray itself tries for minutes
+                raise ConnectionError(problem)
             ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS={given}: cannot join Ray there ({reason}); start it (ray start --head) on this node, too, "
-                "or unset RAY_ADDRESS, and the run starts a Ray of its own"
+                f"RAY_ADDRESS={given}: cannot join Ray there ({reason}); start it (ray start) on the head and on this "
+                "node, or unset RAY_ADDRESS, and the run starts a Ray of its own"
             ) from None
 
     def wait_for_workers(self, namespaces: str, seconds: float = 120) -> None:

@@ -81,7 +81,9 @@ def test_dead_nodes_do_not_count_and_cpus_are_needed_on_the_head_too():
         check_fit(config, "cuda", [node(0, 0, "head"), node(8, 64)])
     check_fit(recipe([{"cpt": {}}], workers_per_node=4), "cuda", [node(0, 0, "head"), node(8, 64)])
     with pytest.raises(ConfigError, match=r"ray start --num-cpus=12 --num-gpus=3 \(logical on CPU\)"):
-        check_fit(recipe(device="cpu", workers_per_node=3, recovery={**GRPO, "prompts_per_step": 3}), "cpu", [node(0, 2)])
+        check_fit(
+            recipe(device="cpu", workers_per_node=3, recovery={**GRPO, "prompts_per_step": 3}), "cpu", [node(0, 2)]
+        )
 
 
 def test_nodes_of_one_host_are_told_apart():
@@ -93,7 +95,9 @@ def test_nodes_of_one_host_are_told_apart():
 
 def test_an_engine_stays_within_a_node():
     check_layout(recipe(nodes=2, workers_per_node=4, tensor_parallel_size=2))
-    split = recipe({"prompts_per_step": 3, "rollouts_per_prompt": 2}, nodes=2, workers_per_node=3, tensor_parallel_size=2)
+    split = recipe(
+        {"prompts_per_step": 3, "rollouts_per_prompt": 2}, nodes=2, workers_per_node=3, tensor_parallel_size=2
+    )
     with pytest.raises(ConfigError, match=r"workers_per_node 3 is not a multiple of tensor_parallel_size 2"):
         check_layout(split)
 

