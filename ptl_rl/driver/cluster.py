@@ -1,8 +1,8 @@
 """What a recipe's stages reserve of Ray, node by node, and whether a cluster's nodes have it.
 
-verl packs the workers of one node strictly onto one node and waits without limit until it can, and TransferQueue puts a
-storage actor onto every node, so sums over the cluster say nothing. A node's CPUs are numbers of bookkeeping: nothing is
-bound to them, and a node may be started with more than it has.
+verl packs the workers of one node strictly onto one node and waits without limit until it can, and TransferQueue puts
+storage actors onto every node, so sums over the cluster say nothing. A node's CPUs are numbers of bookkeeping: nothing
+is bound to them, and a node may be started with more than it has.
 """
 
 from collections import Counter

@@ -108,8 +108,8 @@ def why_no_cuda(facts: CudaFacts) -> str | None:
         return "torch is not installed; install this project's GPU stack (launch/setup_gpu.sh)"
     if facts.driver is None:
         return (
-            "this machine has no NVIDIA driver and so no GPU that torch could use; run where there are GPUs, or, to try "
-            "things out without, set resources.device to cpu or auto"
+            "this machine has no NVIDIA driver and so no GPU that torch could use; run where there are GPUs, or, to "
+            "try things out without, set resources.device to cpu or auto"
         )
     if facts.devices == 0:
         return (

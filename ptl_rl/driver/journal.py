@@ -36,12 +36,12 @@ class Entry(BaseModel):
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries (names) to disk; some network file systems have no such call, as they do not wait."""
+    """Flush a folder's own entries (names) to disk; some network file systems have no such call, for folders alone."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # what databases let pass, too, of folders alone
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # what databases let pass, too
             raise
     finally:
         os.close(handle)

@@ -22,15 +22,15 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 
 def file_hash(path: str) -> str:
     """Of a small file, whole; of a big one, the first mebibyte and its size."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        return hashlib.sha256(str(os.path.getsize(path)).encode() + file.read(1 << 20)).hexdigest()[:16]  # noqa: PTH202
+    with Path(path).open("rb") as file:
+        return hashlib.sha256(str(Path(path).stat().st_size).encode() + file.read(1 << 20)).hexdigest()[:16]
 
 
 def weights_hash(path: str) -> str:
     """Tells two safetensors files apart, of the same shapes, too, without reading them whole."""
-    size = os.path.getsize(path)  # noqa: PTH202
+    size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:  # noqa: PTH123
+    with Path(path).open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
         digest.update(file.read(min(header, 64 << 20)))
         for i in range(SAMPLES):
@@ -41,11 +41,10 @@ def weights_hash(path: str) -> str:
 
 def model_files(folder: str) -> dict[str, str]:
     """Name to hash of a model's configuration, tokenizer and weights; an ``OSError`` says what cannot be read."""
-    names = sorted(os.listdir(folder))
-    weights = [name for name in names if name.endswith(".safetensors")]
-    others = [name for name in names if name.endswith((".json", ".jinja", ".model", ".txt"))]
-    found = {name: weights_hash(os.path.join(folder, name)) for name in weights}  # noqa: PTH118
-    return found | {name: file_hash(os.path.join(folder, name)) for name in others}  # noqa: PTH118
+    paths = sorted(Path(folder).iterdir())
+    found = {path.name: weights_hash(str(path)) for path in paths if path.suffix == ".safetensors"}
+    others = [path for path in paths if path.suffix in (".json", ".jinja", ".model", ".txt")]
+    return found | {path.name: file_hash(str(path)) for path in others}
 
 
 def source_hash(package: str) -> str | None:
@@ -115,7 +114,7 @@ def cuda_facts() -> dict[str, Any]:
     driver = Path("/proc/driver/nvidia/version")
     facts: dict[str, Any] = {
         "driver": driver.read_text() if driver.exists() else None,
-        "devices": len([n for n in os.listdir("/dev") if n.startswith("nvidia") and n[6:].isdecimal()]),
+        "devices": len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdecimal()]),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "noset": bool(os.environ.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")),
         "torch": versions(["torch"])["torch"],

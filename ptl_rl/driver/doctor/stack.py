@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 
-from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -87,16 +86,16 @@ def read_lock(lock: Path) -> list[Requirement]:
 
 def declared() -> list[Requirement]:
     """What this project's own metadata asks for, without extras."""
-    environment = {**default_environment(), "extra": ""}
     found = [Requirement(line) for line in requires("ptl-rl") or []]
-    return [r for r in found if r.marker is None or r.marker.evaluate(environment)]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def check_packages(wanted: Iterable[Requirement], source: str, remedy: str) -> list[Finding]:
     """Installed packages against what is asked for; the local part of a version (+cpu, +cu130) says nothing."""
-    stack, others, count = [], [], 0
+    stack: list[str] = []
+    others: list[str] = []
+    wanted = list(wanted)
     for requirement in wanted:
-        count += 1
         found = _installed(requirement.name)
         if found is not None and requirement.specifier.contains(Version(found).public, prereleases=True):
             continue
@@ -106,7 +105,7 @@ def check_packages(wanted: Iterable[Requirement], source: str, remedy: str) -> l
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         findings.append(warning("packages", f"{'; '.join(others[:5])}{more} ({source})", remedy))
-    return findings or [ok("packages", f"all {count} as in {source}")]
+    return findings or [ok("packages", f"all {len(wanted)} as in {source}")]
 
 
 def check_installed(device: str, lock: Path | None) -> list[Finding]:

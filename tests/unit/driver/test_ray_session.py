@@ -12,5 +12,5 @@ def test_no_ray_where_the_address_points_to(repository, monkeypatch):
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127\.0\.0\.1:9: cannot join Ray there .*or unset RAY_ADDRESS"):
         RaySession(load_config(repository / "recipes/demo_grpo_cpu.yaml"), "cpu").__enter__()
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    with pytest.raises(ConfigError, match="is Ray Client's.*RAY_ADDRESS=auto"):
+    with pytest.raises(ConfigError, match=r"is Ray Client's.*RAY_ADDRESS=auto"):
         RaySession(load_config(repository / "recipes/demo_grpo_cpu.yaml"), "cpu").__enter__()
