@@ -59,7 +59,11 @@ class ModelConfig(Section):
         "from. Default: path.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto",
+        description="Of scoring and training. auto: flash_attention_2 where it can be had, else sdpa (eager where the "
+        "model caps its attention logits) on padded rows.",
+    )
     trust_remote_code: bool = False
 
 

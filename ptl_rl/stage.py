@@ -31,6 +31,8 @@ class StageSpec(BaseModel):
     planned: int = 0
     """Which of the planned cuts the cycle makes, from 0."""
     device: Literal["cpu", "cuda"]
+    attention: str
+    """What ``model.attention`` comes to, as transformers' ``attn_implementation`` takes it."""
     ray_address: str
     stage_id: str
     """Unique per start; every process of the stage carries it in the environment as PTL_STAGE_ID."""

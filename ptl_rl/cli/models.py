@@ -18,7 +18,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Folder for scores, plan and compensated weights.")],
     remove_channels: Annotated[str, typer.Option(help="Channels that each block loses: a number, or e.g. 25%.")] = "0",
     remove_layers: Annotated[int, typer.Option(help="Blocks that go.")] = 0,
-    alignment: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 64,
+    alignment: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 128,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that will share the sliced model.")] = 1,
     settings: Annotated[
         list[str] | None,

@@ -18,7 +18,7 @@ from pathlib import Path
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
-from ptl_rl.driver.preflight import check_model, check_parent
+from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession
 from ptl_rl.driver.run_folder import RunFolder
@@ -57,18 +57,12 @@ def package_versions() -> dict[str, str]:
 
 
 def detect_device(config: RunConfig) -> str:
-    """'cpu' or 'cuda', as the recipe asks or as the machine has.
-
-    Raises:
-        ConfigError: the recipe wants flash attention on CPUs.
-    """
+    """'cpu' or 'cuda', as the recipe asks or as the machine has."""
     device = config.resources.device
     if device == "auto":
         from ptl_rl.platform.checks import is_cpu_only
 
         device = "cpu" if is_cpu_only() else "cuda"
-    if device == "cpu" and config.model.attention == "flash_attention_2":
-        raise ConfigError("model.attention: flash_attention_2 has no CPU build; set it to sdpa or eager")
     return device
 
 
@@ -83,6 +77,7 @@ class Driver:
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
         self.original, self.shape = check_model(self.config)
+        self.attention = check_attention(self.config, self.device, self.original)
         self.parent = check_parent(self.config) or self.original
         self.reward_errors_noted = 0
 
@@ -152,6 +147,7 @@ class Driver:
             round=stage.round,
             part=stage.part,
             device=self.device,
+            attention=self.attention.name,
             ray_address=session.address,
             stage_id=f"{self.run_id}-{label}",
             source=source,

@@ -5,13 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptl_rl.attention import Attention, resolve_attention
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
-from ptl_rl.families import ModelShape, UnsupportedModelError, read_prunable_shape, read_shape
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.recovery.settings import CptConfig, GrpoConfig
 
@@ -52,6 +53,11 @@ def check_parent(config: RunConfig) -> Path | None:
     except UnsupportedModelError as error:
         raise ConfigError(f"model.parent: {error}") from None
     return parent
+
+
+def check_attention(config: RunConfig, device: str, model: Path) -> Attention:
+    """What ``model.attention`` comes to on ``device``; raises :class:`ConfigError` if it cannot be had."""
+    return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model))
 
 
 def _check_cycles(config: RunConfig) -> None:

@@ -6,6 +6,12 @@ heavy to import.
 
 import functools
 
+import torch
+from torch.utils.checkpoint import checkpoint
+
+LOG_PROBABILITY_TOKENS = 1024
+"""Tokens whose distributions are held in float32 at a time."""
+
 
 def keep_offloaded_memory_unpinned() -> None:
     """Let a reference policy (FSDP2's CPU offload) exist without an accelerator (verl 0.9, torch 2.13).
@@ -33,10 +39,42 @@ def write_checkpoints_on_all_ranks() -> None:
     engine.FSDPCheckpointManager = ShardedCheckpointManager
 
 
+def _chunk_log_probabilities(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    logits_NV = logits_NV.float()
+    return logits_NV.gather(-1, labels_N[:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
+
+
+def log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of ``labels``, in float32.
+
+    Args:
+        logits: (..., V), of any floating type; (...) ``labels``.
+    """
+    logits_NV, labels_N = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    pairs = zip(logits_NV.split(LOG_PROBABILITY_TOKENS), labels_N.split(LOG_PROBABILITY_TOKENS), strict=True)
+    chunks = [checkpoint(_chunk_log_probabilities, *pair, use_reentrant=False) for pair in pairs]
+    return torch.cat(chunks).view(labels.shape)
+
+
+def take_log_probabilities_in_chunks() -> None:
+    """Take log-probabilities of many tokens at a time where flash-attn's kernel for them is missing (verl 0.9).
+
+    verl then goes through the tokens one by one, in Python; its kernel, where there is one, stays in use.
+    """
+    from verl.utils import torch_functional
+
+    if not hasattr(torch_functional.logprobs_from_logits_v2, "stock"):
+        log_probabilities.stock = torch_functional.logprobs_from_logits_v2  # type: ignore[attr-defined]
+        torch_functional.logprobs_from_logits_v2 = log_probabilities
+
+
 def _activate() -> None:
     from ptl_rl.platform.checks import should_activate
+    from ptl_rl.platform.verl_patches import check_version
 
+    check_version()
     write_checkpoints_on_all_ranks()
+    take_log_probabilities_in_chunks()
     if should_activate():
         keep_offloaded_memory_unpinned()
 

@@ -19,11 +19,16 @@ def apply() -> None:
     Raises:
         RuntimeError: verl's version is not one that this module was written for.
     """
-    verl_version = version("verl")
-    if verl_version not in SUPPORTED_VERL:
-        raise RuntimeError(f"ptl_rl.platform supports verl {SUPPORTED_VERL} on CPUs, found {verl_version}")
+    check_version()
     use_cuda_engines()
     name_gloo_once()
+
+
+def check_version() -> None:
+    """Raises RuntimeError if verl's version is not one that its patches were written for."""
+    verl_version = version("verl")
+    if verl_version not in SUPPORTED_VERL:
+        raise RuntimeError(f"ptl_rl.platform supports verl {SUPPORTED_VERL}, found {verl_version}")
 
 
 def use_cuda_engines() -> None:

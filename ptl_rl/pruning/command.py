@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl_rl.attention import without_flash
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
-from ptl_rl.families import UnsupportedModelError, read_prunable_shape, read_shape
+from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choice import aligned, make_plan
@@ -34,7 +35,8 @@ Progress = Callable[[int, int], None]
 def load_model(folder: Path, dtype: torch.dtype | str = "auto"):
     """A model to be scored, on the GPU where there is one, frozen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    attention = without_flash(read_config_json(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -135,7 +135,12 @@ class ScheduleConfig(Section):
     order: Literal["channels_then_layers", "layers_then_channels", "alternating", "together"] = Field(
         "channels_then_layers", description="together: a cycle removes channels and blocks in the same cut."
     )
-    alignment: int = Field(64, ge=1, description="Kept widths are multiples of this times tensor_parallel_size.")
+    alignment: int = Field(
+        128,
+        ge=1,
+        description="Kept widths are multiples of this times tensor_parallel_size; 128 is what 4-bit (Marlin) and block "
+        "FP8 kernels take.",
+    )
     recover_only: bool = Field(
         False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."
     )

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
+from ptl_rl.attention import FLASH, without_flash
 from ptl_rl.data.encoding import Sequence, encode_sequences
-from ptl_rl.families import read_shape
+from ptl_rl.families import read_config_json, read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import load_sharded
@@ -26,6 +27,14 @@ NEW_WEIGHTS = ".new_weights"
 """Folder, within the slice stage's, of compensated weights on their way to the rank that writes them."""
 
 
+def claim_gpu() -> None:
+    """Stay on the GPU that is this rank's: verl has chosen it where Ray leaves all of a node's visible, else it is 0.
+
+    Asked for here, as the process group and the device mesh would otherwise choose one by the rank's number.
+    """
+    torch.cuda.set_device(torch.cuda.current_device())
+
+
 class PruningWorker(Worker):
     """Runs on every rank; all methods are collective."""
 
@@ -35,7 +44,7 @@ class PruningWorker(Worker):
         torch.manual_seed(context.seed)
         cpu = context.spec.device == "cpu"
         if not cpu:
-            torch.cuda.set_device(0)
+            claim_gpu()
         dist.init_process_group("gloo" if cpu else "nccl", rank=self.rank, world_size=self.world_size)
         self.mesh = init_device_mesh(context.spec.device, (self.world_size,))
         self.device = torch.device(context.spec.device)
@@ -45,10 +54,10 @@ class PruningWorker(Worker):
         )
 
     def _load(self, folder: Path, dtype: torch.dtype):
-        model = self.context.config.model
-        # Flash attention takes 16 bits only.
-        attention = "sdpa" if dtype == torch.float32 and model.attention.startswith("flash") else model.attention
-        return load_sharded(folder, self.mesh, dtype, attention=attention, trust_remote_code=model.trust_remote_code)
+        attention, trust = self.context.spec.attention, self.context.config.model.trust_remote_code
+        if dtype == torch.float32 and attention == FLASH:  # it takes 16 bits only
+            attention = without_flash(read_config_json(folder))
+        return load_sharded(folder, self.mesh, dtype, attention=attention, trust_remote_code=trust)
 
     def _policy(self) -> engine.Policy:
         config, source = self.context.config, self.context.spec.source

@@ -39,7 +39,8 @@ def _parent_loss(context: StageContext, recovery: CptConfig):
     from ptl_rl.recovery.parent import ParentLoss
 
     model = context.config.model
-    return ParentLoss(context.spec.parent, recovery.parent_kl, recovery.cross_entropy, model.attention, model.dtype)
+    attention = context.spec.attention
+    return ParentLoss(context.spec.parent, recovery.parent_kl, recovery.cross_entropy, attention, model.dtype)
 
 
 def batch_sequences(recovery: CptConfig, counts: Counts, workers: int) -> int:

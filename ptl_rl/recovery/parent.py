@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import sft_loss
 
+from ptl_rl.attention import FLASH, without_flash
+from ptl_rl.families import read_config_json
+
 CHUNK_TOKENS = 1024
 """Tokens whose distributions are held in float32 at a time."""
 
@@ -37,7 +40,8 @@ class ParentLoss:
 
     def __init__(self, folder: Path, weight: float, cross_entropy: float, attention: str, dtype: str) -> None:
         self.folder, self.weight, self.cross_entropy = folder, weight, cross_entropy
-        self.attention = "sdpa" if attention == "flash_attention_2" else attention  # it reads padded rows
+        # It reads padded rows, in one go for all of them.
+        self.attention = without_flash(read_config_json(folder)) if attention == FLASH else attention
         self.dtype = dtype
         self._parent: torch.nn.Module | None = None
 

@@ -45,7 +45,14 @@ class GrpoConfig(RecoveryConfig):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.3, gt=0)
     mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
-    micro_batch_sequences: int = Field(8, ge=1, description="Most sequences per backward pass on each worker.")
+    micro_batch_sequences: int = Field(
+        8, ge=1, description="Most sequences of full length per backward pass on each worker."
+    )
+    dynamic_batches: bool | None = Field(
+        None,
+        description="Fill a backward pass with as many sequences as have together no more tokens than "
+        "micro_batch_sequences of full length; default: where they are read without padding (flash attention).",
+    )
     validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
 
     @model_validator(mode="after")

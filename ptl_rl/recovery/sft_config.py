@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.attention import FLASH
 from ptl_rl.config import RunConfig
 from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recovery.settings import CptConfig
-from ptl_rl.recovery.verl_config import SAVE_ALL, composed
+from ptl_rl.recovery.verl_config import SAVE_ALL, composed, micro_batch
 from ptl_rl.stage import StageSpec
 
 
@@ -15,13 +16,16 @@ def render_sft(
 ) -> dict[str, Any]:
     """verl settings, dotted key to value; ``recovery.verl`` wins over everything else."""
     resources = config.resources
+    # By their tokens only where they are not padded, else one long row makes all of a micro-batch's as long.
+    rows = max(1, recovery.micro_batch_tokens // recovery.max_tokens)
     settings: dict[str, Any] = {
         "data.train_files": str(sequences),
         "data.val_files": None,
         "data.train_batch_size": sequences_per_step,
         "data.max_length": recovery.max_tokens,
         "data.pad_mode": "no_padding",
-        "data.use_dynamic_bsz": True,
+        "data.use_dynamic_bsz": spec.attention == FLASH,
+        "data.micro_batch_size_per_gpu": micro_batch(sequences_per_step // resources.workers, rows),
         "data.max_token_len_per_gpu": recovery.micro_batch_tokens,
         "data.custom_cls.path": "pkg://ptl_rl.recovery.sequences",
         "data.custom_cls.name": "SequenceFile",
@@ -29,8 +33,8 @@ def render_sft(
         "model.trust_remote_code": config.model.trust_remote_code,
         "model.external_lib": ENGINE_LIBRARY,
         "model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
-        "model.override_config.attn_implementation": config.model.attention,
-        "model.use_remove_padding": config.model.attention == "flash_attention_2",
+        "model.override_config.attn_implementation": spec.attention,
+        "model.use_remove_padding": spec.attention == FLASH,
         "engine.strategy": "fsdp2",
         "engine.reshard_after_forward": recovery.reshard_after_forward,
         "engine.param_offload": recovery.offload,

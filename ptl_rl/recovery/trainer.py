@@ -18,6 +18,8 @@ class SequenceTrainer(SFTTrainer):
     def __init__(self, config, parent_loss: ParentLoss | None = None) -> None:
         self.parent_loss = parent_loss
         super().__init__(config)
+        # verl counts a step's tokens on this device, in the stage's own process: on a head node without GPUs, too.
+        self.device_name = "cpu"
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
@@ -28,13 +29,34 @@ def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str,
     }
 
 
-def _micro_batch(config: RunConfig, recovery: GrpoConfig, device: str) -> int:
-    """As many sequences as ``micro_batch_sequences`` allows and a worker's part of an update can be shared out by."""
-    workers = config.resources.nodes * _trainer_workers(config, recovery, device)
+def micro_batch(of_worker: int, most: int) -> int:
+    """The largest number of sequences, at most ``most``, by which a worker's part of an update can be shared out."""
+    return next(size for size in range(min(of_worker, most), 0, -1) if of_worker % size == 0)
+
+
+def _micro_batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
+    """How a worker's part of a batch is shared out, alike for updates and for log-probabilities."""
+    workers = config.resources.nodes * _trainer_workers(config, recovery, spec.device)
     prompts = recovery.mini_batch_prompts or recovery.prompts_per_step
-    of_worker = prompts * recovery.rollouts_per_prompt // workers
-    largest = min(of_worker, recovery.micro_batch_sequences)
-    return next(size for size in range(largest, 0, -1) if of_worker % size == 0)
+    sequences = micro_batch(prompts * recovery.rollouts_per_prompt // workers, recovery.micro_batch_sequences)
+    # Padded, a micro-batch that is full by its tokens may hold one long row and very many short ones.
+    is_dynamic = recovery.dynamic_batches
+    if is_dynamic is None:
+        is_dynamic = spec.attention == FLASH
+    tokens = recovery.micro_batch_sequences * (config.data.max_prompt_tokens + config.data.max_response_tokens)
+    return {
+        "actor_rollout_ref.actor.use_dynamic_bsz": is_dynamic,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": tokens,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": sequences,
+    } | {
+        f"actor_rollout_ref.{part}.{key}": value
+        for part in ("ref", "rollout")
+        for key, value in {
+            "log_prob_use_dynamic_bsz": is_dynamic,
+            "log_prob_max_token_len_per_gpu": tokens,
+            "log_prob_micro_batch_size_per_gpu": sequences,
+        }.items()
+    }
 
 
 def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
@@ -47,7 +69,6 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "optim.lr_warmup_steps": recovery.warmup_steps,
         "optim.weight_decay": recovery.weight_decay,
         "ppo_mini_batch_size": recovery.mini_batch_prompts or recovery.prompts_per_step,
-        "ppo_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "clip_ratio": recovery.clip_low,
         "clip_ratio_low": recovery.clip_low,
         "clip_ratio_high": recovery.clip_high,
@@ -63,15 +84,14 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "fsdp_config.dtype": config.model.dtype,
     }
     return {f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()} | {
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "actor_rollout_ref.ref.fsdp_config.param_offload": recovery.offload,
         "actor_rollout_ref.ref.fsdp_config.dtype": config.model.dtype,
         "actor_rollout_ref.model.path": str(spec.source),
         "actor_rollout_ref.model.trust_remote_code": config.model.trust_remote_code,
         "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
         "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
-        "actor_rollout_ref.model.override_config.attn_implementation": config.model.attention,
-        "actor_rollout_ref.model.use_remove_padding": config.model.attention == "flash_attention_2",
+        "actor_rollout_ref.model.override_config.attn_implementation": spec.attention,
+        "actor_rollout_ref.model.use_remove_padding": spec.attention == FLASH,
     }
 
 
@@ -84,7 +104,6 @@ def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "tensor_model_parallel_size": config.resources.tensor_parallel_size,
         "gpu_memory_utilization": config.resources.gpu_memory_utilization,
         "max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens,
-        "log_prob_micro_batch_size_per_gpu": _micro_batch(config, recovery, spec.device),
         "calculate_log_probs": True,
         "seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
         "val_kwargs.do_sample": False,
@@ -181,6 +200,7 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
     settings = {
         **_data(config, recovery, spec),
         **_actor(config, recovery, spec),
+        **_micro_batches(config, recovery, spec),
         **_rollout(config, recovery, spec),
         **_reward(config, user_keys),
         **_trainer(config, recovery, spec),

@@ -7,7 +7,6 @@ from data_rows import row, run_config
 
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
-from ptl_rl.driver.loop import detect_device
 from ptl_rl.recipe import load_config, parse_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -46,13 +45,6 @@ def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
     values["data"]["train"]["path"] = str(tmp_path / "no.jsonl")
     with pytest.raises(ConfigError, match=r"data\.train: .*no\.jsonl: no such file"):
         preflight.check_data(parse_config(values))
-
-
-def test_flash_attention_needs_a_gpu():
-    values = {"schedule": {"channels_per_cycle": [16]}, "model": {"attention": "flash_attention_2"}}
-    assert detect_device(parse_config(values | {"resources": {"device": "cuda"}})) == "cuda"
-    with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2 has no CPU build; set it to sdpa"):
-        detect_device(parse_config(values | {"resources": {"device": "cpu"}}))
 
 
 def test_the_reward_is_tried_on_the_training_data(tmp_path):

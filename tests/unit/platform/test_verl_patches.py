@@ -127,3 +127,61 @@ def test_the_reference_policy_is_kept_in_unpinned_memory(monkeypatch):
     assert patched(pin_memory=True) == CPUOffloadPolicy(pin_memory=False)
     keep_offloaded_memory_unpinned()
     assert engine.CPUOffloadPolicy is patched
+
+
+@pytest.fixture
+def verl_log_probabilities():
+    """verl's own function for machines without flash-attn's kernel."""
+    from verl.utils import torch_functional
+
+    import ptl_rl.platform.verl_engine  # noqa: F401  (patches it)
+
+    return torch_functional.logprobs_from_logits_v2.stock
+
+
+def test_verl_still_takes_log_probabilities_token_by_token(verl_log_probabilities, monkeypatch):
+    """If this fails, `take_log_probabilities_in_chunks` can go."""
+    calls = []
+    logsumexp = torch.logsumexp
+    monkeypatch.setattr(torch, "logsumexp", lambda *args, **options: calls.append(1) or logsumexp(*args, **options))
+    verl_log_probabilities(torch.randn(7, 5), torch.zeros(7, dtype=torch.long))
+    assert len(calls) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_in_chunks_are_the_same_with_gradients(dtype, verl_log_probabilities, monkeypatch):
+    from verl.utils.torch_functional import logprobs_from_logits
+
+    from ptl_rl.platform import verl_engine
+
+    monkeypatch.setattr(verl_engine, "LOG_PROBABILITY_TOKENS", 4)
+    logits = torch.randn(3, 5, 11).mul(4).to(dtype)
+    labels, weight = torch.randint(0, 11, (3, 5)), torch.randn(3, 5)
+    found = {}
+    for name, function in (("ours", logprobs_from_logits), ("plain", plain_log_probabilities)):
+        leaf = logits.clone().requires_grad_()
+        values = function(leaf, labels)
+        (values * weight).sum().backward()
+        found[name] = values.detach(), leaf.grad
+    assert found["ours"][0].dtype == torch.float32 and found["ours"][0].shape == (3, 5)
+    torch.testing.assert_close(found["ours"][0], found["plain"][0])
+    torch.testing.assert_close(found["ours"][1], found["plain"][1])
+
+
+def plain_log_probabilities(logits, labels):
+    return torch.log_softmax(logits.float(), -1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def test_log_probabilities_of_many_tokens_are_taken_at_a_time(monkeypatch):
+    from verl.utils.torch_functional import logprobs_from_logits
+
+    from ptl_rl.platform import verl_engine
+
+    sizes, one = [], verl_engine._chunk_log_probabilities
+    monkeypatch.setattr(
+        verl_engine,
+        "_chunk_log_probabilities",
+        lambda logits_NV, labels_N: sizes.append(len(labels_N)) or one(logits_NV, labels_N),
+    )
+    logprobs_from_logits(torch.randn(2500, 3), torch.zeros(2500, dtype=torch.long))
+    assert sizes == [1024, 1024, 452]

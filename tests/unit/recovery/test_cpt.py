@@ -1,6 +1,7 @@
 """What continued pre-training reads, and that verl trains on exactly that, on any number of ranks."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
     )  # fmt: skip
     names = ("source", "parent", "out", "work", "progress", "result")
     spec = StageSpec(
-        name="recover", cycle=1, round=0, device="cpu", ray_address="", stage_id="x", subset=0, subsets=1,
+        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0, subsets=1,
         remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
         **{name: model if name in ("source", "parent") else folder / name for name in names},
     )  # fmt: skip
@@ -97,6 +98,43 @@ def test_what_is_asked_for_reaches_verl(tmp_path, make_checkpoint):
     assert verl.trainer.n_gpus_per_node == 2 and verl.trainer.resume_mode == "auto"
     assert list(verl.checkpoint.save_contents) == ["hf_model", "model", "optimizer", "extra"]
     assert verl.engine.mixed_precision.param_dtype == "fp32" and verl.model.use_remove_padding is False
+
+
+def test_a_head_node_without_gpus_counts_tokens_on_its_cpu(tmp_path, make_checkpoint, tokenizer, monkeypatch):
+    """The stage's own process may see no GPU; verl would make a tensor on one at every step."""
+    from torch import tensor
+    from verl.trainer import sft_trainer_ray
+    from verl.utils import tensordict_utils as tu
+
+    from ptl_rl.recovery.trainer import SequenceTrainer
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    write([PROBLEM, LONGER] * 4, tokenizer, tmp_path)
+    verl = sft_config(tmp_path, make_checkpoint("llama"), tmp_path / "s.arrow", 1, steps=1)
+    verl.trainer.device, verl.trainer.total_training_steps = "cuda", 1
+    verl.trainer.logger = []
+    logged = []
+
+    class Client:
+        def train_batch(self, data):
+            metrics = {name: tensor(0.0) for name in ("loss", "grad_norm", "lr", "mfu")}
+            return types.SimpleNamespace(get=lambda: tu.get_tensordict({}, {"metrics": metrics}))
+
+        def _query_dispatch_info(self, name):
+            return [0]
+
+    class Checkpoints:
+        load_checkpoint = staticmethod(lambda: 0)
+        save_checkpoint = staticmethod(lambda step: None)
+
+    monkeypatch.setattr(SequenceTrainer, "_build_engine", lambda self: setattr(self, "training_client", Client()))
+    monkeypatch.setattr(SequenceTrainer, "_build_ckpt_handler", lambda self: setattr(self, "ckpt_handler", Checkpoints))
+    monkeypatch.setattr(
+        sft_trainer_ray.Tracking, "log", lambda self, data, step: logged.append(data["train/global_tokens"])
+    )
+    SequenceTrainer(verl).fit()
+    assert logged == [sum(len(document_ids(tokenizer, p, " Box it.")[0]) for p in [PROBLEM, LONGER]) * 4]
 
 
 def _engine(verl):

@@ -17,12 +17,13 @@ from ptl_rl.stage import StageSpec
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
 
 
-def spec(device: str, folder: Path) -> StageSpec:
+def spec(device: str, folder: Path, attention: str = "sdpa") -> StageSpec:
     return StageSpec(
         name="recover",
         cycle=1,
         round=0,
         device=device,
+        attention=attention,
         ray_address="127.0.0.1:1",
         stage_id="x",
         source=folder / "sliced",
@@ -49,12 +50,15 @@ EVERY_RECOVERY = [
 ]
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "eager"])
 @pytest.mark.parametrize(("recipe", "part"), EVERY_RECOVERY)
-def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
+def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
     config = load_config(recipe)
     recovery = config.recovery[part]
     device = "cuda" if config.resources.device == "cuda" else "cpu"
-    told = spec(device, tmp_path).model_copy(update={"part": part})
+    if device == "cpu" and attention == "flash_attention_2":
+        pytest.skip("flash attention has no CPU build")
+    told = spec(device, tmp_path, attention).model_copy(update={"part": part})
     if isinstance(recovery, CptConfig):
         verl = compose_sft(render_sft(config, recovery, told, tmp_path / "s.arrow", recovery.sequences_per_step))
         for section in ("engine", "optim", "checkpoint"):
@@ -74,6 +78,8 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, tmp_path):
         contents, model = actor.checkpoint.save_contents, verl.actor_rollout_ref.model
     assert "hf_model" in contents
     assert model.external_lib == ENGINE_LIBRARY  # without it rank 0 gathers the model to write it
+    assert model.override_config.attn_implementation == attention
+    assert model.use_remove_padding == (attention == "flash_attention_2")
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
 
 
@@ -87,6 +93,36 @@ def test_a_micro_batch_divides_what_a_worker_gets(prompts, rollouts, workers, wa
     verl = compose(render(load_config(DEMO, settings), spec("cpu", tmp_path)))
     actor, rollout = verl.actor_rollout_ref.actor, verl.actor_rollout_ref.rollout
     assert actor.ppo_micro_batch_size_per_gpu == rollout.log_prob_micro_batch_size_per_gpu == found
+
+
+QWEN = next(path for path in RECIPES if path.stem == "grpo_qwen2.5-7b_8xh200")
+LLAMA = next(path for path in RECIPES if path.stem == "cpt_llama3-8b_4xa100")
+
+
+@pytest.mark.parametrize(
+    ("attention", "setting", "is_dynamic"),
+    [("flash_attention_2", None, True), ("sdpa", None, False), ("flash_attention_2", False, False)],
+)
+def test_batches_are_filled_by_tokens_where_nothing_is_padded(attention, setting, is_dynamic, tmp_path):
+    settings = [] if setting is None else [f"recovery.dynamic_batches={json.dumps(setting)}"]
+    verl = compose(render(load_config(QWEN, settings), spec("cuda", tmp_path, attention)))
+    actor, rollout, ref = (verl.actor_rollout_ref[part] for part in ("actor", "rollout", "ref"))
+    for part in (rollout, ref):
+        assert part.log_prob_use_dynamic_bsz == actor.use_dynamic_bsz == is_dynamic
+        assert part.log_prob_max_token_len_per_gpu == actor.ppo_max_token_len_per_gpu == 4 * (2048 + 3000)
+        assert part.log_prob_micro_batch_size_per_gpu == actor.ppo_micro_batch_size_per_gpu == 4
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa"])
+def test_rows_of_cpt_are_as_many_as_the_tokens_allow_when_all_are_long(attention, tmp_path):
+    config = load_config(LLAMA)
+    verl = compose_sft(render_sft(config, config.recovery[0], spec("cuda", tmp_path, attention), tmp_path / "s", 24))
+    assert verl.data.use_dynamic_bsz == (attention == "flash_attention_2")
+    assert verl.data.max_token_len_per_gpu == 8192
+    assert verl.data.micro_batch_size_per_gpu == 6  # of 6 on each of four workers, and 8 x 1024 tokens would do
+    config = load_config(LLAMA, ["recovery.0.cpt.micro_batch_tokens=4096"])
+    verl = compose_sft(render_sft(config, config.recovery[0], spec("cuda", tmp_path, attention), tmp_path / "s", 24))
+    assert verl.data.micro_batch_size_per_gpu == 3
 
 
 def test_verl_keys_of_a_recipe_win(tmp_path):
