@@ -107,14 +107,15 @@ class Sampler(threading.Thread):
 
 
 def _documents(path: Path) -> None:
-    """Eight worked problems in each row, so that sequences have some 450 tokens; questions of their own."""
+    """Rows of a question of some 250 tokens and a solution that ``max_tokens`` cuts, so that all sequences are as long."""
     problems = list(load_corpus(SourceConfig(path="testbed:rl", rows=8192), 0, 0.01))
     with path.open("w") as file:
-        for start in range(0, len(problems) - 8, 8):
-            *shown, asked = problems[start : start + 8]
-            question = "\n\n".join(f"{p.question}\n{p.solution}" for p in shown) + "\n\n" + asked.question
-            row = {"question": question, "solution": asked.solution, "answer": asked.answer}
-            file.write(json.dumps(row) + "\n")
+        for start in range(0, len(problems) - 12, 12):
+            texts = [f"{problem.question}\n{problem.solution}" for problem in problems[start : start + 12]]
+            asked = problems[start + 4]
+            question = "\n\n".join([*texts[:4], asked.question])
+            solution = "\n\n".join([asked.solution, *texts[5:]])
+            file.write(json.dumps({"question": question, "solution": solution, "answer": asked.answer}) + "\n")
 
 
 def _smollm2(out: Path, grpo: bool) -> RunConfig:
@@ -147,11 +148,11 @@ def _smollm2(out: Path, grpo: bool) -> RunConfig:
             "name": "smollm2",
             "model": {"path": str(folder_of("smollm2-135m")), "dtype": "float32"},
             "data": {
-                "train": {"path": str(rows), "rows": 900},
+                "train": {"path": str(rows), "rows": 600},
                 "validation": {"path": "testbed:validation", "rows": 8},
                 "test": {"path": "testbed:test", "rows": 16},
                 "decontaminate": "off",
-                "max_prompt_tokens": 512,
+                "max_prompt_tokens": 320,
                 "max_response_tokens": 128,
             },
             "calibration": {"sequences": 24, "max_tokens": 512, "batch_size": 8},
