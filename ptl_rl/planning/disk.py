@@ -1,8 +1,8 @@
 """What a run writes to disk: checkpoints of every cycle, which stay, and verl's own while a recovery is at work.
 
 A sliced checkpoint has the type of what it was cut from: the original's in the first cycle, then float32, as a
-recovered policy is written. With ``save_every_steps`` verl keeps two checkpoints at most, each with the weights twice (as
-a Hugging Face folder and as shards) and AdamW's state; the last has the weights alone and becomes the recovered folder.
+recovered policy is written. With ``save_every_steps`` verl keeps two checkpoints at most, each with shards of the weights
+and AdamW's state; after the last step it writes the Hugging Face folder alone, which becomes the recovered one.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from ptl_rl.families import ModelShape
 from ptl_rl.recovery.settings import AnyRecovery, GrpoConfig
 
 WEIGHT_BYTES = 4
-RESUMABLE_BYTES = 16
-"""Per parameter, of a checkpoint from which verl goes on: weights twice and two moments."""
+RESUMABLE_BYTES = 12
+"""Per parameter, of a checkpoint from which verl goes on: weights and two moments, float32."""
 KEPT = 2
 """Of those, at most, the one that is being written included."""
 ROLLOUT_TOKEN_BYTES = 10

@@ -141,7 +141,8 @@ class Clock:
         if config.criterion.compensate != "none":
             sums = self.assumed.moments_overhead - 1
             seconds += (4 + sums) * self._pass(shape, config.calibration.sequences)
-            seconds += after.num_hidden_layers * self._solve(self.assumed.solve_seconds, shape)
+            at_once = min(2, config.resources.workers)  # a block's two regressions, side by side
+            seconds += after.num_hidden_layers * self._solve(self.assumed.solve_seconds, shape) / at_once
         return self.assumed.start_seconds + seconds
 
     def _train_flops(self, shape: ModelShape, recovery: AnyRecovery, context: float) -> float:
@@ -245,7 +246,7 @@ def score_passes(config: RunConfig, shape: ModelShape, cut: Cut, workers: int) -
     part = criterion.layer_sequences is not None and criterion.layer_sequences < calibration.sequences
     if criterion.layers == "leave_one_out":
         left = [shape.num_hidden_layers - gone for gone in range(cut.layers)]
-        on_all = sum(_regression_groups(config, shape, count - 1) for count in left)
+        on_all = sum(_regression_groups(config, shape, count - 1, workers) for count in left)
         on_all = on_all if criterion.compensate != "none" else 0
         return Passes(groups, sum(left), on_all + (sum(min(FINALISTS, count) for count in left) if part else 0))
     if criterion.layers == "explicit":
@@ -254,6 +255,5 @@ def score_passes(config: RunConfig, shape: ModelShape, cut: Cut, workers: int) -
     return Passes(groups, max(0, cut.layers - read_alike), 0)
 
 
-def _regression_groups(config: RunConfig, shape: ModelShape, count: int) -> int:
-    at_once = Pruner.regressions(shape, config.calibration.moments_gib)
-    return -(-count // at_once)
+def _regression_groups(config: RunConfig, shape: ModelShape, count: int, workers: int) -> int:
+    return -(-count // (Pruner.regressions(shape, config.calibration.moments_gib) * workers))

@@ -56,8 +56,8 @@ def _remedy(planned: Planned, phase: Phase) -> str:
             return f"lower calibration.moments_gib ({now}), or {_MORE}"
         return f"lower calibration.batch_size ({calibration.batch_size}) or calibration.max_tokens, or {_MORE}"
     if phase.name.endswith("rollouts"):
-        now = config.resources.gpu_memory_utilization
-        return f"lower resources.gpu_memory_utilization ({now:g}), or set recovery.offload to true"
+        share = config.resources.gpu_memory_utilization
+        return f"lower resources.gpu_memory_utilization ({share:g}), or set recovery.offload to true"
     if phase.name == "evaluate":
         return "raise resources.tensor_parallel_size"
     return _training_remedy(planned, phase)

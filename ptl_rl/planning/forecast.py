@@ -139,7 +139,8 @@ def device_of(config: RunConfig, gpu: str | None) -> Device:
 
 def assumptions_of(device: Device, given: dict[str, float | None]) -> Assumptions:
     """Those of the device, but for what is ``given``."""
-    return replace(CPU if device.is_cpu else Assumptions(), **{k: v for k, v in given.items() if v is not None})
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(CPU if device.is_cpu else Assumptions(), **changes)
 
 
 def assumed_attention(config: RunConfig, device: Device, values: dict[str, Any]) -> str:
@@ -188,7 +189,9 @@ def forecast(
     found = phases(planned, model.shape, cuts)
     problems, notes = findings(planned, model.shape, found, cuts)
     if attention == FLASH and config.model.attention == "auto":
-        notes.insert(0, "flash attention 2 is taken to be installed; without it batches are padded and this plan is low")
+        notes.insert(
+            0, "flash attention 2 is taken to be installed; without it batches are padded and this plan is low"
+        )
     return Forecast(
         config,
         model,

@@ -19,6 +19,8 @@ ASLEEP_GIB = 2.0
 """What vLLM keeps on the GPU while verl trains: its context and CUDA graphs; weights and cache are let go."""
 HOST_PROCESS_GIB = 3.0
 """Of host memory for each GPU: Python, torch and CUDA in the trainer, vLLM's processes, Ray."""
+CPU_PROCESS_GIB = {"pruning": 0.4, "training": 0.5, "vLLM": 0.5}
+"""Of a process on CPUs once it has imported what it runs, before it holds a model; mapped libraries apart."""
 EVALUATION_SHARE = 0.9
 TEACHER_SHARE = 0.8
 BUCKET_GIB = 2.0
@@ -105,14 +107,18 @@ class Planned:
             self.device.is_cpu,
         )
 
-    def engine(self, shape: ModelShape, sequences: int, length: int | None = None, parallel: int | None = None) -> Engine:
+    def engine(
+        self, shape: ModelShape, sequences: int, length: int | None = None, parallel: int | None = None
+    ) -> Engine:
         parallel = parallel or self.config.resources.tensor_parallel_size
         return Engine(shape, self.value_bytes, parallel, length or self.length, sequences)
 
     @property
     def evaluated_length(self) -> int:
         config = self.config
-        return config.data.max_prompt_tokens + (config.evaluation.max_response_tokens or config.data.max_response_tokens)
+        return config.data.max_prompt_tokens + (
+            config.evaluation.max_response_tokens or config.data.max_response_tokens
+        )
 
 
 def phases(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> list[Phase]:
@@ -139,11 +145,10 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
         yield _evaluation(planned, shape, number)
 
 
-def _with_runtime(planned: Planned, parts: Parts, processes: int = 1, asleep: bool = False) -> Parts:
+def _with_runtime(planned: Planned, parts: Parts, process: str = "training", asleep: bool = False) -> Parts:
     if planned.device.is_cpu:
-        return parts
-    runtime = processes * GPU_RUNTIME_GIB + (ASLEEP_GIB if asleep else 0)
-    return {**parts, "runtime": runtime * GIB}
+        return {**parts, "process": CPU_PROCESS_GIB[process] * GIB}
+    return {**parts, "runtime": (GPU_RUNTIME_GIB + (ASLEEP_GIB if asleep else 0)) * GIB}
 
 
 def _evaluation(planned: Planned, shape: ModelShape, number: int) -> Phase:
@@ -151,7 +156,7 @@ def _evaluation(planned: Planned, shape: ModelShape, number: int) -> Phase:
     host = planned.config.resources.workers_per_node * HOST_PROCESS_GIB * GIB
     if planned.device.is_cpu:
         parts, room = engine.on_cpu()
-        return Phase("evaluate", number, parts, room=room)
+        return Phase("evaluate", number, {**parts, "vLLM process": CPU_PROCESS_GIB["vLLM"] * GIB}, room=room)
     parts, room = engine.on_gpu(EVALUATION_SHARE * planned.device.memory_gib * GIB)
     return Phase("evaluate", number, parts, host, room)
 
@@ -161,13 +166,13 @@ def _pruning(planned: Planned, shape: ModelShape, cut: Cut, number: int) -> Iter
     pruner = Pruner(config, workers, planned.value_bytes, planned.attention, planned.device.is_cpu)
     host = config.resources.workers_per_node * HOST_PROCESS_GIB * GIB
     one_file = config.resources.workers_per_node * min(4.0 * shape.parameters / workers, MAX_FILE_BYTES)
-    yield Phase("score", number, _with_runtime(planned, pruner.score(shape, cut)), host)
+    yield Phase("score", number, _with_runtime(planned, pruner.score(shape, cut), "pruning"), host)
     if config.criterion.compensate != "none":
-        yield Phase("slice: compensate", number, _with_runtime(planned, pruner.compensate(shape, cut)), host)
+        yield Phase("slice: compensate", number, _with_runtime(planned, pruner.compensate(shape, cut), "pruning"), host)
     check = pruner.check(shape)
     if planned.device.is_cpu:
         check = max(check, {"files": one_file}, key=total)
-    yield Phase("slice: check", number, _with_runtime(planned, check), host + one_file)
+    yield Phase("slice: check", number, _with_runtime(planned, check, "pruning"), host + one_file)
 
 
 def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: bool) -> float:
@@ -214,7 +219,8 @@ def _rl(
     engine = planned.engine(shape, ROLLOUT_SEQUENCES)
     if planned.device.is_cpu:
         served, room = engine.on_cpu()
-        parts = {**_loading(trainer, trainer.update(rows)), **served}
+        parts = {**_with_runtime(planned, _loading(trainer, trainer.update(rows))), **served}
+        parts["vLLM process"] = CPU_PROCESS_GIB["vLLM"] * GIB
         if reference:
             parts["reference"] = 4 * trainer.share
         yield Phase(f"recover: {method}", number, parts, room=room)
@@ -236,8 +242,6 @@ def _rl(
     update = trainer.update(rows)
     yield Phase(f"{method}: update", number, _with_runtime(planned, update, asleep=True), host)
     if isinstance(recovery, DistillConfig):
-        teacher = planned.engine(
-            original, ROLLOUT_SEQUENCES, planned.length + 1, recovery.teacher_tensor_parallel_size
-        )
+        teacher = planned.engine(original, ROLLOUT_SEQUENCES, planned.length + 1, recovery.teacher_tensor_parallel_size)
         served, room = teacher.on_gpu(TEACHER_SHARE * planned.device.memory_gib * GIB)
         yield Phase(f"{method}: teacher", number, served, host, room)

@@ -44,17 +44,17 @@ def planned_model(config: RunConfig) -> PlannedModel:
     name = config.model.path
     known = None if Path(name).expanduser().is_dir() else published_config(name)
     if known is not None:
-        values, where, weight_bytes = known, f"{name} (published sizes; nothing was read)", 2
+        values, where, size = known, f"{name} (published sizes; nothing was read)", 2
     else:
         folder = _folder(name)
         try:
             values = read_config_json(folder)
         except UnsupportedModelError as error:
             raise ConfigError(f"model.path: {error}") from None
-        where, weight_bytes = str(folder), weight_bytes(folder)
+        where, size = str(folder), weight_bytes(folder)
     families = BASELINES if config.schedule.recover_only and values.get("model_type") in BASELINES else FAMILIES
     try:
-        return PlannedModel(where, shape_from_config(values, families, where), values, weight_bytes)
+        return PlannedModel(where, shape_from_config(values, families, where), values, size)
     except UnsupportedModelError as error:
         raise ConfigError(f"model.path: {error}") from None
 

@@ -15,8 +15,8 @@ from ptl_rl.planning.trainer_memory import Parts, Rows, Trainer, total
 GIB = 2**30
 ORDER_BYTES = 32
 """Of a block's order of removal, per element of its matrix: the inverse, its factor and what is being updated."""
-SOLVE_BYTES = 28
-"""Of the new weights of a block likewise: the exact moments, those with a ridge, their kept part and its factor."""
+SOLVE_BYTES = 20
+"""Of the new weights of a block likewise: the kept part, its float64 copy with a ridge, and the factor."""
 ABSORPTION_GIB = 4.0
 """Most memory of regressions of blocks in one pass, where ``calibration.moments_gib`` does not say."""
 CHECKED_TOKENS = 4 * 128
@@ -92,10 +92,12 @@ class Pruner:
         logits = (self.compute_bytes + 8 * self.rows.longest / self.rows.tokens) * self.rows.tokens * shape.vocab_size
         if self.config.criterion.compensate == "none":
             return logits
-        at_once = min(shape.num_hidden_layers, self.regressions(shape, self.config.calibration.moments_gib))
+        own = -(-shape.num_hidden_layers // self.workers)
+        at_once = min(own, self.regressions(shape, self.config.calibration.moments_gib))
         inputs = self._inputs(shape)
-        held = at_once * 4.0 * inputs * (inputs + shape.hidden_size)
-        return held + max(3 * 8.0 * inputs**2, logits)
+        each = 4.0 * inputs * (inputs + shape.hidden_size)
+        reading = each if self.workers > 1 else 0.0  # a batch's products on their way to the rank that owns them
+        return at_once * each + max(reading, 2 * 8.0 * inputs**2, logits)
 
     @staticmethod
     def _inputs(shape: ModelShape) -> int:
@@ -105,7 +107,7 @@ class Pruner:
 
     @classmethod
     def regressions(cls, shape: ModelShape, moments_gib: float | None) -> int:
-        """How many of them are read in one pass, as ``absorption.groups`` has it."""
+        """How many of them a rank holds in one pass, as ``absorption.groups`` has it."""
         inputs = cls._inputs(shape)
         each_gib = inputs * (inputs + shape.hidden_size) * 4 / GIB
         return max(1, int((moments_gib or ABSORPTION_GIB) / each_gib))

@@ -13,7 +13,7 @@ from ptl_rl.families import ModelShape
 CHUNK_TOKENS = 1024
 """Of log-probabilities and divergences that are taken in float32 at a time."""
 SCORE_BYTES = {"eager": 14}
-"""Of every attention score in a block that keeps them: capped, masked, as float32 probabilities and in the model's type."""
+"""Of every attention score where they are kept: capped, masked, as float32 probabilities and in the model's type."""
 
 Parts = dict[str, float]
 """Bytes by what they are for."""

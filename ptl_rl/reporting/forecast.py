@@ -15,7 +15,7 @@ GROUPS = {
     "vLLM": ("vLLM weights", "vLLM work"),
     "cache": ("KV cache",),
     "sums": ("sums", "streams", "transfer", "files"),
-    "runtime": ("runtime", "processes"),
+    "runtime": ("runtime", "process", "vLLM process"),
 }
 """Column to the parts that it adds up."""
 
