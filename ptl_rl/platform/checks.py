@@ -109,6 +109,16 @@ def cpu_env_vars(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
     }
 
 
+def cuda_env_vars() -> dict[str, str]:
+    """Environment of vLLM's processes on GPUs, without what this process's has already.
+
+    When an engine starts, vLLM 0.24 tries out FlashInfer's sampler, which FlashInfer compiles at that moment, with the
+    nvcc of a CUDA toolkit; where there is none, no engine starts. vLLM's own sampler is what verl's rollouts use in any
+    case (they return log-probabilities), and greedy answers need neither.
+    """
+    return {name: value for name, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0"}.items() if name not in os.environ}
+
+
 def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, dict[str, str]]:
     """The `runtime_env` for `ray.init` when a stage starts Ray itself, before verl's `run_ppo`.
 
