@@ -128,7 +128,7 @@ class ResourcesConfig(Section):
         None, description="What ptl plan counts with: h200, h100, a100-80, ...; changes nothing else."
     )
     ray_cpus: int = Field(
-        64, ge=16, description="Logical CPUs of a Ray started by the run itself, on GPUs, too; more where verl reserves more."
+        64, ge=16, description="Logical CPUs of a Ray that the run starts; more are taken where verl reserves more."
     )
 
     @model_validator(mode="after")

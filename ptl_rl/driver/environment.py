@@ -135,6 +135,22 @@ def why_no_cuda(facts: CudaFacts) -> str | None:
     )
 
 
+def detect_device(config: RunConfig) -> str:
+    """'cpu' or 'cuda', as the recipe asks or, with ``auto``, as this machine has.
+
+    On the head of a cluster the GPUs may be the other nodes', so there a torch that is built for CUDA decides.
+    """
+    device = config.resources.device
+    if device != "auto":
+        return device
+    import torch
+
+    from ptl_rl.platform.checks import is_cpu_only
+
+    elsewhere = os.environ.get("RAY_ADDRESS") and torch.version.cuda is not None
+    return "cpu" if is_cpu_only() and not elsewhere else "cuda"
+
+
 def check_gpus(config: RunConfig, device: str, facts: CudaFacts | None = None) -> None:
     """Refuse a run on GPUs that this machine cannot make; on a joined cluster, the nodes are asked instead.
 

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
-from ptl_rl.driver.environment import check_gpus
+from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.node_check import check_nodes
@@ -56,16 +56,6 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-def detect_device(config: RunConfig) -> str:
-    """'cpu' or 'cuda', as the recipe asks or as the machine has."""
-    device = config.resources.device
-    if device == "auto":
-        from ptl_rl.platform.checks import is_cpu_only
-
-        device = "cpu" if is_cpu_only() else "cuda"
-    return device
 
 
 class Driver:

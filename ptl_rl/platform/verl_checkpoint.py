@@ -72,6 +72,7 @@ def contents_at(step: int, last_step: int | None, contents: list[str]) -> list[s
 class ShardedCheckpointManager(FSDPCheckpointManager):
     """verl's, but that ``hf_model`` is written by all ranks, and at its step. Adapters and FSDP1 are left to verl."""
 
+    checkpoint_save_contents: list[str]
     _to_register: tuple[str, int] | None = None
 
     @property

@@ -84,7 +84,7 @@ def check_dtype(config: RunConfig, device: str) -> Finding:
 def check_room(config: RunConfig, model: Model, run_dir: Path) -> Finding:
     """For the run's checkpoints."""
     try:
-        check_disk(config, model.shape, run_dir.resolve())
+        check_disk(config, model.shape, model.folder, run_dir.resolve())
     except ConfigError as error:
         return of_error("disk", error)
     return ok("disk", f"room for the run in {run_dir}")

@@ -80,3 +80,27 @@ def test_gpus_are_counted_where_the_run_starts_its_own_ray(monkeypatch):
     check_gpus(recipe(), "cpu", facts(available=False))
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # the head may have none; its nodes are asked
     check_gpus(recipe(), "cuda", facts(available=False, driver=None))
+
+
+@pytest.mark.parametrize(
+    ("asked", "build", "sees_gpu", "joined", "device"),
+    [
+        ("auto", None, False, False, "cpu"),
+        ("auto", None, False, True, "cpu"),
+        ("auto", "13.0", False, False, "cpu"),
+        ("auto", "13.0", False, True, "cuda"),  # a head node without GPUs
+        ("auto", "13.0", True, False, "cuda"),
+        ("cpu", "13.0", True, True, "cpu"),
+        ("cuda", None, False, False, "cuda"),
+    ],
+)
+def test_auto_is_what_the_machine_has_or_the_cluster_is_for(asked, build, sees_gpu, joined, device, monkeypatch):
+    import torch
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if joined:
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
+    config = parse_config({"schedule": {"channels_per_cycle": [16]}, "resources": {"device": asked}})
+    assert environment.detect_device(config) == device
