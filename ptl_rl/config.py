@@ -124,7 +124,12 @@ class ResourcesConfig(Section):
     workers_per_node: int = Field(1, ge=1, description="GPUs per node; on CPU, worker processes.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine.")
     gpu_memory_utilization: float = Field(0.6, gt=0, lt=1, description="vLLM's share of a GPU during rollouts.")
-    ray_cpus: int = Field(64, ge=16, description="Logical CPUs of a Ray started by the run itself.")
+    gpu: str | None = Field(
+        None, description="What ptl plan counts with: h200, h100, a100-80, ...; changes nothing else."
+    )
+    ray_cpus: int = Field(
+        64, ge=16, description="Logical CPUs of a Ray that the run starts; more are taken where verl reserves more."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ResourcesConfig":

@@ -107,21 +107,50 @@ def resume(run_dir: Annotated[Path, typer.Argument(help="Folder of an interrupte
 
 
 @app.command()
-def plan(recipe: Recipe, settings: Settings = None) -> None:
-    """Show shapes, parameters and FLOPs of every cycle, without loading torch."""
+def plan(
+    recipe: Recipe,
+    settings: Settings = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h200, h100, a100-80, ...; default: resources.gpu, else what this machine has.")
+    ] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="In any currency.")] = None,
+    disk_gb_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="To the run folder, from all workers together; default: 1.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that training reaches.")
+    ] = None,
+    mean_response_share: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Mean length of a response as a share of the longest.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show sizes, memory, disk, hours and price of a run, and what will not fit; without weights or torch, offline."""
+    import json
+
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.driver.preflight import check_model
+    from ptl_rl.driver.preflight import check_cuts
+    from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
+    from ptl_rl.planning.model import planned_model
     from ptl_rl.recipe import load_config
-    from ptl_rl.reporting.forecast import forecast_table
+    from ptl_rl.reporting.forecast import show_forecast
 
+    given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
     try:
         config = load_config(recipe, settings)
-        model, shape = check_model(config, weights=False)
+        model, device = planned_model(config), device_of(config, gpu)
+        check_cuts(config, model.shape)
     except ConfigError as error:
         refuse(error)
-    Console(width=None if sys.stdout.isatty() else 120).print(forecast_table(config, shape, str(model)))
+    found = forecast(
+        config, model, device, assumed=assumptions_of(device, given), price_per_gpu_hour=price_per_gpu_hour
+    )
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        show_forecast(found, Console(width=None if sys.stdout.isatty() else 140))
 
 
 @app.command()

@@ -10,10 +10,14 @@ from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
+from ptl_rl.driver.cluster import check_layout
+from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
+from ptl_rl.planning.disk import disk_use
+from ptl_rl.planning.model import weight_bytes
 from ptl_rl.recovery.settings import CptConfig, GrpoConfig
 
 
@@ -26,20 +30,23 @@ class Checked:
     notes: list[str]
 
 
-def check_model(config: RunConfig, weights: bool = True) -> tuple[Path, ModelShape]:
+def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
     """Find the model and check the schedule against its shape."""
-    model = resolve_model(config.model.path, weights)
+    model = resolve_model(config.model.path)
     try:
         shape = read_shape(model) if config.schedule.recover_only else read_prunable_shape(model)
-        if weights:
-            _check_weights(model)
+        _check_weights(model)
     except UnsupportedModelError as error:
         raise ConfigError(f"model.path: {error}") from None
-    if weights:
-        check_parent(config)
+    check_parent(config)
+    check_cuts(config, shape)
+    return model, shape
+
+
+def check_cuts(config: RunConfig, shape: ModelShape) -> None:
+    """Check the schedule against the model's shape."""
     _check_cycles(config)
     check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
-    return model, shape
 
 
 def check_parent(config: RunConfig) -> Path | None:
@@ -167,27 +174,28 @@ def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = n
             )
 
 
-def check_disk(config: RunConfig, shape: ModelShape, run_dir: Path) -> None:
-    """Every cycle leaves a sliced and a recovered checkpoint; verl writes one more before it is copied."""
-    bytes_each = shape.parameters * 4
-    checkpoints = sum(1 + len(config.recoveries(cut.planned)) for cut in planned_cuts(config.schedule)) + 1
-    needed = bytes_each * checkpoints
+def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path) -> None:
+    """Hold what ``ptl plan`` says of the run's folder against the free space."""
+    needed = disk_use(config, shape, weight_bytes(model)).peak
     parent = next(p for p in [run_dir, *run_dir.parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
             f"{run_dir}: the run writes up to {needed / 2**30:.1f} GiB of checkpoints, but {free / 2**30:.1f} GiB are "
-            "free; choose another --run-dir"
+            "free; choose another --run-dir, or raise recovery.save_every_steps (ptl plan shows what each takes)"
         )
 
 
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
     """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
+    check_gpus(config, config.resources.device)  # before anything is downloaded
+    check_layout(config)
     model, shape = check_model(config)
+    attention = check_attention(config, detect_device(config), model)
     check_chat_template(config, model)
-    check_disk(config, shape, run_dir)
+    check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
-    return Checked(model, shape, data.notes())
+    return Checked(model, shape, [*([attention.note] if attention.note else []), *data.notes()])

@@ -16,6 +16,7 @@ _GEMMA: dict[str, Any] = {
     "attention_norm": "post_attention_layernorm",
     "output_norm": "post_feedforward_layernorm",
     "norm_offset": 1.0,
+    "tied_by_default": True,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -64,4 +65,5 @@ __all__ = [
     "read_config_json",
     "read_prunable_shape",
     "read_shape",
+    "shape_from_config",
 ]

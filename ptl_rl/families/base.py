@@ -44,6 +44,8 @@ class Family:
     stream_matrices: int = 0
     """Square matrices of a block that its residual stream goes through (SliceGPT)."""
     prunable: bool = True
+    tied_by_default: bool = False
+    """Input and output embeddings are one where the configuration does not say (Gemma)."""
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
@@ -97,8 +99,8 @@ class ModelShape:
         return self.family.stream_matrices * self.hidden_size**2
 
     @property
-    def parameters(self) -> int:
-        """All parameters, tied embeddings counted once."""
+    def block_parameters(self) -> int:
+        """All parameters of one block."""
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         layer = self.attention_matrix_parameters + self.mlp_matrix_parameters
         layer += self.family.norms_per_layer * self.hidden_size
@@ -110,9 +112,18 @@ class ModelShape:
             layer += query + 2 * key + self.hidden_size
         if self.mlp_bias:
             layer += 2 * self.intermediate_size + self.hidden_size
-        layer += self.stream_matrix_parameters
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+        return layer + self.stream_matrix_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the input or the output embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied embeddings counted once."""
+        embeddings = self.embedding_parameters * (1 if self.tied else 2)
+        return embeddings + self.num_hidden_layers * self.block_parameters + self.hidden_size
 
     def flops_per_token(self, context_tokens: int = 0, output_head: bool = True) -> int:
         """FLOPs of one token's forward pass: two per weight of every matrix product.
@@ -160,7 +171,7 @@ def shape_from_config(values: dict[str, Any], families: dict[str, Family], where
             num_key_value_heads=int(values.get("num_key_value_heads") or heads),
             head_dim=int(values.get("head_dim") or hidden // heads),
             vocab_size=int(values["vocab_size"]),
-            tied=bool(values.get("tie_word_embeddings", False)),
+            tied=bool(values.get("tie_word_embeddings", family.tied_by_default)),
             attention_bias=bool(values.get("attention_bias", False)),
             mlp_bias=bool(values.get("mlp_bias", False)),
         )

@@ -7,13 +7,25 @@ from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.families import ModelShape
 from ptl_rl.platform.checks import ENGINE_LIBRARY
-from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
+from ptl_rl.recovery.settings import DistillConfig, GrpoConfig, RecoveryConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
 SMALLEST_BUCKET_MIB = 64
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
+"""The first at the last step, the others, from which training can go on, before it."""
+
+
+def checkpoint_settings(recovery: RecoveryConfig, spec: StageSpec) -> dict[str, Any]:
+    """verl's section ``checkpoint``: what is written and read, and the last step, which is written otherwise."""
+    resumable = recovery.save_every_steps > 0
+    return {
+        "checkpoint._target_": "ptl_rl.platform.verl_checkpoint.StepwiseCheckpointConfig",
+        "checkpoint.last_step": spec.steps,
+        "checkpoint.save_contents": SAVE_ALL if resumable else ["hf_model"],
+        "checkpoint.load_contents": SAVE_ALL[1:] if resumable else [],
+    }
 
 
 def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
@@ -63,7 +75,6 @@ def _micro_batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> 
 
 def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     seed = config.seed * 1009 + spec.cycle * 31 + spec.round
-    save = SAVE_ALL if recovery.save_every_steps else ["hf_model"]
     actor = {
         "strategy": "fsdp2",
         "optim.lr": recovery.learning_rate,
@@ -78,8 +89,7 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "kl_loss_coef": recovery.kl_loss,
         "kl_loss_type": "low_var_kl",
         "data_loader_seed": seed,
-        "checkpoint.save_contents": save,
-        "checkpoint.load_contents": SAVE_ALL[1:] if recovery.save_every_steps else [],
+        **checkpoint_settings(recovery, spec),
         "fsdp_config.seed": seed,
         "fsdp_config.param_offload": recovery.offload,
         "fsdp_config.optimizer_offload": recovery.offload,

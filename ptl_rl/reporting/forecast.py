@@ -1,50 +1,139 @@
-"""What a recipe will do, by arithmetic: shapes, parameters and FLOPs of every cycle."""
+"""A run's plan for the reader: cycles, memory by phase, disk, hours, price, and what will not fit."""
 
+from rich.console import Console
 from rich.table import Table
 
-from ptl_rl.config import RunConfig
-from ptl_rl.driver.schedule import planned_cuts
-from ptl_rl.families import ModelShape
-from ptl_rl.recovery.settings import CptConfig
+from ptl_rl.planning.forecast import Forecast
+from ptl_rl.planning.hardware import GIB
+from ptl_rl.planning.memory import Phase
+
+GROUPS = {
+    "policy": ("parameters", "gathered", "loading"),
+    "optimizer": ("optimizer", "gradients"),
+    "reference": ("reference", "parent"),
+    "activations": ("activations", "logits"),
+    "vLLM": ("vLLM weights", "vLLM work"),
+    "cache": ("KV cache",),
+    "sums": ("sums", "streams", "transfer", "files"),
+    "runtime": ("runtime", "process", "vLLM process"),
+}
+"""Column to the parts that it adds up."""
 
 
-def forecast_table(config: RunConfig, shape: ModelShape, model: str) -> Table:
+def show_forecast(found: Forecast, console: Console) -> None:
+    """Print all of a plan."""
+    where = f"{found.gpus} workers on {found.device.name}" if found.device.is_cpu else _gpus(found)
+    console.print(f"{found.config.name}: {found.model.name}", highlight=False, soft_wrap=True)
+    console.print(f"planned for {where}, attention {found.attention}\n", highlight=False)
+    console.print(cycle_table(found))
+    console.print(memory_table(found))
+    for line in lines(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for problem in found.problems:
+        console.print(f"will not fit: {problem}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+
+
+def _gpus(found: Forecast) -> str:
+    return f"{found.gpus} x {found.device.name} ({found.device.memory_gib:g} GiB each)"
+
+
+def cycle_table(found: Forecast) -> Table:
     """One row per planned cycle; gate decisions can only add recovery or smaller cuts."""
-    table = Table(title=f"{config.name}: {model}", title_justify="left")
-    for heading in ("cycle", "layers", "channels", "parameters", "FLOPs/token", "steps", "rollouts", "read tokens"):
+    table = Table()
+    for heading in (
+        "cycle",
+        "layers",
+        "channels",
+        "parameters",
+        "FLOPs/token",
+        "steps",
+        "rollouts",
+        "read tokens",
+        "hours",
+    ):
         table.add_column(heading, justify="right")
-    current, rollouts = shape, 0
-
-    def add(name: str, steps: str, rolled_out: int, tokens: int) -> None:
+    first = found.cycles[0].shape
+    for number, row in enumerate(found.cycles):
+        shape = row.shape
         table.add_row(
-            name,
-            str(current.num_hidden_layers),
-            str(current.intermediate_size),
-            f"{current.parameters:,} ({current.parameters / shape.parameters:.0%})",
-            f"{current.flops_per_token():,} ({current.flops_per_token() / shape.flops_per_token():.0%})",
-            steps,
-            f"{rolled_out:,}" if rolled_out else "",
-            f"{tokens:,}" if tokens else "",
+            str(number) if number else "original",
+            str(shape.num_hidden_layers),
+            str(shape.intermediate_size),
+            f"{shape.parameters:,} ({shape.parameters / first.parameters:.0%})",
+            f"{shape.flops_per_token():,} ({shape.flops_per_token() / first.flops_per_token():.0%})",
+            row.recoveries,
+            f"{row.rollouts:,}" if row.rollouts else "",
+            f"{row.read_tokens:,}" if row.read_tokens else "",
+            f"{found.cycle_seconds(number) / 3600:.2f}",
         )
-
-    add("original", "", 0, 0)
-    for cut in planned_cuts(config.schedule):
-        current = current.sliced(cut.channels, cut.layers)
-        counts = [(recovery, recovery.steps_of(cut.planned)) for recovery in config.recoveries(cut.planned)]
-        rolled_out = sum(
-            n * r.prompts_per_step * r.rollouts_per_prompt for r, n in counts if not isinstance(r, CptConfig)
-        )
-        tokens = sum(n * _tokens_per_step(r) for r, n in counts if isinstance(r, CptConfig))
-        rollouts += rolled_out
-        add(str(cut.planned + 1), " + ".join(f"{n} {r.method}" for r, n in counts), rolled_out, tokens)
     captions = []
-    if rollouts:
-        captions.append(f"{rollouts:,} rollouts of at most {config.data.max_response_tokens:,} tokens in all")
-    if any(isinstance(recovery, CptConfig) for recovery in config.all_recoveries):
+    if rollouts := sum(row.rollouts for row in found.cycles):
+        captions.append(f"{rollouts:,} rollouts of at most {found.config.data.max_response_tokens:,} tokens in all")
+    if any(row.read_tokens for row in found.cycles):
         captions.append("read tokens: at most; a sequence may be shorter")
     table.caption = "; ".join(captions)
     return table
 
 
-def _tokens_per_step(recovery: CptConfig) -> int:
-    return recovery.tokens_per_step or recovery.sequences_per_step * recovery.max_tokens
+def _group(phase: Phase, names: tuple[str, ...]) -> float:
+    return sum(phase.parts.get(name, 0.0) for name in names) / GIB
+
+
+def memory_table(found: Forecast) -> Table:
+    """GiB of every phase in the cycle in which it is largest."""
+    what = "all processes of a worker" if found.device.is_cpu else "one GPU"
+    table = Table(title=f"GiB on {what}, in the cycle where a phase is largest", title_justify="left")
+    used = {name: parts for name, parts in GROUPS.items() if any(_group(p, parts) for p in found.phases)}
+    for heading in ("phase", "cycle", *used, "in all"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
+    if not found.device.is_cpu:
+        table.add_column("host/node", justify="right")
+    table.add_column("sequences", justify="right")
+    for phase in found.phases:
+        cells = [_gib(_group(phase, parts)) for parts in used.values()]
+        too_much = phase.bytes / GIB > found.device.memory_gib
+        host = [] if found.device.is_cpu else [_gib(phase.host / GIB)]
+        room = "" if phase.room is None else f"{max(0, int(phase.room)):,}"
+        table.add_row(
+            phase.name,
+            str(phase.cycle),
+            *cells,
+            _gib(phase.bytes / GIB),
+            *host,
+            room,
+            style="bold red" if too_much else None,
+        )
+    table.caption = "sequences: of full length, that vLLM's cache holds at once"
+    return table
+
+
+def _gib(size: float) -> str:
+    if not size:
+        return ""
+    return f"{size:.2f}" if size < 10 else f"{size:.1f}"
+
+
+def lines(found: Forecast) -> list[str]:
+    """Disk, hours, price, what they rest on, and notes."""
+    disk = found.disk
+    written = f"disk: {disk.kept / GIB:.1f} GiB stay, {disk.peak / GIB:.1f} GiB at most"
+    if disk.extension:
+        written += f"; each further round that the gate asks for {disk.extension / GIB:.1f}"
+    said = [written]
+    if disk.resumable:
+        said.append(
+            f"checkpoint within a recovery (save_every_steps): {disk.resumable / GIB:.1f} GiB, "
+            f"{found.checkpoint_seconds:.0f} s at {found.assumed.disk_gb_per_second:g} GB/s"
+        )
+    by_stage: dict[str, float] = {}
+    for time in found.times:
+        by_stage[time.stage] = by_stage.get(time.stage, 0.0) + time.seconds / 3600
+    parts = ", ".join(f"{stage} {hours:.2f}" for stage, hours in by_stage.items())
+    said.append(f"hours: {found.seconds / 3600:.1f} in all ({parts})")
+    if found.price is not None:
+        said.append(f"price: {found.price:,.0f} at {found.price_per_gpu_hour:g} per GPU and hour")
+    return [
+        *said,
+        *(f"assumed: {line}" for line in found.assumed.lines(found.device.is_cpu)),
+        *(f"note: {n}" for n in found.notes),
+    ]

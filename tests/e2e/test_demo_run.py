@@ -239,7 +239,7 @@ def ray_head() -> Iterator[str]:
             *start.split(),
             f"--temp-dir={folder}",
             "--num-gpus=3",  # two workers, and the parent of a distillation
-            "--num-cpus=64",
+            "--num-cpus=20",  # what the SFT trainer reserves for two workers, and no more
         ],
         env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
         check=True,

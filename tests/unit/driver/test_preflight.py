@@ -5,6 +5,7 @@ from collections import namedtuple
 import pytest
 from data_rows import row, run_config
 
+from ptl_rl import attention
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
 from ptl_rl.recipe import load_config, parse_config
@@ -14,14 +15,15 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_a_disk_that_the_run_would_fill_is_refused(repository, tmp_path, monkeypatch):
     config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
-    _, shape = preflight.check_model(config)
-    cycles = len(config.schedule.channels_per_cycle)
-    needed = shape.parameters * 4 * (2 * cycles + 1)
+    model, shape = preflight.check_model(config)
+    # 1280 channels become 800, 576, 464 and 400; each cut and each recovered model stays, in float32,
+    # but for the first cut, which has the original's bfloat16.
+    needed = 8 * (2_387_136 + 1_871_040 + 1_612_992 + 1_465_536) - 2 * 2_387_136
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed - 1))
     with pytest.raises(ConfigError, match=r"the run writes up to .* GiB of checkpoints, .* choose another --run-dir"):
-        preflight.check_disk(config, shape, tmp_path / "not" / "there" / "yet")
+        preflight.check_disk(config, shape, model, tmp_path / "not" / "there" / "yet")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed))
-    preflight.check_disk(config, shape, tmp_path)
+    preflight.check_disk(config, shape, model, tmp_path)
 
 
 def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
@@ -89,3 +91,15 @@ def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):
     preflight.check_chat_template(parse_config({**values, "recovery": [{"cpt": {}}]}), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     preflight.check_chat_template(parse_config(values), tmp_path)
+
+
+def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "detect_device", lambda config: "cuda")
+    monkeypatch.setattr(attention, "flash_problem", lambda: "the package flash-attn is not installed")
+    values = run_config(tmp_path).model_dump()
+    values["recovery"] = [{"method": "cpt", "sequences_per_step": 1}]
+    notes = preflight.check(parse_config(values), tmp_path / "run").notes
+    assert any(note.startswith("model.attention is sdpa, as the package flash-attn is not installed") for note in notes)
+    values["model"]["attention"] = "flash_attention_2"
+    with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2, but the package flash-attn"):
+        preflight.check(parse_config(values), tmp_path / "run")

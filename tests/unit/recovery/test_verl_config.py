@@ -10,6 +10,7 @@ from ptl_rl.config import ConfigError
 from ptl_rl.families import FAMILIES
 from ptl_rl.families.base import shape_from_config
 from ptl_rl.platform.checks import ENGINE_LIBRARY
+from ptl_rl.platform.verl_checkpoint import StepwiseCheckpointConfig
 from ptl_rl.recipe import load_config
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
@@ -67,7 +68,7 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
             omega_conf_to_dataclass(verl[section])  # verl's own checks; those of the model want its folder
         assert (verl.trainer.total_training_steps, verl.optim.lr) == (5, recovery.learning_rate)
         assert verl.engine.reshard_after_forward == recovery.reshard_after_forward
-        contents, model = verl.checkpoint.save_contents, verl.model
+        checkpoint, model = verl.checkpoint, verl.model
     else:
         verl = compose(render(config, told))
         rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
@@ -77,8 +78,11 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
         assert (actor.clip_ratio_low, actor.clip_ratio_high) == (recovery.clip_low, recovery.clip_high)
         assert (actor.use_kl_loss, actor.kl_loss_coef) == (recovery.kl_loss > 0, recovery.kl_loss)
         assert Path(verl.reward.custom_reward_function.path).name == "user.py"
-        contents, model = actor.checkpoint.save_contents, verl.actor_rollout_ref.model
-    assert "hf_model" in contents
+        checkpoint, model = actor.checkpoint, verl.actor_rollout_ref.model
+    told_workers = omega_conf_to_dataclass(checkpoint)
+    assert isinstance(told_workers, StepwiseCheckpointConfig) and told_workers.last_step == 5
+    resumable = ["model", "optimizer", "extra"] if recovery.save_every_steps else []
+    assert told_workers.save_contents == ["hf_model", *resumable] and told_workers.load_contents == resumable
     assert model.external_lib == ENGINE_LIBRARY  # without it rank 0 gathers the model to write it
     assert model.override_config.attn_implementation == attention
     assert model.use_remove_padding == (attention == "flash_attention_2")

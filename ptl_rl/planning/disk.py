@@ -1,0 +1,90 @@
+"""What a run writes to disk: checkpoints of every cycle, which stay, and verl's own while a recovery is at work.
+
+A sliced checkpoint has the type of what it was cut from: the original's in the first cycle, then float32, as a
+recovered policy is written. With ``save_every_steps`` verl keeps two checkpoints at most, each with shards of the weights
+and AdamW's state; after the last step it writes the Hugging Face folder alone, which becomes the recovered one.
+"""
+
+from dataclasses import dataclass
+
+from ptl_rl.config import RunConfig
+from ptl_rl.driver.schedule import planned_cuts
+from ptl_rl.families import ModelShape
+from ptl_rl.recovery.settings import AnyRecovery, GrpoConfig
+
+WEIGHT_BYTES = 4
+RESUMABLE_BYTES = 12
+"""Per parameter, of a checkpoint from which verl goes on: weights and two moments, float32."""
+KEPT = 2
+"""Of those, at most, the one that is being written included."""
+ROLLOUT_TOKEN_BYTES = 10
+"""Of a response's text as verl writes it, where scoring is to read it."""
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes in the run's folder."""
+
+    kept: float
+    """Once the run is done."""
+    peak: float
+    """At most, while it is at work."""
+    extension: float
+    """Of another round of the largest recovery, where the gate asks for one; in neither of the others."""
+    resumable: float
+    """Of the largest checkpoint within a recovery; 0 where none is written."""
+
+
+def saves(recovery: AnyRecovery, steps: int) -> int:
+    """How many checkpoints verl writes from which it could go on."""
+    every = recovery.save_every_steps
+    return (steps - 1) // every if every else 0
+
+
+def recovery_peak(shape: ModelShape, recovery: AnyRecovery, steps: int) -> float:
+    """Bytes of verl's folder at its fullest."""
+    written = saves(recovery, steps)
+    resumable = RESUMABLE_BYTES * shape.parameters
+    last = WEIGHT_BYTES * shape.parameters
+    return max(min(written, KEPT) * resumable, min(written, KEPT - 1) * resumable + last)
+
+
+def rollout_bytes(config: RunConfig, recovery: AnyRecovery, steps: int) -> float:
+    """Of responses that are kept for scoring."""
+    if config.calibration.source == "corpus" or not isinstance(recovery, GrpoConfig):
+        return 0.0
+    responses = steps * recovery.prompts_per_step * recovery.rollouts_per_prompt
+    return float(ROLLOUT_TOKEN_BYTES * responses * config.data.max_response_tokens)
+
+
+def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse:
+    """Of the run as planned.
+
+    Args:
+        shape: the original's.
+        source_bytes: of each of its weights on disk.
+    """
+    kept = peak = largest = resumable = 0.0
+    width = source_bytes
+    for cut in planned_cuts(config.schedule):
+        before, shape = shape, shape.sliced(cut.channels, cut.layers)
+        if not cut.is_empty:
+            new_weights = 0.0
+            if config.criterion.compensate != "none":
+                projections = before.intermediate_size + before.num_attention_heads * before.head_dim
+                new_weights = 4.0 * before.num_hidden_layers * before.hidden_size * projections
+            kept += width * shape.parameters
+            peak = max(peak, kept + new_weights)
+        width = WEIGHT_BYTES
+        of_cycle = 0.0
+        for recovery in config.recoveries(cut.planned):
+            steps = recovery.steps_of(cut.planned)
+            rollouts = rollout_bytes(config, recovery, steps)
+            peak = max(peak, kept + rollouts + recovery_peak(shape, recovery, steps))
+            kept += WEIGHT_BYTES * shape.parameters
+            of_cycle += WEIGHT_BYTES * shape.parameters
+            if saves(recovery, steps):
+                resumable = max(resumable, RESUMABLE_BYTES * shape.parameters)
+        largest = max(largest, of_cycle)
+        peak = max(peak, kept)
+    return DiskUse(kept, peak, largest if config.gate.max_extensions else 0.0, resumable)

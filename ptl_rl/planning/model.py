@@ -1,0 +1,79 @@
+"""The model that a plan is about: of a local folder, or of a published name, without a network."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.families import (
+    BASELINES,
+    FAMILIES,
+    ModelShape,
+    UnsupportedModelError,
+    read_config_json,
+    shape_from_config,
+)
+from ptl_rl.families.published import PUBLISHED, published_config
+from ptl_rl.models import resolve_model
+
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+_TYPES = {"float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What is known of a model without its weights."""
+
+    name: str
+    """Its folder, or its published name and where its sizes come from."""
+    shape: ModelShape
+    values: dict[str, Any]
+    """Of its ``config.json``."""
+    weight_bytes: int
+    """Of each of its weights on disk."""
+
+
+def planned_model(config: RunConfig) -> PlannedModel:
+    """The model of ``model.path``: a folder's own configuration first, then the published ones, then the hub's.
+
+    Raises:
+        ConfigError: it is none of these, or no model that can be pruned.
+    """
+    name = config.model.path
+    known = None if Path(name).expanduser().is_dir() else published_config(name)
+    if known is not None:
+        values, where, size = known, f"{name} (published sizes; nothing was read)", 2
+    else:
+        folder = _folder(name)
+        try:
+            values = read_config_json(folder)
+        except UnsupportedModelError as error:
+            raise ConfigError(f"model.path: {error}") from None
+        where, size = str(folder), weight_bytes(folder)
+    families = BASELINES if config.schedule.recover_only and values.get("model_type") in BASELINES else FAMILIES
+    try:
+        return PlannedModel(where, shape_from_config(values, families, where), values, size)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"model.path: {error}") from None
+
+
+def _folder(name: str) -> Path:
+    try:
+        return resolve_model(name, weights=False)
+    except ConfigError as error:
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise
+        raise ConfigError(f"{error}; sizes are known of {', '.join(PUBLISHED)}") from None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of each of a checkpoint's weights: by its first tensor, else by its configuration."""
+    path = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, StopIteration), path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return next(_WIDTHS.get(v["dtype"], 2) for k, v in header.items() if k != "__metadata__")
+    values = read_config_json(folder)
+    return _TYPES.get(str(values.get("dtype") or values.get("torch_dtype")), 2)

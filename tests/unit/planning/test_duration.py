@@ -1,0 +1,151 @@
+"""Hours: the arithmetic by hand, and passes as the engine counts them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ptl_rl.config import CriterionConfig
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.driver.schedule import Cut, planned_cuts
+from ptl_rl.families import FAMILIES, read_shape, shape_from_config
+from ptl_rl.families.published import PUBLISHED
+from ptl_rl.planning.assumptions import CPU, Assumptions
+from ptl_rl.planning.duration import FINALISTS, REFERENCE_LINES, REFERENCE_PROMPTS, Clock, known_rows, score_passes
+from ptl_rl.planning.hardware import GPUS, this_machine
+from ptl_rl.planning.memory import Planned
+from ptl_rl.planning.serving_memory import Engine
+from ptl_rl.pruning import absorption, criteria, engine
+from ptl_rl.recipe import load_config, parse_config
+
+QWEN, LLAMA = (
+    shape_from_config(PUBLISHED[name], FAMILIES, name) for name in ("Qwen/Qwen2.5-7B", "meta-llama/Meta-Llama-3-8B")
+)
+
+
+def clock_of(repository, name, *settings, attention="flash_attention_2", **assumed):
+    config = load_config(repository / "recipes" / name, list(settings))
+    return Clock(Planned(config, GPUS[config.resources.gpu], attention), Assumptions(**assumed))
+
+
+def test_the_steps_of_8b_on_four_gpus(repository):
+    clock = clock_of(repository, "cpt_llama3-8b_4xa100.yaml", mfu=0.4, mean_document_share=0.5)
+    shape = LLAMA.sliced(channels=1024)
+    (recovery,) = clock.config.recovery
+    # A step reads 32 x 512 tokens, a quarter on each GPU. A token's forward pass: twice the weights of 32 blocks
+    # (41,943,040 + 163,577,856), 4 x 4096 x 256 of attention, and the head's 2 x 128256 x 4096; backward twice that,
+    # and the blocks once more for checkpointing.
+    blocks, head = 32 * (2 * 205_520_896 + 4 * 4096 * 256), 2 * 525_336_576
+    step = 4096 * (4 * blocks + 3 * head) / (312e12 * 0.4)
+    assert clock.cpt(shape, LLAMA, recovery, 5000) == pytest.approx(
+        60 + 4 * 7_627_608_064 / 1e9 + 5000 * step + (4 * 12 + 4) * 7_627_608_064 / 1e9  # four checkpoints and the last
+    )
+
+
+def test_decoding_waits_for_memory(repository):
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", decoding_step_seconds=0.0, bandwidth_share=1.0)
+    engine_ = Engine(QWEN, 2, 1, 5048, 256)
+    # 64 answers on one engine, 900 tokens on average: every step reads 15.2 GB of weights and 57,344 bytes for each of
+    # 650 tokens of each sequence; the last answers are 3000 tokens long and eight go on together.
+    full = (15_231_233_024 + 64 * 57_344 * 650) / 4.8e12
+    last = (15_231_233_024 + 8 * 57_344 * 650) / 4.8e12
+    prefill = 64 * 200 * QWEN.flops_per_token(200, output_head=False) / (989e12 * 0.5)
+    assert clock.generate(engine_, 249.0, 1, 64, 3000) == pytest.approx(prefill + 900 * full + 2100 * last)
+    twice = clock.generate(engine_, 32.0, 1, 64, 3000)  # a cache with room for half of them: two waves
+    assert twice == pytest.approx(
+        prefill
+        + 2 * 900 * (15_231_233_024 + 32 * 57_344 * 650) / 4.8e12
+        + 2100 * (15_231_233_024 + 4 * 57_344 * 650) / 4.8e12
+    )
+
+
+def test_parts_of_an_rl_step(repository):
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml")
+    (recovery,) = clock.config.recovery
+    found = clock.rl_step(QWEN, QWEN, recovery)
+    # 1024 answers of 200 + 900 tokens, an eighth on each GPU.
+    tokens = 128 * 1100
+    assert found["reference"] == found["log-probabilities"] == tokens * QWEN.flops_per_token(550) / (989e12 * 0.5)
+    again = QWEN.flops_per_token(550, output_head=False)
+    assert found["update"] == pytest.approx(tokens * (3 * QWEN.flops_per_token(550) + again) / (989e12 * 0.35))
+    padded = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", attention="sdpa").rl_step(QWEN, QWEN, recovery)
+    assert padded["update"] / found["update"] == pytest.approx(5048 / 1100)
+    bypassed = clock_of(
+        repository, "grpo_qwen2.5-7b_8xh200.yaml", "verl={algorithm.rollout_correction.bypass_mode: true}"
+    )
+    assert bypassed.rl_step(QWEN, QWEN, recovery)["log-probabilities"] == 0
+
+
+def test_a_smaller_model_is_faster_and_a_slower_gpu_slower(repository):
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml")
+    times = clock.run(QWEN, planned_cuts(clock.config.schedule))
+    assert [time.stage for time in times[:5]] == ["evaluate", "score", "slice", "recover: grpo", "evaluate"]
+    first, last = ([t.seconds for t in times if t.cycle == n] for n in (1, 10))
+    assert all(later < earlier for earlier, later in zip(first, last, strict=True))
+    slower = dataclasses.replace(clock, planned=dataclasses.replace(clock.planned, device=GPUS["a100-80"]))
+    assert sum(t.seconds for t in slower.run(QWEN, planned_cuts(clock.config.schedule))) > sum(t.seconds for t in times)
+
+
+def test_solves_are_those_measured_on_an_h200(repository):
+    settings = ["criterion.channels=obs", "schedule.channels_per_cycle=4736", "schedule.channels_total=4736"]
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", *settings, "schedule.alignment=64")
+    plain = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml")
+    cut = Cut(4736, 0, 0)  # a quarter of 18944, as measured: 2.1 s a block; four blocks on each of eight GPUs
+    reading = (3.2 - 1.35) * clock._pass(QWEN, 512)
+    assert clock.score(QWEN, cut) - plain.score(QWEN, cut) == pytest.approx(4 * 2.1 + reading)
+
+
+SEQUENCES = [Sequence([1, 5 + i % 7, 9, 2 + i % 3], 1, 1.0) for i in range(12)]
+
+
+@pytest.mark.parametrize("moments_gib", [None, 48**2 * 4 * 1.2 / 2**30])
+@pytest.mark.parametrize("layer_sequences", [None, 4])
+@pytest.mark.parametrize(
+    ("channels", "layers", "cut"),
+    [
+        ("obs", "leave_one_out", engine.Removal(8, 0)),
+        ("obs", "leave_one_out", engine.Removal(8, 2)),
+        ("activation", "block_influence", engine.Removal(0, 2)),
+        ("activation", "explicit", engine.Removal(8, 1)),
+    ],
+)
+def test_scoring_makes_as_many_passes_as_the_engine_does(
+    channels, layers, cut, layer_sequences, moments_gib, make_checkpoint
+):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_checkpoint("llama", num_hidden_layers=5)
+    criterion = {"channels": channels, "layers": layers, "layer_sequences": layer_sequences}
+    criterion |= {"layer_ids": [3]} if layers == "explicit" else {}
+    config = parse_config(
+        {
+            "schedule": {"channels_per_cycle": [8], "layers_total": cut.layers, "order": "together"},
+            "criterion": criterion,
+            "calibration": {"sequences": 12, "moments_gib": moments_gib, "batch_size": 4},
+        }
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    policy = engine.Policy(model, FAMILIES["llama"], folder, torch.device("cpu"), 4, 0, 1.0, moments_gib)
+    read = engine.batches_to_read(policy, CriterionConfig(**criterion), cut, SEQUENCES, [])
+    found = score_passes(config, read_shape(folder), Cut(cut.channels, cut.layers, 0), 1)
+    batches, judged = 3, -(-(layer_sequences or 12) // 4)
+    assert read == (found.channels + found.on_all) * batches + found.judged * judged
+
+
+def test_constants_are_the_engine_s():
+    assert (REFERENCE_PROMPTS, REFERENCE_LINES) == (criteria.REFERENCE_PROMPTS, criteria.REFERENCE_LINES)
+    assert FINALISTS == absorption.FINALISTS
+
+
+def test_rows_that_nothing_says_are_assumed(repository):
+    config = load_config(repository / "recipes/cpt_llama3-8b_4xa100.yaml")
+    assert known_rows(config.data.test) == 1319 and known_rows(config.data.validation) == 128
+    assert known_rows(config.data.corpus) == 2000
+
+
+def test_the_demo_takes_minutes_on_cpus(repository):
+    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    shape = read_shape(repository / "ptl_rl/testbed/checkpoints/qwen2")
+    device = dataclasses.replace(this_machine(1), teraflops=0.09)
+    times = Clock(Planned(config, device, "sdpa"), CPU).run(shape, planned_cuts(config.schedule))
+    assert 300 < sum(time.seconds for time in times) < 3600
