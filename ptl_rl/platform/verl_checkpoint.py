@@ -72,6 +72,7 @@ def contents_at(step: int, last_step: int | None, contents: list[str]) -> list[s
 class ShardedCheckpointManager(FSDPCheckpointManager):
     """verl's, but that ``hf_model`` is written by all ranks, and at its step. Adapters and FSDP1 are left to verl."""
 
+    checkpoint_save_contents: list[str]
     _to_register: tuple[str, int] | None = None
 
     @property
@@ -98,7 +99,8 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None) -> None:
         """As verl's; the weights lie in ``huggingface`` with the configuration and tokenizer that verl writes there."""
-        contents, settings = self.checkpoint_save_contents, self.checkpoint_config or {}
+        contents = self.checkpoint_save_contents
+        settings = self.checkpoint_config or {}
         self.checkpoint_save_contents = contents_at(global_step, settings.get("last_step", None), contents)
         try:
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
