@@ -125,7 +125,9 @@ class ResourcesConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine.")
     gpu_memory_utilization: float = Field(0.6, gt=0, lt=1, description="vLLM's share of a GPU during rollouts.")
     ray_cpus: int = Field(
-        64, ge=16, description="Logical CPUs of a Ray started by the run itself, on GPUs, too; more where verl reserves more."
+        64,
+        ge=16,
+        description="Logical CPUs of a Ray started by the run itself, on GPUs, too; more where verl reserves more.",
     )
 
     @model_validator(mode="after")
