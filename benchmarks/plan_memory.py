@@ -30,7 +30,7 @@ from ptl_rl.planning.forecast import device_of, forecast
 from ptl_rl.planning.model import planned_model
 from ptl_rl.recipe import load_config, parse_config
 
-SECONDS = 0.1
+SECONDS = 0.25
 GIB = 2**30
 PART = re.compile(rb"^(Pss_Anon|Pss_Shmem|Rss):\s+(\d+) kB", re.MULTILINE)
 KINDS = (
