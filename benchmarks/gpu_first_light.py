@@ -115,7 +115,7 @@ class FirstLight:
         folder.mkdir(parents=True)
         read = ["--data", "testbed:rl", "--set=data.rows=256", "--set=calibration.max_tokens=160"]
         read += [f"--set=calibration.sequences={16 if self.smoke else 128}"]
-        cut = ["score", "testbed", "--out", folder / "scores", "--remove-channels", "25%", *read]
+        cut = ["score", "testbed", "--out", folder / "scores", "--remove-channels", "25%", "--alignment", "64", *read]
         self.ptl("score", cut, ends - time.monotonic())
         slicing = ["slice", "testbed", folder / "scores", folder / "sliced"]
         sliced = self.ptl("slice", slicing, ends - time.monotonic())

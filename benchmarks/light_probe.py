@@ -156,13 +156,15 @@ def main(out: Path, device: str) -> None:
     if device == "cuda":
         report["gpu"] = gpus()
     for name in NEEDED + OPTIONAL:
+        report["running"] = f"import {name}"
+        save()
         found = report["packages"][name] = timed(lambda name=name: version_of(name))
         if "error" in found and name in NEEDED:
             problems.append(f"import {name}: {found['error']}")
-        save()
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
+        del report["running"]
         problems.append(f"torch {torch.__version__} sees no GPU; its CUDA is {torch.version.cuda}: {report['gpu']}")
         save()
         return

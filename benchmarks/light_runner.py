@@ -179,7 +179,7 @@ class Commands:
         finally:
             self._end(process)
             self._show(log, shown)
-        what = " ".join(map(str, arguments[:4]))
+        what = " ".join(Path(argument).name for argument in arguments[1:4])
         if status is None:
             stacks = log.with_suffix(".stacks")
             raise StageFailed(f"{what}: ended after {seconds:.0f} s, the most that it may take; stacks: {stacks}", log)

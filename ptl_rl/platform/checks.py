@@ -134,20 +134,21 @@ def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, di
     return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **ours}}
 
 
-def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
-    """FSDP engine settings below the dotted key `prefix`.
+def float32_engine(prefix: str) -> dict[str, object]:
+    """FSDP engine settings below the dotted key `prefix` for everything in float32, as in the rollouts.
 
-    Everything in float32, as in the rollouts: verl would compute in bfloat16 even with float32
-    parameters, and the policy's log-probabilities then differ from the rollout's by about 0.5 %.
+    verl would compute in bfloat16 even with float32 parameters, and the policy's log-probabilities then
+    differ from the rollout's by about 0.5 %.
     """
     return {
         f"{prefix}.model_dtype": "fp32",
         f"{prefix}.dtype": "float32",
-        f"{prefix}.mixed_precision.param_dtype": "fp32",
-        f"{prefix}.mixed_precision.reduce_dtype": "fp32",
-        f"{prefix}.mixed_precision.buffer_dtype": "fp32",
-        f"{prefix}.use_torch_compile": False,
+        **{f"{prefix}.mixed_precision.{part}_dtype": "fp32" for part in ("param", "reduce", "buffer")},
     }
+
+
+def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
+    return {**float32_engine(prefix), f"{prefix}.use_torch_compile": False}
 
 
 def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:

@@ -63,7 +63,8 @@ class ParentLoss:
             options = {"input_ids": ids.values()[None], "position_ids": data["position_ids"].values()[None]}
             return self._loaded()(**options, use_cache=False).logits[0]
         length_B = ids.offsets().diff()
-        ids_BT = torch.nested.to_padded_tensor(ids, 0)
+        # Left to itself torch pads to the tokens of all rows together, where it does not know the longest one.
+        ids_BT = torch.nested.to_padded_tensor(ids, 0, output_size=(len(length_B), int(length_B.max())))
         mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
         logits_BTV = self._loaded()(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         return logits_BTV[mask_BT]

@@ -5,7 +5,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import RunConfig
-from ptl_rl.platform.checks import ENGINE_LIBRARY
+from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.verl_config import checkpoint_settings, composed, micro_batch
 from ptl_rl.stage import StageSpec
@@ -40,6 +40,7 @@ def render_sft(
         "engine.param_offload": recovery.offload,
         "engine.optimizer_offload": recovery.offload,
         "engine.dtype": config.model.dtype,
+        **(float32_engine("engine") if config.model.dtype == "float32" else {}),
         "engine.seed": config.seed,
         "optim.lr": recovery.learning_rate,
         "optim.lr_scheduler_type": recovery.learning_rate_schedule,

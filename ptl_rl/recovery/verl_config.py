@@ -6,7 +6,7 @@ from typing import Any
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.families import ModelShape
-from ptl_rl.platform.checks import ENGINE_LIBRARY
+from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.recovery.settings import DistillConfig, GrpoConfig, RecoveryConfig
 from ptl_rl.stage import StageSpec
 
@@ -104,7 +104,13 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
         "actor_rollout_ref.model.override_config.attn_implementation": spec.attention,
         "actor_rollout_ref.model.use_remove_padding": spec.attention == FLASH,
+        **(_engines_in_float32() if config.model.dtype == "float32" else {}),
     }
+
+
+def _engines_in_float32() -> dict[str, Any]:
+    parts = [float32_engine(f"actor_rollout_ref.{part}.fsdp_config") for part in ("actor", "ref")]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:

@@ -330,23 +330,3 @@ def test_ctrl_c_leaves_a_resumable_run_and_no_process(repository, tmp_path):
     assert process.returncode == 130
     assert f"Continue with: ptl resume {run_dir}" in errors
     assert processes_of(run_dir) == []
-
-
-@pytest.mark.timeout(330)
-def test_a_failing_stage_leaves_a_resumable_run_and_no_process(repository, tmp_path):
-    criterion = tmp_path / "mine.py"
-    criterion.write_text(
-        "def mine(statistics):\n"
-        "    if statistics.sum_LC.shape[1] > 8:\n"  # not yet when it is tried out before the run
-        "        raise RuntimeError('planted')\n"
-        "    return statistics.abs_sum_LC\n"
-    )
-    run_dir = tmp_path / "run"
-    settings = {"criterion__path": str(criterion), "criterion__channels": "mine"}
-    failed = subprocess.run(command(repository, run_dir, **settings), capture_output=True, text=True, timeout=300)
-    assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert "stage 001-score failed" in failed.stderr and "planted" in failed.stderr
-    assert f"log: {run_dir / 'logs' / '001-score.1.log'}" in failed.stderr
-    assert f"continue with: ptl resume {run_dir}" in failed.stderr
-    assert entries(run_dir) == ["0.evaluate"]
-    assert processes_of(run_dir) == []

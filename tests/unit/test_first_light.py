@@ -19,6 +19,9 @@ from ptl_rl.config import ConfigError
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.preflight import check
 from ptl_rl.recipe import load_config
+from ptl_rl.recovery.sft_config import compose_sft, render_sft
+from ptl_rl.recovery.verl_config import compose, render
+from ptl_rl.stage import StageSpec
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 LLAMA = CHECKPOINT_DIR.with_name("llama")
@@ -255,11 +258,22 @@ def runs_on_gpus(folder: Path) -> dict[str, light_runs.Run]:
 
 
 @pytest.mark.parametrize("name", ["grpo", "cpt", "distill", "real"])
-def test_what_is_run_on_gpus_passes_every_check_before_the_run(name, tmp_path):
+def test_what_is_run_on_gpus_passes_every_check_before_the_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head:1")  # so that no GPU is looked for on this machine
     recipe, settings = runs_on_gpus(tmp_path)[name]
     config = load_config(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     assert config.resources.device == "cuda" and config.model.dtype == "bfloat16"
     check(config, tmp_path / "run")
+    for part, recovery in enumerate(config.recovery):
+        told = StageSpec.model_construct(
+            **{"device": "cuda", "attention": "sdpa", "cycle": 1, "round": 0, "planned": 0, "part": part, "steps": 2},
+            **dict.fromkeys(("source", "parent", "work"), LLAMA),
+        )
+        if recovery.method == "cpt":
+            compose_sft(render_sft(config, recovery, told, tmp_path / "sequences", 32))
+        else:
+            eager = compose(render(config, told)).actor_rollout_ref.rollout.enforce_eager
+            assert eager is (name != "real")
     if name == "distill":
         one = [f"{key}={json.dumps(value)}" for key, value in {**settings, "resources.workers_per_node": 1}.items()]
         with pytest.raises(ConfigError, match="leaves none of 1 workers_per_node to train"):

@@ -292,3 +292,21 @@ def test_no_document_sees_another_of_its_micro_batch(tokenizer, make_checkpoint,
     assert len(found["together"]) == len(found["alone"]) == 3
     for together_T, alone_T in zip(found["together"], found["alone"], strict=True):
         torch.testing.assert_close(together_T, alone_T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_parent_reads_rows_of_the_longest_document_not_of_all_tokens():
+    from types import SimpleNamespace
+
+    from ptl_rl.recovery.parent import ParentLoss
+
+    read = []
+
+    def parent(input_ids, **_):
+        read.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 16).float())
+
+    loss_function = ParentLoss(Path("parent"), 1.0, 1.0, "sdpa", "float32")
+    loss_function._parent = parent
+    ids = torch.nested.nested_tensor_from_jagged(torch.arange(12), torch.tensor([0, 3, 5, 12]))
+    assert loss_function.parent_logits({"input_ids": ids}).argmax(-1).tolist() == list(range(12))
+    assert read == [(3, 7)]

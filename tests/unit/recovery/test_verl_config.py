@@ -144,6 +144,19 @@ def test_rows_of_cpt_are_as_many_as_the_tokens_allow_when_all_are_long(attention
     assert verl.data.micro_batch_size_per_gpu == 3
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "fp32"), ("bfloat16", None)])
+def test_on_gpus_too_the_trainer_computes_in_the_type_of_the_rollouts(dtype, expected, tmp_path):
+    recoveries = json.dumps([{"grpo": {}}, {"cpt": {}}])
+    config = load_config(DEMO, ["resources.device=cuda", f"model.dtype={dtype}", f"recovery={recoveries}"])
+    told = spec("cuda", tmp_path)
+    rl = compose(render(config, told)).actor_rollout_ref
+    sft = compose_sft(render_sft(config, config.recovery[1], told, tmp_path / "s.arrow", 32))
+    assert rl.rollout.dtype == dtype
+    for engine in (rl.actor.fsdp_config, rl.ref.fsdp_config, sft.engine):
+        # Without it verl takes bfloat16, whatever the parameters' type.
+        assert (engine.get("mixed_precision") or {}).get("param_dtype") == expected
+
+
 def test_verl_keys_of_a_recipe_win(tmp_path):
     config = load_config(DEMO, ["verl.actor_rollout_ref.actor.entropy_coeff=0.25", "verl.trainer.test_freq=3"])
     verl = compose(render(config, spec("cpu", tmp_path)))
