@@ -1,8 +1,8 @@
 """Makes a folder that brings the GPU stack and this project to a machine without internet access, in small parts.
 
-``python launch/make_bundle.py OUT`` downloads the wheels of requirements/gpu.lock into OUT-wheels, where the same command
-goes on if it was interrupted, compresses them together, and writes OUT. Carry OUT, or its files one by one into one
-folder, and run ``bash install.sh --venv DIR`` there. Needs Python 3.10 or newer with pip. docs/install.md says more.
+``python launch/make_bundle.py OUT`` downloads the wheels of requirements/gpu.lock into OUT-wheels, where the same
+command goes on if it was interrupted, compresses them together, and writes OUT. Carry OUT, or its files one by one
+into one folder, and run ``bash install.sh --venv DIR`` there. Needs Python 3.10 or newer with pip (docs/install.md).
 """
 
 import argparse

@@ -34,7 +34,7 @@ class Target:
         """The platform tags of wheels that run there."""
         newest = int(self.glibc.partition(".")[2])
         tags = [f"manylinux_2_{minor}" for minor in range(newest, 4, -1)]
-        return [f"{tag}_{self.machine}" for tag in (*tags, "manylinux2014", "manylinux2010", "manylinux1", "linux")]
+        return [f"{tag}_{self.machine}" for tag in (*tags, "manylinux2014", "manylinux2010", "manylinux1")]
 
     def fits(self, wheel: str) -> bool:
         """Whether the wheel of that file name runs there, as far as the platform goes."""
