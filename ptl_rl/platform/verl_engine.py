@@ -8,7 +8,12 @@ that are made: so the class of one of them stands here, and a worker that unpick
 import functools
 from dataclasses import dataclass
 
+import torch
+from torch.utils.checkpoint import checkpoint
 from verl.trainer.config import CheckpointConfig
+
+LOG_PROBABILITY_TOKENS = 1024
+"""Tokens whose distributions are held in float32 at a time."""
 
 
 @dataclass
@@ -17,12 +22,6 @@ class StepwiseCheckpointConfig(CheckpointConfig):
 
     last_step: int | None = None
     """After it training ends; see :func:`ptl_rl.platform.verl_checkpoint.contents_at`."""
-
-import torch
-from torch.utils.checkpoint import checkpoint
-
-LOG_PROBABILITY_TOKENS = 1024
-"""Tokens whose distributions are held in float32 at a time."""
 
 
 def keep_offloaded_memory_unpinned() -> None:
