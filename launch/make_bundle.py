@@ -1,8 +1,8 @@
 """Makes a folder that brings the GPU stack and this project to a machine without internet access, in small parts.
 
-``python launch/make_bundle.py OUT`` downloads the wheels of requirements/gpu.lock into OUT-wheels, where the same command
-goes on if it was interrupted, compresses them together, and writes OUT. Carry OUT, or its files one by one into one
-folder, and run ``bash install.sh --venv DIR`` there. Needs Python 3.10 or newer with pip. docs/install.md says more.
+``python launch/make_bundle.py OUT`` downloads the wheels of requirements/gpu.lock into OUT-wheels, where the same
+command goes on if it was interrupted, compresses them together, and writes OUT. Carry OUT, or its files one by one
+into one folder, and run ``bash install.sh --venv DIR`` there. Needs Python 3.10 or newer with pip (docs/install.md).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--part-mib", type=float, default=60, help="the most a part is large, in MiB (default 60)")
     parser.add_argument(
-        "--preset", type=int, default=1, choices=range(10), help="xz preset, 0 fastest to 9 smallest (default 1)"
+        "--preset",
+        default="1",
+        choices=["none", *map(str, range(10))],
+        help="xz preset, 0 fastest to 9 smallest, or none: wheels as the index has them, in a minute (default 1)",
     )
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="compressing threads (default: one per CPU)"
@@ -81,12 +85,13 @@ def make(options: argparse.Namespace, project: Path = ROOT) -> None:
         # The project comes last: when only its code changes, so do only the last parts.
         paths += build_project(project, Path(work))
         parts = PartWriter(folder, int(options.part_mib * MIB))
-        stream = Compressor(parts, options.preset, options.threads)
-        dropped = _pack(paths, stream, options.python if options.slim else None, Path(work))
+        preset = None if options.preset == "none" else int(options.preset)
+        stream = Compressor(parts, preset, options.threads)
+        installed, dropped = _pack(paths, stream, options.python if options.slim else None, Path(work))
         stream.close()
-    _finish(folder, parts, target, stream.read_bytes, chosen)
+    _finish(folder, parts, target, (stream.read_bytes, installed), chosen)
     size = sum((folder / name).stat().st_size for name in parts.sums)
-    print(f"{len(chosen)} packages and the project, {stream.read_bytes / MIB:.0f} MiB unpacked")
+    print(f"{len(chosen)} packages and the project, {installed / MIB:.0f} MiB when installed")
     if options.slim:
         gone = sorted((slim.PACKAGES.keys() & locked.keys()) - found.same)
         print(f"left out by --slim: {', '.join(gone)}, and {dropped / MIB:.0f} MiB of files in others")
@@ -115,36 +120,42 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def _pack(paths: list[Path], stream: Compressor, slim_for: str | None, work: Path) -> int:
-    """Adds the files to the stream, as a tar; wheels are uncompressed and, for Python ``slim_for``, slimmed.
+def _pack(paths: list[Path], stream: Compressor, slim_for: str | None, work: Path) -> tuple[int, int]:
+    """Adds the files to the stream as a tar: wheels are uncompressed if xz follows, and slimmed for ``slim_for``.
 
-    Returns the bytes that this left out of wheels.
+    Returns the bytes that are installed of them, and those that slimming left out.
     """
-    dropped = 0
+    installed = dropped = 0
+    method = zipfile.ZIP_DEFLATED if stream.preset is None else zipfile.ZIP_STORED
     with tarfile.open(fileobj=stream, mode="w|", bufsize=MIB, format=tarfile.PAX_FORMAT) as tar:
         for path in paths:
             packed = path
-            if path.suffix == ".whl":
+            package = plain(path.name.split("-")[0])
+            if path.suffix == ".whl" and (stream.preset is not None or (slim_for and slim.touches(package))):
                 packed = work / "repacked"
-                package = plain(path.name.split("-")[0])
                 goes = partial(slim.is_left_out, package, slim_for) if slim_for else _nothing
-                dropped += repack(path, packed, goes)
+                dropped += repack(path, packed, goes, method)
+            if path.suffix == ".whl":
+                with zipfile.ZipFile(packed) as wheel:
+                    installed += sum(info.file_size for info in wheel.infolist())
             info = tarfile.TarInfo(path.name)
             info.size, info.mode = packed.stat().st_size, 0o644
             with packed.open("rb") as file:
                 tar.addfile(info, file)
             if packed != path:
                 packed.unlink()
-    return dropped
+    return installed, dropped
 
 
 def _nothing(path: str) -> bool:
     return False
 
 
-def _finish(folder: Path, parts: PartWriter, target: Target, unpacked_bytes: int, chosen: dict[str, str]) -> None:
+def _finish(folder: Path, parts: PartWriter, target: Target, sizes: tuple[int, int], chosen: dict[str, str]) -> None:
     imports = " ".join(name for name in IMPORTED if name in chosen)
-    conf = f"PYTHON_VERSION={target.python}\nUNPACKED_BYTES={unpacked_bytes}\nIMPORTS='{imports}'\n"
+    conf = (
+        f"PYTHON_VERSION={target.python}\nUNPACKED_BYTES={sizes[0]}\nINSTALLED_BYTES={sizes[1]}\nIMPORTS='{imports}'\n"
+    )
     (folder / "bundle.conf").write_text(conf, encoding="utf-8")
     packages = "".join(f"{name}=={version}\n" for name, version in chosen.items())
     (folder / "packages.txt").write_text(packages, encoding="utf-8")

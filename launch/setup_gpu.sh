@@ -97,9 +97,11 @@ PYTHON
 
 # Never an error: a login node or an image in the making has no driver, or another one than the machines with the GPUs.
 _ptl_gpu_driver() {
-    local driver
-    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 -Eo '^[0-9]+(\.[0-9]+)+')" ||
-        driver="$(grep -m 1 -Eo '[0-9]{3,}(\.[0-9]+)+' "${PTL_DRIVER_FILE:-/proc/driver/nvidia/version}" 2>/dev/null)" || return 0
+    local said driver pattern='[0-9]{3,}(\.[0-9]+)+'
+    said="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)" || said=""
+    [[ "$said" =~ $pattern ]] || said="$(cat "${PTL_DRIVER_FILE:-/proc/driver/nvidia/version}" 2>/dev/null)" || said=""
+    [[ "$said" =~ $pattern ]] || return 0
+    driver="${BASH_REMATCH[0]}"
     if [ "${driver%%.*}" -lt "$PTL_DRIVER_NEEDED" ]; then
         echo "warning: this machine's NVIDIA driver is $driver, and the locked torch (CUDA 13.0) needs $PTL_DRIVER_NEEDED or newer: install a newer" \
             "driver, or on data-centre GPUs NVIDIA's package cuda-compat-13-0 with its folder first in LD_LIBRARY_PATH" >&2

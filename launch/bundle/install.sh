@@ -56,11 +56,21 @@ find_python() {
     python="$found"
 }
 
-# Tells before the work, not in the middle of it. What is unpacked and what is installed are about the same.
+# Tells before the work, not in the middle of it.
 check_room() {
-    local free needed=$((UNPACKED_BYTES * 2 / 1024))
-    free="$(df -Pk "$1" | awk 'NR == 2 {print $4}')"
-    [ "$free" -ge "$needed" ] || fail "$1 has $((free / 1024)) MiB free and $((needed / 1024)) MiB are needed; name another folder with --venv, --target or --work"
+    local folder free unpack=$((UNPACKED_BYTES / 1024)) keep=$((INSTALLED_BYTES / 1024)) needed
+    for folder in "$work" "$parent"; do
+        needed=$unpack
+        [ "$folder" = "$work" ] || needed=$keep
+        [ "$(mount_of "$work")" != "$(mount_of "$parent")" ] || needed=$((unpack + keep))
+        free="$(df -Pk "$folder" | awk 'NR == 2 {print $4}')"
+        [ "$free" -ge "$needed" ] || fail "$folder has $((free / 1024)) MiB free and $((needed / 1024)) MiB are needed; name another with" \
+            "--venv, --target or --work"
+    done
+}
+
+mount_of() {
+    df -Pk "$1" | awk 'NR == 2 {print $6}'
 }
 
 install() {
@@ -94,13 +104,13 @@ find_python
 into="${venv:-$target}"
 parent="$(dirname "$into")"
 mkdir -p "$parent" "${work:=$parent}"
-check_room "$work"
+check_room
 into="$(cd "$parent" && pwd)/$(basename "$into")"
 [ -z "$venv" ] || venv="$into"
 [ -z "$target" ] || target="$into"
 unpacked="$(mktemp -d "$work/ptl-bundle-XXXXXX")"
 trap 'rm -rf "$unpacked"' EXIT
-echo "unpacking $((UNPACKED_BYTES / 1048576)) MiB"
+echo "unpacking"
 cat "$bundle"/part-* | "$python" -c '
 import lzma, sys, tarfile
 with lzma.open(sys.stdin.buffer) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
@@ -109,7 +119,7 @@ with lzma.open(sys.stdin.buffer) as stream, tarfile.open(fileobj=stream, mode="r
             sys.exit(f"error: {member.name!r} does not belong into a bundle")
         tar.extract(member, sys.argv[1])
 ' "$unpacked"
-echo "installing into $into"
+echo "installing $((INSTALLED_BYTES / 1048576)) MiB into $into"
 install "$into"
 (cd / && for name in $IMPORTS ptl_rl; do
     "$check" -W ignore -c "import $name" || exit 1

@@ -51,7 +51,7 @@ class PartWriter:
 class Compressor:
     """A file to write to: compresses blocks in ``threads`` threads, and hands them to ``out`` in order."""
 
-    def __init__(self, out: PartWriter, preset: int, threads: int) -> None:
+    def __init__(self, out: PartWriter, preset: int | None, threads: int) -> None:
         self.out, self.preset, self.threads = out, preset, threads
         self.read_bytes = 0
         self._pool = ThreadPoolExecutor(threads)
@@ -82,9 +82,9 @@ class Compressor:
         self.out.close()
 
 
-def compress(block: bytes, preset: int) -> bytes:
-    """One xz stream: compressed with the filter for x86 machine code, or stored."""
-    if _is_compressed(block):
+def compress(block: bytes, preset: int | None) -> bytes:
+    """One xz stream, with the filter for x86 machine code; stored where that is no use, or without a ``preset``."""
+    if preset is None or _is_compressed(block):
         return stored_stream(block)
     filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": preset}]
     return lzma.compress(block, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=filters)

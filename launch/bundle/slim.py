@@ -38,3 +38,8 @@ def is_left_out(package: str, python: str, path: str) -> bool:
     if other is not None and other[1] != python.replace(".", ""):
         return True
     return any(package == name and re.fullmatch(pattern, path) for name, pattern, _ in FILES)
+
+
+def touches(package: str) -> bool:
+    """Whether ``FILES`` has files of the package."""
+    return any(package == name for name, _, _ in FILES)

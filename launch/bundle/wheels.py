@@ -34,7 +34,7 @@ class Target:
         """The platform tags of wheels that run there."""
         newest = int(self.glibc.partition(".")[2])
         tags = [f"manylinux_2_{minor}" for minor in range(newest, 4, -1)]
-        return [f"{tag}_{self.machine}" for tag in (*tags, "manylinux2014", "manylinux2010", "manylinux1", "linux")]
+        return [f"{tag}_{self.machine}" for tag in (*tags, "manylinux2014", "manylinux2010", "manylinux1")]
 
     def fits(self, wheel: str) -> bool:
         """Whether the wheel of that file name runs there, as far as the platform goes."""
@@ -140,21 +140,21 @@ def _without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
     return info
 
 
-def repack(wheel: Path, out: Path, is_left_out: Callable[[str], bool]) -> int:
-    """Writes ``wheel`` to ``out`` with its files uncompressed, for a better compressor to see them.
+def repack(wheel: Path, out: Path, is_left_out: Callable[[str], bool], method: int = zipfile.ZIP_STORED) -> int:
+    """Writes ``wheel`` to ``out`` with its files uncompressed, for a better compressor to see, or by ``method``.
 
     Files that ``is_left_out`` names go, and their lines in the wheel's RECORD; the rest keeps order, times and
     permissions. Returns the bytes that went.
     """
     left_out = 0
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as to:
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(out, "w", method) as to:
         gone = {info.filename for info in source.infolist() if is_left_out(info.filename)}
         for info in source.infolist():
             if info.filename in gone:
                 left_out += info.file_size
                 continue
             made = zipfile.ZipInfo(info.filename, info.date_time)
-            made.external_attr = info.external_attr
+            made.external_attr, made.compress_type = info.external_attr, method
             if gone and re.fullmatch(r"[^/]+\.dist-info/RECORD", info.filename):
                 to.writestr(made, _without_lines(source.read(info), gone))
                 continue

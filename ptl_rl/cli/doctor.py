@@ -52,4 +52,7 @@ def doctor(
             console.print(f"{finding.topic}: {finding.text}", highlight=False, markup=False, soft_wrap=True)
             if finding.remedy:
                 console.print(f"        -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+        count = sum(finding.level == "problem" for finding in findings)
+        words = f"{count} of these would stop" if count else "nothing here would stop"
+        console.print(f"{words} {'a run' if recipe is None else recipe.stem}", highlight=False, markup=False)
     raise typer.Exit(1 if stops(findings) else 0)

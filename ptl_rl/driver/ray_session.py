@@ -91,9 +91,10 @@ class RaySession:
             ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
+            token = "" if os.environ.get("RAY_AUTH_MODE") else ", set RAY_AUTH_MODE=token if the head asks for a token"
             raise ConfigError(
                 f"RAY_ADDRESS={given}: cannot join Ray there ({reason}); start it (ray start) on the head and on this "
-                "node, or unset RAY_ADDRESS, and the run starts a Ray of its own"
+                f"node{token}, or unset RAY_ADDRESS, and the run starts a Ray of its own"
             ) from None
 
     def wait_for_workers(self, namespaces: str, seconds: float = 120) -> None:

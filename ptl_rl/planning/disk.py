@@ -1,8 +1,8 @@
 """What a run writes to disk: checkpoints of every cycle, which stay, and verl's own while a recovery is at work.
 
 A sliced checkpoint has the type of what it was cut from: the original's in the first cycle, then float32, as a
-recovered policy is written. With ``save_every_steps`` verl keeps two checkpoints at most, each with shards of the weights
-and AdamW's state; after the last step it writes the Hugging Face folder alone, which becomes the recovered one.
+recovered policy is written. With ``save_every_steps`` verl keeps two checkpoints at most, each with shards of the
+weights and AdamW's state; after the last step it writes the Hugging Face folder alone, which becomes the recovered one.
 """
 
 from dataclasses import dataclass

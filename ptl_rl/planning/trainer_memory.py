@@ -114,16 +114,18 @@ class Trainer:
     def logits(self, rows: Rows) -> float:
         """Of the loss and its backward pass.
 
-        flash-attn's kernel writes the gradient in place of the logits. Without it, log-probabilities are taken in
-        chunks: padded rows are copied without their padding, and the chunks' gradients are then put together twice, for
-        the copy and for the rows. A cap on the logits keeps two more tensors of their size.
+        flash-attn's kernel writes the gradient in place of the logits. Without it padded rows are copied without their
+        padding, and log-probabilities are taken of chunks of the copy, whose gradients are then put together: three
+        tensors of the logits' size. A chunk's distribution and its gradient are float32, and copies of 16-bit ones. A
+        cap on the logits keeps two more tensors.
         """
         values = rows.tokens * self.shape.vocab_size
         capped = 2 * self.compute_bytes if self.shape.family.model_type == "gemma2" else 0
         if self.is_unpadded:
             return (self.compute_bytes + capped) * values
-        chunk = 3 * 4 * min(rows.tokens, CHUNK_TOKENS) * self.shape.vocab_size
-        return (4 * self.compute_bytes + capped) * values + chunk
+        copies = 2 if self.compute_bytes == 4 else 3.5
+        chunk = copies * 4 * min(rows.tokens, CHUNK_TOKENS) * self.shape.vocab_size
+        return (3 * self.compute_bytes + capped) * values + chunk
 
     def read_logits(self, rows: Rows, *, entropy: bool = False) -> float:
         """Of a pass without gradients; ``entropy`` of padded rows is taken at once, in float32."""
@@ -137,7 +139,8 @@ class Trainer:
         """The largest of three moments of an optimizer step: loss, backward pass, AdamW."""
         state = {**self.state(), "gradients": 4 * self.share}
         stream = self.stream(rows.tokens) if self.checkpointing else self.activations(rows)
-        loss = {**state, "gathered": self.gathered(), "activations": stream, "logits": self.logits(rows)}
+        head = self.compute_bytes * self.shape.embedding_parameters  # its gradient, while the logits' is still there
+        loss = {**state, "gathered": self.gathered() + head, "activations": stream, "logits": self.logits(rows)}
         backward = {
             **state,
             "gathered": self.gathered() + self.whole_gradients(),

@@ -7,7 +7,6 @@ time, and kept by the one rank that writes its file.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from verl.trainer.config import CheckpointConfig
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager, drop_tied_target_keys
 from verl.utils.fsdp_utils import fsdp_version
 
@@ -53,16 +51,12 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks
     dist.barrier()
 
 
-@dataclass
-class StepwiseCheckpointConfig(CheckpointConfig):
-    """verl's, and what :class:`ShardedCheckpointManager` must know to tell the steps apart."""
-
-    last_step: int | None = None
-    """After it training ends: ``hf_model`` is written there alone, everything else before it alone. None: as verl."""
-
-
 def contents_at(step: int, last_step: int | None, contents: list[str]) -> list[str]:
-    """What of ``contents`` is written at a step; see :class:`StepwiseCheckpointConfig`."""
+    """What of ``contents`` is written at a step: ``hf_model`` at the last one alone, everything else before it alone.
+
+    Args:
+        last_step: after it training ends; None if that is not known, then everything is written.
+    """
     before = [name for name in contents if name != "hf_model"]
     if last_step is None or not before or "hf_model" not in contents:
         return contents
@@ -99,7 +93,8 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None) -> None:
         """As verl's; the weights lie in ``huggingface`` with the configuration and tokenizer that verl writes there."""
-        contents, settings = self.checkpoint_save_contents, self.checkpoint_config or {}
+        contents = self.checkpoint_save_contents
+        settings = self.checkpoint_config or {}
         self.checkpoint_save_contents = contents_at(global_step, settings.get("last_step", None), contents)
         try:
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)

@@ -21,7 +21,7 @@ def checkpoint_settings(recovery: RecoveryConfig, spec: StageSpec) -> dict[str, 
     """verl's section ``checkpoint``: what is written and read, and the last step, which is written otherwise."""
     resumable = recovery.save_every_steps > 0
     return {
-        "checkpoint._target_": "ptl_rl.platform.verl_checkpoint.StepwiseCheckpointConfig",
+        "checkpoint._target_": f"{ENGINE_LIBRARY}.StepwiseCheckpointConfig",
         "checkpoint.last_step": spec.steps,
         "checkpoint.save_contents": SAVE_ALL if resumable else ["hf_model"],
         "checkpoint.load_contents": SAVE_ALL[1:] if resumable else [],

@@ -162,6 +162,9 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
     assert steps_of(run_dir, "002-recover")[0] == CPT["save_every_steps"] + 1
     assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
+    # Each worker has written its part of the policy.
+    for cycle in ("001", "002"):
+        assert len(list((run_dir / "cycles" / cycle / "recovered").glob("model-*.safetensors"))) == 2
     sliced = journal[2, "slice"]
     assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
     assert 0 < sliced["stream_error"] < 1
@@ -291,7 +294,8 @@ def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, t
     sliced = next(e.metrics for e in in_cycle if e.stage == "slice")
     assert sliced["logit_difference"] < 1e-4
     assert 0 < sliced["output_error"] < sliced["output_error_plain"]
-    assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
+    for folder in ("sliced", "recovered", "recovered-part2"):  # each worker has written its part
+        assert len(list((run_dir / "cycles/001" / folder).glob("model-*.safetensors"))) == 2
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
     assert processes_of(run_dir) == []

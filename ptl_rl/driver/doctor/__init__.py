@@ -4,8 +4,8 @@ Every check is a function that returns findings; none raises, none changes anyth
 starts Ray is not written a second time: those functions are called.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ptl_rl.config import RunConfig
@@ -18,14 +18,7 @@ __all__ = ["Finding", "examine", "stops"]
 
 LEAST_MEMORY_GIB = 6.0
 """Ray, verl's workers and a vLLM server beside the smallest model."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    config: RunConfig | None
-    device: str
-    run_dir: Path | None
-    lock: Path | None
+Check = Callable[[], Finding | list[Finding]]
 
 
 def _device(config: RunConfig | None, available: bool) -> str:
@@ -35,9 +28,12 @@ def _device(config: RunConfig | None, available: bool) -> str:
     return chosen
 
 
-def _here(asked: _Asked, joined: bool) -> int:
-    """GPUs that the recipe wants of this machine."""
-    return 0 if joined or asked.config is None else asked.config.resources.workers
+def _made(checks: list[Check]) -> list[Finding]:
+    findings: list[Finding] = []
+    for check in checks:
+        found = check()
+        findings += found if isinstance(found, list) else [found]
+    return findings
 
 
 def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | None = None) -> list[Finding]:
@@ -47,17 +43,15 @@ def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | 
         run_dir: folder of the run that is meant; default: below ./runs.
         lock: compared with in place of this checkout's own.
     """
-    import os
-
     cuda, joined = read_cuda(), bool(os.environ.get("RAY_ADDRESS"))
-    asked = _Asked(config, _device(config, cuda.available), run_dir, lock)
-    device = asked.device
+    device = _device(config, cuda.available)
+    wanted = 0 if joined or config is None else config.resources.workers  # of this machine
     memory = shared_memory(config, device) if config is not None else SharedMemory(0.125, 1.0)
-    checks: list[Callable[[], Finding | list[Finding]]] = [
+    checks: list[Check] = [
         stack.check_python,
         lambda: stack.check_installed(device, lock),
         lambda: stack.check_imports(device),
-        lambda: [] if joined and not cuda.devices else stack.check_cuda(cuda, device, _here(asked, joined)),
+        lambda: [] if joined and not cuda.devices else stack.check_cuda(cuda, device, wanted),
         lambda: stack.check_flash_attention(device),
         machine.check_open_files,
         machine.check_socket_paths,
@@ -67,21 +61,20 @@ def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | 
         lambda: machine.check_disk((run_dir or Path("runs")).resolve()),
         lambda: machine.check_compiler(device),
     ]
-    findings = [finding for check in checks for finding in _run(check)]
-    return findings + (_of_recipe(asked, config) if config is not None else _of_none(asked))
+    return _made(checks) + _made(_of_recipe(config, device, run_dir))
 
 
-def _of_none(asked: _Asked) -> list[Finding]:
-    memory = _run(lambda: machine.check_memory(LEAST_MEMORY_GIB, "a run takes"))
-    return memory + _run(lambda: recipe.check_ray(None, asked.device, None, None))
-
-
-def _of_recipe(asked: _Asked, config: RunConfig) -> list[Finding]:
+def _of_recipe(config: RunConfig | None, device: str, run_dir: Path | None) -> list[Check]:
+    if config is None:
+        return [
+            lambda: machine.check_memory(LEAST_MEMORY_GIB, "a run takes"),
+            lambda: recipe.check_ray(None, device, None, None),
+        ]
     model, found = recipe.find_model(config)
-    device = asked.device
-    checks: list[Callable[[], Finding | list[Finding]]] = [
+    checks: list[Check] = [
+        lambda: found,
         lambda: recipe.check_dtype(config, device),
-        lambda: recipe.check_ray(config, device, asked.run_dir, model),
+        lambda: recipe.check_ray(config, device, run_dir, model),
     ]
     least, why = LEAST_MEMORY_GIB, "a run takes"
     if model is not None:
@@ -89,15 +82,9 @@ def _of_recipe(asked: _Asked, config: RunConfig) -> list[Finding]:
         least, why = (offloaded, "parameters and optimizer, offloaded, take") if offloaded > least else (least, why)
         checks += [
             lambda: recipe.check_attention(config, device, model),
-            lambda: recipe.check_room(config, model, asked.run_dir or Path("runs")),
+            lambda: recipe.check_room(config, model, run_dir or Path("runs")),
         ]
-    checks.append(lambda: machine.check_memory(least, why))
-    return [found, *(finding for check in checks for finding in _run(check))]
-
-
-def _run(check: Callable[[], Finding | list[Finding]]) -> list[Finding]:
-    found = check()
-    return found if isinstance(found, list) else [found]
+    return [*checks, lambda: machine.check_memory(least, why)]
 
 
 def stops(findings: list[Finding]) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from ptl_rl.attention import REMEDY, flash_problem
 from ptl_rl.driver.doctor.finding import Finding, ok, problem, warning
@@ -97,7 +96,7 @@ def check_packages(wanted: Iterable[Requirement], source: str, remedy: str) -> l
     wanted = list(wanted)
     for requirement in wanted:
         found = _installed(requirement.name)
-        if found is not None and requirement.specifier.contains(Version(found).public, prereleases=True):
+        if found is not None and requirement.specifier.contains(found, prereleases=True):
             continue
         line = f"{requirement.name} is {found or 'not installed'}, wanted {str(requirement.specifier) or 'any'}"
         (stack if canonicalize_name(requirement.name) in STACK else others).append(line)

@@ -93,6 +93,9 @@ def test_solves_are_those_measured_on_an_h200(repository):
     cut = Cut(4736, 0, 0)  # a quarter of 18944, as measured: 2.1 s a block; four blocks on each of eight GPUs
     reading = (3.2 - 1.35) * clock._pass(QWEN, 512)
     assert clock.score(QWEN, cut) - plain.score(QWEN, cut) == pytest.approx(4 * 2.1 + reading)
+    assert clock._solve(2.1, QWEN.sliced(channels=9472)) == pytest.approx(2.1 / 8)  # half as wide
+    slower = dataclasses.replace(clock, planned=dataclasses.replace(clock.planned, device=GPUS["a100-80"]))
+    assert slower._solve(2.1, QWEN) == pytest.approx(2.1 / 0.29)
 
 
 SEQUENCES = [Sequence([1, 5 + i % 7, 9, 2 + i % 3], 1, 1.0) for i in range(12)]

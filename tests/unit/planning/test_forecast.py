@@ -1,4 +1,4 @@
-"""What ``ptl plan`` prints of every recipe, what it says does not fit, and that it needs neither torch nor a network."""
+"""What ``ptl plan`` prints of every recipe, what it says does not fit, and that it needs no torch and no network."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def test_an_update_of_7b_on_eight_gpus():
     # The output embedding, 152064 x 3584 = 544,997,376, is more than three blocks of 233,057,792: it and its buffer in
     # bfloat16, 2,179,989,504; its gradient in bfloat16 and float32, 6 x 544,997,376 = 3,269,984,256.
     assert parts["gathered"] == 2_179_989_504 + 3_269_984_256
-    # Streams: 2 x 3584 x 28 a token. In one block 8 x 3584 for each of two norms, 2 x (2 x 3584 + 2 x 512) of attention,
+    # Streams: 2 x 3584 x 28 a token. In a block 8 x 3584 for each of two norms, 2 x (2 x 3584 + 2 x 512) of attention,
     # 2 x (2 x 3584 + 4 x 18944) of streams and the FFN: 239,616 a token; gradients in the FFN: 2 x 3 x 18944.
     assert parts["activations"] == 20192 * (200_704 + 239_616 + 113_664) == 11_186_044_928
     assert "logits" not in parts and total(parts) == 31_867_251_712  # the loss takes less: below
@@ -52,9 +52,11 @@ def test_the_loss_takes_more_where_the_vocabulary_and_the_batch_are_large():
     small = dataclasses.replace(QWEN, num_hidden_layers=1, intermediate_size=1024)
     parts = Trainer(small, 8, 2, FLASH).update(Rows(20192, 5048))
     assert parts["logits"] == 20192 * 152064 * 2 == 6_140_952_576  # flash-attn's kernel works in place
+    # The output embedding and its buffer, and its gradient, in bfloat16.
+    assert parts["gathered"] == 3 * 2 * 544_997_376
     padded = Trainer(small, 8, 2, "sdpa").update(Rows(20192, 5048))
-    # The logits, their copy without padding, the chunks' gradients and these put together; a chunk in float32, thrice.
-    assert padded["logits"] == 4 * 6_140_952_576 + 12 * 1024 * 152064
+    # The copy without padding, the gradients of its chunks, and these put together; a chunk's own 3.5 float32 tensors.
+    assert padded["logits"] == 3 * 6_140_952_576 + 14 * 1024 * 152064
 
 
 def test_continued_pretraining_of_8b_on_four_gpus(repository):
@@ -63,7 +65,7 @@ def test_continued_pretraining_of_8b_on_four_gpus(repository):
     assert found.cycle == 1
     assert found.parts["parameters"] == found.parts["gradients"] == 7_627_608_064
     assert found.parts["optimizer"] == 15_255_216_128
-    # As ZeRO 2 the whole model in bfloat16, a block's buffer (205,529,088 x 2), and the head's gradient (525,336,576 x 6).
+    # As ZeRO 2 all in bfloat16, a block's buffer (205,529,088 x 2), and the head's gradient (525,336,576 x 6).
     assert found.parts["gathered"] == 2 * (7_627_608_064 + 205_529_088) + 3_152_019_456
     # 8192 tokens: 2 x 4096 x 32 of streams, 65,536 + 20,480 + 122,880 in a block, 2 x 3 x 13312 on their way back.
     assert found.parts["activations"] == 8192 * (262_144 + 208_896 + 79_872) == 4_513_071_104
@@ -105,6 +107,12 @@ def test_log_probabilities_with_and_without_flash_attention():
     assert padded["optimizer"] == 8 * 951_952_064
     alone = Trainer(QWEN, 8, 2, "sdpa").read(rows, optimizer=True)
     assert alone["logits"] == 4 * 20192 * 152064 + 8 * 1024 * 152064
+
+
+def test_tied_embeddings_stay_whole():
+    # 256000 x 3584 and three blocks of 198,195,200 in bfloat16; on one worker no block is fetched ahead.
+    assert Trainer(GEMMA, 4, 2, FLASH).gathered() == 2 * (917_504_000 + 3 * 198_195_200)
+    assert Trainer(GEMMA, 1, 4, "eager").gathered() == 4 * (917_504_000 + 198_195_200)
 
 
 def test_eager_attention_keeps_its_scores():

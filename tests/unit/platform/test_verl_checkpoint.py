@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,20 @@ def test_verls_engine_is_given_our_writer(monkeypatch):
     monkeypatch.setattr(transformer_impl, "FSDPCheckpointManager", None)
     write_checkpoints_on_all_ranks()
     assert transformer_impl.FSDPCheckpointManager is ShardedCheckpointManager
+
+
+def test_a_worker_that_is_handed_the_settings_has_our_writer():
+    """verl's SFT trainer does not import `external_lib` in its workers; theirs is the unpickling only."""
+    from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
+
+    code = (
+        "import pickle, sys; settings = pickle.loads(bytes.fromhex(sys.argv[1]));"
+        "from verl.workers.engine.fsdp import transformer_impl as engine;"
+        "print(settings.last_step, engine.FSDPCheckpointManager.__name__)"
+    )
+    settings = pickle.dumps(StepwiseCheckpointConfig(last_step=24)).hex()
+    found = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True, timeout=300)
+    assert found.stdout.splitlines()[-1:] == ["24 ShardedCheckpointManager"], found.stderr
 
 
 def save(rank, ranks, folder, family, tied):
@@ -77,13 +94,14 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
 
 def train(rank, ranks, folder):
     from ptl_rl.platform import verl_checkpoint
+    from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
 
     def manager_of(model):
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.arange(12)[None]).logits.sum().backward()
         optimizer.step()
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        contents = verl_checkpoint.StepwiseCheckpointConfig(
+        contents = StepwiseCheckpointConfig(
             save_contents=["hf_model", "model", "optimizer", "extra"],
             load_contents=["model", "optimizer", "extra"],
             last_step=24,

@@ -10,7 +10,7 @@ from ptl_rl.config import ConfigError
 from ptl_rl.families import FAMILIES
 from ptl_rl.families.base import shape_from_config
 from ptl_rl.platform.checks import ENGINE_LIBRARY
-from ptl_rl.platform.verl_checkpoint import StepwiseCheckpointConfig
+from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
 from ptl_rl.recipe import load_config
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
