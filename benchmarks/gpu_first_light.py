@@ -17,7 +17,7 @@ is seen is what users get; only the tiny models' rollouts start without CUDA gra
 ``evaluate``, ``vllm`` and ``real`` have them. ``--device cpu --smoke`` does the same on two cores, as small as can be:
 there ``grpo``, ``cpt`` and ``real`` look at one run of one cycle.
 
-On a GPU that is lent for a quarter of an hour, in a checkout that is installed there (``docs/results/gpu.md``)::
+On a GPU that is rented for a quarter of an hour, in a checkout that is installed there (``docs/results/gpu.md``)::
 
     ptl doctor recipes/demo_grpo_cpu.yaml
     python benchmarks/gpu_first_light.py --minutes 13
