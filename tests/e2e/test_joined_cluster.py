@@ -11,6 +11,7 @@ import pytest
 
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import node_check
+from ptl_rl.driver.doctor.recipe import check_ray, find_model
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
 from ptl_rl.recipe import load_config
 
@@ -93,3 +94,14 @@ def test_leftovers_of_the_run_are_ended_and_those_of_others_named(address, repos
         with pytest.raises(WorkersHeld, match=r"of 4 x 4 GPUs some are still held after 2 s, by actor busy \(process"):
             session.wait_for_workers(NAMESPACE, seconds=2)
         ray.kill(other)
+
+
+def test_doctor_asks_the_cluster_that_would_be_joined(address, repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    config, run_dir = demo(repository, nodes=4, workers_per_node=4, device="cpu"), tmp_path / "run"
+    model, _ = find_model(config)
+    joined, nodes = check_ray(config, "cpu", run_dir, model)
+    assert (joined.level, nodes.level) == ("ok", "ok") and joined.text.count("4 GPUs, 32 CPUs") == 4
+    (found,) = check_ray(demo(repository, nodes=2, workers_per_node=8, device="cpu"), "cpu", run_dir, model)
+    assert found.level == "problem" and found.text.endswith("set resources.nodes=4 and resources.workers_per_node=4")
+    assert not run_dir.exists()

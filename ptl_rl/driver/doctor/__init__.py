@@ -12,20 +12,13 @@ from ptl_rl.config import RunConfig
 from ptl_rl.driver.cluster import SharedMemory, shared_memory
 from ptl_rl.driver.doctor import machine, recipe, stack
 from ptl_rl.driver.doctor.finding import Finding
-from ptl_rl.driver.environment import read_cuda
+from ptl_rl.driver.environment import detect_device, read_cuda
 
 __all__ = ["Finding", "examine", "stops"]
 
 LEAST_MEMORY_GIB = 6.0
 """Ray, verl's workers and a vLLM server beside the smallest model."""
 Check = Callable[[], Finding | list[Finding]]
-
-
-def _device(config: RunConfig | None, available: bool) -> str:
-    chosen = "auto" if config is None else config.resources.device
-    if chosen == "auto":
-        return "cuda" if available else "cpu"
-    return chosen
 
 
 def _made(checks: list[Check]) -> list[Finding]:
@@ -44,7 +37,7 @@ def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | 
         lock: compared with in place of this checkout's own.
     """
     cuda, joined = read_cuda(), bool(os.environ.get("RAY_ADDRESS"))
-    device = _device(config, cuda.available)
+    device = detect_device(config) if config is not None else "cuda" if cuda.available else "cpu"
     wanted = 0 if joined or config is None else config.resources.workers  # of this machine
     memory = shared_memory(config, device) if config is not None else SharedMemory(0.125, 1.0)
     checks: list[Check] = [

@@ -144,9 +144,11 @@ def _joined(config: RunConfig | None, device: str, run_dir: Path | None, model: 
         check_fit(config, device, nodes)
         if run_dir is not None:
             existed = run_dir.exists()
-            check_nodes(config, device, run_dir.resolve(), [model.folder] if model else [])
-            if not existed:
-                run_dir.rmdir()
+            try:
+                check_nodes(config, device, run_dir.resolve(), [model.folder] if model else [])
+            finally:
+                if not existed and run_dir.is_dir():
+                    run_dir.rmdir()
             findings.append(ok("nodes", "all share the run folder and have the same files and packages"))
         return findings
     finally:
