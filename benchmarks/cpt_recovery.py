@@ -122,6 +122,7 @@ class Work:
             cycle=1,
             round=0,
             device="cpu",
+            attention="sdpa",
             ray_address=self.address,
             stage_id=label,
             source=source,

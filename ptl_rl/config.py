@@ -127,7 +127,9 @@ class ResourcesConfig(Section):
     gpu: str | None = Field(
         None, description="What ptl plan counts with: h200, h100, a100-80, ...; changes nothing else."
     )
-    ray_cpus: int = Field(64, ge=16, description="Logical CPUs of a Ray started by the run itself.")
+    ray_cpus: int = Field(
+        64, ge=16, description="Logical CPUs of a Ray that the run starts; more are taken where verl reserves more."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ResourcesConfig":

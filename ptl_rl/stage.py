@@ -94,14 +94,14 @@ class StageContext:
 
     def worker_env(self) -> dict[str, str]:
         """Environment of this stage's Ray workers."""
-        from ptl_rl.platform.checks import ray_runtime_env
+        from ptl_rl.platform.checks import cuda_env_vars, ray_runtime_env
 
         if self.spec.device == "cpu":
             env = ray_runtime_env(self.config.resources.workers)["env_vars"]
         else:
             from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-            env = {**get_ppo_ray_runtime_env()["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"}
+            env = {**get_ppo_ray_runtime_env()["env_vars"], "TRANSFER_QUEUE_ENABLE": "1", **cuda_env_vars()}
         for name in ("PTL_RUN_ID", "PTL_REWARD_ERRORS", "VERL_FILE_LOGGER_PATH"):
             if name in os.environ:
                 env[name] = os.environ[name]

@@ -4,6 +4,7 @@ A line is written only after its artefact was verified, synced to disk and renam
 any instant continues from its last line.
 """
 
+import errno
 import json
 import os
 import time
@@ -35,10 +36,13 @@ class Entry(BaseModel):
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries (names) to disk."""
+    """Flush a folder's own entries (names) to disk; some network file systems have no such call, for folders alone."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # what databases let pass, too
+            raise
     finally:
         os.close(handle)
 

@@ -16,11 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
+from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
-from ptl_rl.driver.ray_session import RaySession
+from ptl_rl.driver.ray_session import RaySession, WorkersHeld
 from ptl_rl.driver.run_folder import RunFolder
 from ptl_rl.driver.schedule import halved
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage
@@ -56,16 +58,6 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def detect_device(config: RunConfig) -> str:
-    """'cpu' or 'cuda', as the recipe asks or as the machine has."""
-    device = config.resources.device
-    if device == "auto":
-        from ptl_rl.platform.checks import is_cpu_only
-
-        device = "cpu" if is_cpu_only() else "cuda"
-    return device
-
-
 class Driver:
     """Works on one run folder."""
 
@@ -76,6 +68,7 @@ class Driver:
         self.journal = Journal(folder.journal)
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
+        check_gpus(self.config, self.device)
         self.original, self.shape = check_model(self.config)
         self.attention = check_attention(self.config, self.device, self.original)
         self.parent = check_parent(self.config) or self.original
@@ -102,6 +95,8 @@ class Driver:
         os.environ["PTL_RUN_ID"] = self.run_id  # inherited by Ray and by everything below it
         self._save_owner()
         with RaySession(self.config, self.device) as session:
+            if not session.started_here:
+                check_nodes(self.config, self.device, self.folder.path, [self.original, self.parent])
             while (stage := next_stage(state)) is not None:
                 self.display.stage_started(stage, state)
                 entry = self._gate(stage, state) if stage.name == "gate" else self._stage(stage, state, session)
@@ -192,7 +187,12 @@ class Driver:
         label = spec.progress.name.removesuffix(".progress.jsonl")
         log, spec_path = folder.logs / f"{label}.log", folder.logs / f"{label}.spec.json"
         spec_path.write_text(spec.model_dump_json(indent=1))
-        session.wait_for_workers()
+        try:
+            session.wait_for_workers(self.run_id)
+        except WorkersHeld as error:
+            raise StageFailed(
+                f"stage {stage.label} cannot start: {error}\n  continue with: ptl resume {folder.path}"
+            ) from None
         process = start_stage(spec_path, log, self._env(spec))
         try:
             status = watch(process, spec.progress, self.config.watchdog, self.display.progress)
@@ -279,13 +279,18 @@ class Driver:
 
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
-    """Make the run folder; refuses one that already holds a run."""
+    """Make the run folder; refuses one that already holds a run, though not one whose first stage never began."""
     from ptl_rl.recipe import save_config
 
     folder = RunFolder(run_dir)
-    if folder.config.exists():
+    if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
         raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    (folder.path / "cycles").mkdir(exist_ok=True)
-    save_config(config, folder.config)
+    try:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        (folder.path / "cycles").mkdir(exist_ok=True)
+        save_config(config, folder.config)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.path}: cannot write there ({error.strerror or error}); choose another --run-dir"
+        ) from None
     return folder

@@ -10,6 +10,8 @@ from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
+from ptl_rl.driver.cluster import check_layout
+from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
@@ -186,11 +188,14 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
 
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
     """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
+    check_gpus(config, config.resources.device)  # before anything is downloaded
+    check_layout(config)
     model, shape = check_model(config)
+    attention = check_attention(config, detect_device(config), model)
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
-    return Checked(model, shape, data.notes())
+    return Checked(model, shape, [*([attention.note] if attention.note else []), *data.notes()])

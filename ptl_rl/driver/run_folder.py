@@ -100,15 +100,47 @@ class RunFolder:
         """Hold the run for this process; the kernel frees the lock when the process dies.
 
         Raises:
-            ConfigError: another driver is at work on the same folder.
+            ConfigError: another driver is at work on the same folder, or its file system cannot hold a run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot write there ({error.strerror or error})") from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"{self.path}: another ptl process is working on this run") from None
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path}: the file system cannot lock files (flock: {error.strerror or error}), and without a "
+                    "lock two drivers could work on one run; mount it with locks (Lustre: -o flock), or choose a "
+                    "--run-dir on another file system"
+                ) from None
+            self._try_out()
             yield
         finally:
             os.close(handle)
+
+    def _try_out(self) -> None:
+        """Do what will be done hours later, and refuse a file system that cannot: ``best``, and what is put on disk.
+
+        Raises:
+            ConfigError: naming what it cannot do.
+        """
+        link, what = self.path / ".try-out", "replace a symbolic link"
+        try:
+            for target in ("journal.jsonl", "config.json"):
+                temporary = link.with_name(".try-out.tmp")
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(target)
+                temporary.replace(link)
+            link.unlink()
+            what = "wait until data is on disk (fsync)"
+            sync_folder(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: the file system cannot {what} ({error.strerror or error}), which a run needs; choose a "
+                "--run-dir on another file system"
+            ) from None

@@ -253,6 +253,8 @@ def prepare_machine() -> bool:
             os.environ.setdefault(name, value)
         # In this process: nothing is left behind when it ends.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:
+        os.environ.update(checks.cuda_env_vars())
     vllm_cpu.register()
     return cpu
 

@@ -1,6 +1,7 @@
 """The stage ``evaluate``: greedy answers to the test problems through vLLM, and how many of them are right."""
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,10 +38,25 @@ class Answer:
     truncated: bool
 
 
+def hide_other_gpus() -> None:
+    """Leave only this actor's GPUs visible; vLLM takes the first that it sees.
+
+    Ray does so itself, unless it was started with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES. To be called before
+    anything asks for a GPU.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    if own:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+
+
 class Engine:
     """A vLLM engine in one Ray actor; with tensor parallelism it holds as many GPUs."""
 
     def __init__(self, options: EngineOptions) -> None:
+        if not options.cpu:
+            hide_other_gpus()
         from vllm import LLM
 
         self.llm = LLM(

@@ -79,9 +79,10 @@ def _start(folder: str, dtype: str, window: int, sequences: int, memory: float, 
     """Load a model; returns the size of its vocabulary."""
     global _engine
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    from vllm import LLM
-
     from ptl_rl.platform import checks, vllm_cpu
+
+    os.environ.update(checks.cuda_env_vars())
+    from vllm import LLM
 
     vllm_cpu.register()
     _engine = LLM(

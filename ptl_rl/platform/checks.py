@@ -109,6 +109,16 @@ def cpu_env_vars(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
     }
 
 
+def cuda_env_vars() -> dict[str, str]:
+    """Environment of vLLM's processes on GPUs, without what this process's has already.
+
+    When an engine starts, vLLM 0.24 tries out FlashInfer's sampler, which FlashInfer compiles at that moment, with the
+    nvcc of a CUDA toolkit; where there is none, no engine starts. vLLM's own sampler is what verl's rollouts use in any
+    case (they return log-probabilities), and greedy answers need neither.
+    """
+    return {name: value for name, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0"}.items() if name not in os.environ}
+
+
 def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, dict[str, str]]:
     """The `runtime_env` for `ray.init` when a stage starts Ray itself, before verl's `run_ppo`.
 
@@ -124,20 +134,21 @@ def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, di
     return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **ours}}
 
 
-def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
-    """FSDP engine settings below the dotted key `prefix`.
+def float32_engine(prefix: str) -> dict[str, object]:
+    """FSDP engine settings below the dotted key `prefix` for everything in float32, as in the rollouts.
 
-    Everything in float32, as in the rollouts: verl would compute in bfloat16 even with float32
-    parameters, and the policy's log-probabilities then differ from the rollout's by about 0.5 %.
+    verl would compute in bfloat16 even with float32 parameters, and the policy's log-probabilities then
+    differ from the rollout's by about 0.5 %.
     """
     return {
         f"{prefix}.model_dtype": "fp32",
         f"{prefix}.dtype": "float32",
-        f"{prefix}.mixed_precision.param_dtype": "fp32",
-        f"{prefix}.mixed_precision.reduce_dtype": "fp32",
-        f"{prefix}.mixed_precision.buffer_dtype": "fp32",
-        f"{prefix}.use_torch_compile": False,
+        **{f"{prefix}.mixed_precision.{part}_dtype": "fp32" for part in ("param", "reduce", "buffer")},
     }
+
+
+def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
+    return {**float32_engine(prefix), f"{prefix}.use_torch_compile": False}
 
 
 def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:

@@ -1,7 +1,9 @@
-"""A recovered policy's Hugging Face checkpoint, written by all ranks: what verl's own writer does on rank 0 alone.
+"""What verl's checkpoints hold at which step, and a recovered policy's Hugging Face checkpoint, written by all ranks.
 
-verl 0.9 gathers every tensor in rank 0's host memory, beside an empty model of the same size: 45 GB at 7.6 B
-parameters in float32. Here a tensor is put together at a time, and kept by the one rank that writes its file.
+verl writes at every step that it saves all that it ever writes. Here the Hugging Face checkpoint is written at the last
+step only, and what training goes on from before it only. verl 0.9 gathers every tensor of the former in rank 0's host
+memory, beside an empty model of the same size: 45 GB at 7.6 B parameters in float32. Here a tensor is put together at a
+time, and kept by the one rank that writes its file.
 """
 
 import json
@@ -49,9 +51,22 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, rank: int, ranks
     dist.barrier()
 
 
-class ShardedCheckpointManager(FSDPCheckpointManager):
-    """verl's, but that ``hf_model`` is written by all ranks. Adapters and FSDP1 are left to verl."""
+def contents_at(step: int, last_step: int | None, contents: list[str]) -> list[str]:
+    """What of ``contents`` is written at a step: ``hf_model`` at the last one alone, everything else before it alone.
 
+    Args:
+        last_step: after it training ends; None if that is not known, then everything is written.
+    """
+    before = [name for name in contents if name != "hf_model"]
+    if last_step is None or not before or "hf_model" not in contents:
+        return contents
+    return ["hf_model"] if step >= last_step else before
+
+
+class ShardedCheckpointManager(FSDPCheckpointManager):
+    """verl's, but that ``hf_model`` is written by all ranks, and at its step. Adapters and FSDP1 are left to verl."""
+
+    checkpoint_save_contents: list[str]
     _to_register: tuple[str, int] | None = None
 
     @property
@@ -70,14 +85,27 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
         else:
             super().register_checkpoint(new_path, max_ckpt_to_keep)
 
-    def save_checkpoint(self, local_path: str, *args, **kwargs) -> None:
+    def load_checkpoint(self, local_path: str, *args, **kwargs) -> None:
+        """As verl's; later checkpoints replace this one, as if this process had written it."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if local_path is not None:
+            self.previous_saved_paths = [local_path]
+
+    def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None) -> None:
         """As verl's; the weights lie in ``huggingface`` with the configuration and tokenizer that verl writes there."""
-        super().save_checkpoint(local_path, *args, **kwargs)
-        if local_path is None or not self._writes_shards:
-            return
+        contents = self.checkpoint_save_contents
+        settings = self.checkpoint_config or {}
+        self.checkpoint_save_contents = contents_at(global_step, settings.get("last_step", None), contents)
+        try:
+            super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+            if local_path is not None and self._writes_shards:
+                self._write_shards(Path(local_path) / "huggingface")
+        finally:
+            self.checkpoint_save_contents = contents
+
+    def _write_shards(self, folder: Path) -> None:
         state: dict[str, Any] = get_model_state_dict(self.model)
         drop_tied_target_keys(state, self.model, self.model.config)
-        folder = Path(local_path) / "huggingface"
         write_weights(state, folder, self.rank, self.world_size)
         if self.rank == 0:  # verl's configuration names the type of the checkpoint that training began from
             values = json.loads((folder / "config.json").read_text())

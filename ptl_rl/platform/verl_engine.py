@@ -1,16 +1,27 @@
 """What verl's FSDP engine is given; verl imports this module in its workers, by `model.external_lib`.
 
 Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
-heavy to import.
+heavy to import. verl's SFT trainer imports `external_lib` in its own process only, and hands its workers configurations
+that are made: so the class of one of them stands here, and a worker that unpickles it has imported this module.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from verl.trainer.config import CheckpointConfig
 
 LOG_PROBABILITY_TOKENS = 1024
 """Tokens whose distributions are held in float32 at a time."""
+
+
+@dataclass
+class StepwiseCheckpointConfig(CheckpointConfig):
+    """verl's section ``checkpoint``, and what our writer must know to tell the steps apart."""
+
+    last_step: int | None = None
+    """After it training ends; see :func:`ptl_rl.platform.verl_checkpoint.contents_at`."""
 
 
 def keep_offloaded_memory_unpinned() -> None:

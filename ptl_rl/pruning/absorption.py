@@ -38,13 +38,13 @@ class Absorbed:
 
 
 def groups(policy: Policy, count: int) -> list[int]:
-    """How many of ``count`` regressions are read in each pass, so that memory holds; at least one."""
+    """How many of ``count`` regressions are read in each pass, so that memory holds; at least one on each rank."""
     block, family = policy.blocks[0], policy.family
     inputs, hidden = policy.channels, policy.model.config.hidden_size
     if family.output_norm is None:
         inputs += _linear(block, family.attention, family.o_proj).in_features
     each_gib = inputs * (inputs + hidden) * 4 / 2**30
-    at_once = max(1, int((policy.moments_gib or GIB) / each_gib))
+    at_once = max(1, int((policy.moments_gib or GIB) / each_gib)) * policy.ranks
     return [min(at_once, count - start) for start in range(0, count, at_once)]
 
 
@@ -68,7 +68,8 @@ def absorb(
 ) -> Iterator[Absorbed]:
     """For each of ``candidates``, what changes if it goes after ``gone``; collective over all ranks.
 
-    Those that no block is left to take over for come first, the others in groups, each read in one pass.
+    Those that no block is left to take over for come first, the others in groups, each read in one pass. Regressions
+    are dealt out to ranks, so that they are solved side by side.
 
     Args:
         new_weights: what ``gone`` have left to other blocks; is asked again for every group.
@@ -81,11 +82,23 @@ def absorb(
     waiting = list(predecessors)
     for size in groups(policy, len(waiting)):
         group, waiting = waiting[:size], waiting[size:]
-        moments = [_moments(policy, removed, predecessors[removed], new_weights) for removed in group]
+        moments = [
+            _moments(policy, removed, predecessors[removed], place % policy.ranks, new_weights)
+            for place, removed in enumerate(group)
+        ]
         with without(policy, gone, new_weights):
             policy.read(sequences, list(moments))
         while moments:
-            yield _solved(policy, moments.pop(0), ridge, new_weights)
+            side_by_side, moments = moments[: policy.ranks], moments[policy.ranks :]
+            new = None
+            for one in side_by_side:
+                one.reduce()
+            for one in side_by_side:
+                if one.owner == policy.rank:
+                    new = _solved(policy, one, ridge, new_weights)
+                    one.let_go()
+            for one in side_by_side:
+                yield Absorbed(one.removed, _told(policy, one, new if one.owner == policy.rank else None))
 
 
 def lookup(new: dict[tuple[int, str], torch.Tensor]) -> NewWeights:
@@ -105,44 +118,48 @@ def _current(policy: Policy, layer: int, name: str, new_weights: NewWeights) -> 
 
 
 def _moments(
-    policy: Policy, removed: int, predecessor: int, new_weights: NewWeights
+    policy: Policy, removed: int, predecessor: int, owner: int, new_weights: NewWeights
 ) -> BlockMoments | NormedBlockMoments:
     family = policy.family
     if family.output_norm is None:
-        return BlockMoments(removed, predecessor)
+        return BlockMoments(removed, predecessor, owner)
     norm_H = family.norm_offset + _current(policy, predecessor, "output_norm", new_weights)
     eps: Any = policy.blocks[predecessor].get_submodule(family.output_norm).eps
-    return NormedBlockMoments(removed, predecessor, norm_H, float(eps))
+    return NormedBlockMoments(removed, predecessor, norm_H, float(eps), owner)
 
 
 def _solved(
     policy: Policy, moments: BlockMoments | NormedBlockMoments, ridge: float, new_weights: NewWeights
-) -> Absorbed:
-    """Rank 0 solves, the others are told: the same numbers everywhere."""
+) -> dict[str, torch.Tensor]:
+    """The predecessor's new weights by the names of their projections, on the rank that has the sums."""
     family, predecessor = policy.family, moments.predecessor
-    moments.reduce()
+    if isinstance(moments, NormedBlockMoments):
+        down_HC, norm_H = moments.solve(_current(policy, predecessor, "down_proj", new_weights), ridge)
+        return {"down_proj": down_HC, "output_norm": norm_H - family.norm_offset}
+    o_HA, down_HC = (_current(policy, predecessor, name, new_weights) for name in ("o_proj", "down_proj"))
+    gain_HA, gain_HC = moments.solve(o_HA.shape[1], ridge)
+    return {"o_proj": o_HA + gain_HA, "down_proj": down_HC + gain_HC}
+
+
+def _told(
+    policy: Policy, moments: BlockMoments | NormedBlockMoments, new: dict[str, torch.Tensor] | None
+) -> dict[tuple[int, str], torch.Tensor]:
+    """The new weights by block and projection, the same numbers on every rank; ``new`` is the owner's only."""
+    family, predecessor = policy.family, moments.predecessor
     block = policy.blocks[predecessor]
     down_proj = _linear(block, family.mlp, family.down_proj)
     o_proj = _linear(block, family.attention, family.o_proj)
     shapes: dict[str, tuple] = {"down_proj": (down_proj.out_features, down_proj.in_features)}
-    normed = isinstance(moments, NormedBlockMoments)
-    shapes |= (
-        {"output_norm": shapes["down_proj"][:1]} if normed else {"o_proj": (o_proj.out_features, o_proj.in_features)}
-    )
-    if policy.rank == 0:
-        current = {name: _current(policy, predecessor, name, new_weights) for name in shapes}
-        if isinstance(moments, NormedBlockMoments):
-            down_HC, norm_H = moments.solve(current["down_proj"], ridge)
-            new = {"down_proj": down_HC, "output_norm": norm_H - family.norm_offset}
-        else:
-            gain_HA, gain_HC = moments.solve(shapes["o_proj"][1], ridge)
-            new = {"o_proj": current["o_proj"] + gain_HA, "down_proj": current["down_proj"] + gain_HC}
+    if isinstance(moments, NormedBlockMoments):
+        shapes["output_norm"] = shapes["down_proj"][:1]
     else:
+        shapes["o_proj"] = o_proj.out_features, o_proj.in_features
+    if new is None:
         new = {name: torch.empty(shape, device=policy.device) for name, shape in shapes.items()}
     if dist.is_initialized():
         for name in sorted(new):
-            dist.broadcast(new[name], 0)
-    return Absorbed(moments.removed, {(predecessor, name): weight for name, weight in new.items()})
+            dist.broadcast(new[name], moments.owner)
+    return {(predecessor, name): weight for name, weight in new.items()}
 
 
 class LeaveOneOut:

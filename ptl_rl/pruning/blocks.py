@@ -47,18 +47,54 @@ def explicit(ids: list[int], removed_before: int, remove: int) -> list[int]:
     return [block - sum(earlier < block for earlier in gone) for block in now]
 
 
-class BlockMoments(Listener):
+class _Products(Listener):
+    """Adds up ``x^T x`` and ``x^T y`` over all ranks' batches on the one rank ``owner``, as no rank could hold all.
+
+    The others hold a batch's products while these are being reduced, as :mod:`ptl_rl.pruning.moments` does.
+    """
+
+    wants_blocks = True
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.xx_XX = self.xy_XH = torch.zeros(0)
+
+    def _add(self, x_NX: torch.Tensor, y_NH: torch.Tensor, read: torch.Tensor) -> None:
+        """Add a batch; collective. ``read`` has the type of what the factors came from."""
+        own, inputs = self.rank == self.owner, x_NX.shape[1]
+        if own and not len(self.xx_XX):
+            self.xx_XX, self.xy_XH = (
+                torch.zeros(inputs, width, device=x_NX.device) for width in (inputs, y_NH.shape[1])
+            )
+        with as_read(read):
+            if self.ranks == 1:
+                self.xx_XX.addmm_(x_NX.T, x_NX)
+                self.xy_XH.addmm_(x_NX.T, y_NH)
+                return
+            for total, product in ((self.xx_XX, x_NX.T @ x_NX), (self.xy_XH, x_NX.T @ y_NH)):
+                dist.reduce(product, self.owner)
+                if own:
+                    total += product
+
+    def reduce(self) -> None:
+        """Add up over ranks, on the owner, what is small enough to be held by all until then."""
+
+    def let_go(self) -> None:
+        """Free the sums' memory."""
+        self.xx_XX = self.xy_XH = torch.zeros(0)
+
+
+class BlockMoments(_Products):
     """Adds up the regression of one block's contribution on what goes into its predecessor's two output projections.
 
     X = [inputs of o_proj, inputs of down_proj], A + C wide; Y = what the block adds, H wide.
     """
 
-    wants_blocks = True
-
-    def __init__(self, removed: int, predecessor: int) -> None:
+    def __init__(self, removed: int, predecessor: int, owner: int = 0) -> None:
+        super().__init__(owner)
         self.removed, self.predecessor, self.attention_of = removed, predecessor, predecessor
         self.heads_NA = self.hidden_NC = torch.zeros(0)
-        self.xx_XX = self.xy_XH = torch.zeros(0)
 
     def on_attention(self, layer: int, heads_NA: torch.Tensor) -> None:
         self.heads_NA = heads_NA
@@ -74,18 +110,7 @@ class BlockMoments(Listener):
         x_NX = torch.cat([self.heads_NA, self.hidden_NC], dim=1).float() * root_N
         self.heads_NA = self.hidden_NC = torch.zeros(0)
         y_NH = (outputs_NH.float() - inputs_NH.float()) * root_N
-        if not len(self.xx_XX):
-            self.xx_XX = torch.zeros(x_NX.shape[1], x_NX.shape[1], device=x_NX.device)
-            self.xy_XH = torch.zeros(x_NX.shape[1], y_NH.shape[1], device=x_NX.device)
-        with as_read(inputs_NH):
-            self.xx_XX.addmm_(x_NX.T, x_NX)
-            self.xy_XH.addmm_(x_NX.T, y_NH)
-
-    def reduce(self) -> None:
-        """Add up over all ranks."""
-        if dist.is_initialized():
-            for total in (self.xx_XX, self.xy_XH):
-                dist.all_reduce(total)
+        self._add(x_NX, y_NH, inputs_NH)
 
     def solve(self, attention_width: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What to add to the predecessor's ``o_proj`` (H, A) and ``down_proj`` (H, C), float32.
@@ -99,7 +124,7 @@ class BlockMoments(Listener):
         return gain_HX[:, :attention_width], gain_HX[:, attention_width:]
 
 
-class NormedBlockMoments(Listener):
+class NormedBlockMoments(_Products):
     """The same regression where the predecessor adds ``g * D h / rms(D h)``, of which D and g may change.
 
     With the new norm ``g'``, a new ``D'`` gives the wanted sum ``m + y`` of contributions up to its length if
@@ -108,15 +133,12 @@ class NormedBlockMoments(Listener):
     direction has the length that the norm gives it, on average over units.
     """
 
-    wants_blocks = True
-
-    def __init__(self, removed: int, predecessor: int, norm_H: torch.Tensor, eps: float) -> None:
+    def __init__(self, removed: int, predecessor: int, norm_H: torch.Tensor, eps: float, owner: int = 0) -> None:
+        super().__init__(owner)
         self.removed, self.predecessor, self.output_of = removed, predecessor, predecessor
         self.norm_H, self.eps = norm_H.float(), eps
         self.output_NH = self.x_NC = torch.zeros(0)
         hidden_size = len(norm_H)
-        self.xx_CC = torch.zeros(0)
-        self.xy_CH = torch.zeros(0)
         self.sum_square_H = torch.zeros(hidden_size, dtype=torch.float64, device=norm_H.device)
         self.weight = torch.zeros((), dtype=torch.float64, device=norm_H.device)
 
@@ -138,19 +160,13 @@ class NormedBlockMoments(Listener):
         self.sum_square_H += ((self.output_NH + y_NH) * root_N1).square().sum(0)
         x_NC, y_NH = self.x_NC * root_N1, y_NH * root_N1
         self.output_NH = self.x_NC = torch.zeros(0)
-        if not len(self.xx_CC):
-            self.xx_CC = torch.zeros(x_NC.shape[1], x_NC.shape[1], device=x_NC.device)
-            self.xy_CH = torch.zeros(x_NC.shape[1], y_NH.shape[1], device=x_NC.device)
-        with as_read(inputs_NH):
-            self.xx_CC.addmm_(x_NC.T, x_NC)
-            self.xy_CH.addmm_(x_NC.T, y_NH)
+        self._add(x_NC, y_NH, inputs_NH)
         self.weight += weight_N.sum()
 
     def reduce(self) -> None:
-        """Add up over all ranks."""
         if dist.is_initialized():
-            for total in (self.xx_CC, self.xy_CH, self.sum_square_H, self.weight):
-                dist.all_reduce(total)
+            for total in (self.sum_square_H, self.weight):
+                dist.reduce(total, self.owner)
 
     def solve(self, down_HC: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The predecessor's new ``down_proj`` (H, C) and new norm, offset included, (H,); float32.
@@ -159,7 +175,7 @@ class NormedBlockMoments(Listener):
             down_HC: its present ``down_proj``.
             ridge: relative to the median square of the regression's inputs.
         """
-        gain_CH = ridge_regression(self.xx_CC, self.xy_CH, [slice(None)], ridge)
+        gain_CH = ridge_regression(self.xx_XX, self.xy_XH, [slice(None)], ridge)
         size_H = (self.sum_square_H / self.weight).sqrt().clamp_min(1e-12)
         new_norm_H = torch.where(self.norm_H < 0, -size_H, size_H)
         new_down_HC = (

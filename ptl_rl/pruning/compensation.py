@@ -13,50 +13,56 @@ import torch
 
 @dataclass(frozen=True)
 class Fit:
-    """What slicing does to one block's FFN output over the calibration tokens, as shares of its mean square."""
+    """What slicing does to one block's FFN output over the calibration tokens."""
 
     weight_HK: torch.Tensor
     """New ``down_proj`` weight over the kept channels, float32."""
-    error_plain: float
-    """Share of the output that is lost if the kept columns stay as they are."""
-    error: float
-    """Share of the output that is lost with ``weight_HK``."""
+    lost_plain: float
+    """Sum (mean, if the moments are means) of the squares of what is lost if the kept columns stay as they are."""
+    lost: float
+    """The same with ``weight_HK``."""
+
+
+def _ridge(moment_CC: torch.Tensor, ridge: float) -> float:
+    """``ridge`` times the mean of the diagonal, for all channels alike, also for those that never fire."""
+    mean = float(moment_CC.diagonal().double().mean())
+    return ridge * mean if mean > 0 else 1.0
 
 
 def _ridged(moment_CC: torch.Tensor, ridge: float) -> torch.Tensor:
-    """float64 copy with ``ridge`` times the mean of the diagonal added to it; channels that never fire get the same."""
+    """float64 copy with the ridge added to its diagonal."""
     ridged_CC = moment_CC.to(torch.float64, copy=True)
-    mean = float(ridged_CC.diagonal().mean())
-    ridged_CC.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    ridged_CC.diagonal().add_(_ridge(moment_CC, ridge))
     return ridged_CC
-
-
-def _share(change_HC: torch.Tensor, moment_CC: torch.Tensor, total: float) -> float:
-    return float(((change_HC @ moment_CC) * change_HC).sum() / total) if total > 0 else 0.0
 
 
 def least_squares(weight_HC: torch.Tensor, moment_CC: torch.Tensor, keep: list[int], ridge: float) -> Fit:
     """Let the kept columns of ``weight_HC`` take over what the removed ones contributed.
 
+    Rows are independent of each other, so that they can be shared out, and the fits' losses added up.
+
     Args:
-        weight_HC: ``down_proj`` weight, any floating type.
+        weight_HC: ``down_proj`` weight, or some of its rows, any floating type.
         moment_CC: sum or mean of ``h h^T`` over calibration tokens, on the device that solves.
         keep: ascending ids of the channels that stay.
         ridge: relative to the mean of the diagonal; holds the new columns near the old ones where data says little.
     """
-    weight_HC = weight_HC.to(moment_CC.device, torch.float64)
-    exact_CC = moment_CC.double()
-    total = float(((weight_HC @ exact_CC) * weight_HC).sum())
-    kept_K = torch.tensor(keep, device=moment_CC.device)
-    is_removed_C = torch.ones(weight_HC.shape[1], dtype=torch.bool, device=moment_CC.device)
+    device = moment_CC.device
+    weight_HC = weight_HC.to(device, torch.float64)
+    kept_K = torch.tensor(keep, device=device)
+    is_removed_C = torch.ones(len(moment_CC), dtype=torch.bool, device=device)
     is_removed_C[kept_K] = False
-    change_HC = torch.where(is_removed_C, weight_HC, 0.0)
-    error_plain = _share(change_HC, exact_CC, total)
-    factor_KK = torch.linalg.cholesky(_ridged(moment_CC, ridge)[kept_K][:, kept_K])
-    wanted_KH = exact_CC[kept_K] @ change_HC.T
-    gain_HK = torch.cholesky_solve(wanted_KH, factor_KK).T
-    change_HC[:, kept_K] = -gain_HK
-    return Fit((weight_HC[:, kept_K] + gain_HK).float(), error_plain, _share(change_HC, exact_CC, total))
+    removed_D = is_removed_C.nonzero().flatten()
+    removed_HD = weight_HC[:, removed_D]
+    lost_plain = ((removed_HD @ moment_CC[removed_D][:, removed_D].double()) * removed_HD).sum()
+    wanted_KH = moment_CC[kept_K][:, removed_D].double() @ removed_HD.T
+    added = _ridge(moment_CC, ridge)
+    ridged_KK = moment_CC[kept_K][:, kept_K].double()
+    ridged_KK.diagonal().add_(added)
+    gain_HK = torch.cholesky_solve(wanted_KH, torch.linalg.cholesky(ridged_KK)).T
+    # With G the gain, p = W_D C_DD W_D^T - 2 G C_KD W_D^T + G C_KK G^T is lost, and G (C_KK + ridge) = W_D C_DK.
+    lost = lost_plain - (gain_HK * wanted_KH.T).sum() - added * gain_HK.square().sum()
+    return Fit((weight_HC[:, kept_K] + gain_HK).float(), float(lost_plain), max(0.0, float(lost)))
 
 
 def removal_order(

@@ -98,9 +98,22 @@ class Policy:
             sensitivity=sensitivity,
         )
 
-    def weight(self, layer: int, name: str) -> torch.Tensor:
-        """A projection's weight, read whole from the checkpoint."""
-        return read_tensor(self.source, self.family.projection(layer, name) + ".weight").to(self.device)
+    def weight(self, layer: int, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of a projection's weight, read from the checkpoint, all of them by default."""
+        return read_tensor(self.source, self.family.projection(layer, name) + ".weight", rows).to(self.device)
+
+    def shares(self, rows: int, tasks: int = 1) -> list[tuple[int, slice]]:
+        """What this rank does of ``tasks`` that each are ``rows`` independent rows: tasks, and which of their rows.
+
+        A task costs something beside its rows (a factorisation), so a rank does one task only, if there are as many
+        ranks as tasks: rank r does task r modulo ``tasks``, and shares its rows with the other ranks that do.
+        """
+        if self.ranks < tasks:
+            return [(task, slice(0, rows)) for task in range(self.rank, tasks, self.ranks)]
+        task, place = self.rank % tasks, self.rank // tasks
+        members = len(range(task, self.ranks, tasks))
+        own = slice(rows * place // members, rows * (place + 1) // members)
+        return [(task, own)] if own.start < own.stop else []
 
 
 def barrier() -> None:

@@ -8,7 +8,8 @@ would have added. The architecture stays stock.
 
 A block costs four of its forward passes (original, cut, once more with the new ``o_proj``, and with both), so the whole
 costs about four passes without output head, whatever the depth. A rank holds its sequences' two streams, tokens times
-hidden size each, one block's sums and no other block's weights. Sums are added up over ranks once per block.
+hidden size each, one block's sums and no other block's weights. Sums are added up over ranks once per block, and every
+rank solves for its share of the hidden units, which are independent of each other.
 """
 
 from collections.abc import Callable
@@ -17,55 +18,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ptl_rl.data.encoding import Sequence
-from ptl_rl.pruning.blocks import ridge_regression
 from ptl_rl.pruning.blockwise import BlockByBlock, Seen, block_by_block
 from ptl_rl.pruning.calibration import Batch
 from ptl_rl.pruning.compensation import least_squares
-from ptl_rl.pruning.moments import add_products, as_read, fill_lower
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.policy import Policy
+from ptl_rl.pruning.regression import Sums
 from ptl_rl.pruning.streaming import Listener, on_device
 
 SMALLEST_GAIN = 0.1
 """Of a norm's root mean square: below it a hidden unit's error is not divided by its gain."""
-
-
-class Sums:
-    """The regression of what the stream lacks on the inputs of a projection that writes into it.
-
-    X inputs, H hidden size; behind a norm the inputs are taken as they arrive there, divided by the output's size.
-    """
-
-    def __init__(self, inputs: int, hidden_size: int, device: torch.device) -> None:
-        self.xx_XX = torch.zeros(inputs, inputs, device=device)
-        self.xy_XH = torch.zeros(inputs, hidden_size, device=device)
-
-    def add(self, x_BTX: torch.Tensor, size_BT1: torch.Tensor | None, error_BTH: torch.Tensor, weight_BT: torch.Tensor):
-        """Add a batch.
-
-        Args:
-            size_BT1: of the output that a norm divides by; None without one.
-            error_BTH: what the stream lacks.
-        """
-        root_BT1 = weight_BT.sqrt().unsqueeze(-1)
-        x_NX = (x_BTX.float() * (root_BT1 if size_BT1 is None else root_BT1 / size_BT1)).flatten(0, -2)
-        y_NH = (error_BTH * root_BT1).flatten(0, -2)
-        with as_read(x_BTX):
-            add_products(self.xx_XX, x_NX)
-            self.xy_XH.addmm_(x_NX.T, y_NH)
-
-    def reduce(self) -> None:
-        """Add up over ranks, on rank 0."""
-        if dist.is_initialized():
-            dist.reduce(self.xx_XX, 0)
-            dist.reduce(self.xy_XH, 0)
-        fill_lower(self.xx_XX)
-
-    def change(self, keep: torch.Tensor | slice, ridge: float) -> torch.Tensor:
-        """(H, K) float32 change of the kept columns; ``ridge`` is relative to their median square."""
-        return ridge_regression(self.xx_XX[keep][:, keep], self.xy_XH[keep], [slice(None)], ridge).T.float()
 
 
 @dataclass(frozen=True)
@@ -169,7 +134,7 @@ class _Refit:
         stream = self._lost()
         if not cuts_channels:
             return Losses(stream=stream)
-        shares = self.shares.to(self.policy.device)  # of the rank that solves; the others have none
+        shares = self.shares.to(self.policy.device)  # each rank has those of the rows that it has solved for
         if dist.is_initialized():
             dist.all_reduce(shares)
         plain, left = (shares / plan.num_hidden_layers).tolist()
@@ -217,6 +182,7 @@ class _Refit:
             sums.reduce()
             new["o_proj"] = self._solved(layer, "o_proj", sums, None)
         sums = None
+        bias_H = self._bias(layer)
         for index, batch in enumerate(self.batches):
 
             def second(run: Callable[..., Seen], index: int = index, batch: Batch = batch) -> None:
@@ -225,7 +191,9 @@ class _Refit:
                 sums = sums or self._sums(cut.hidden_BTC, cut.out_BTH)
                 size_BT1 = self._size(layer, "output_norm", cut.fed_BTH)
                 error_BTH = self.original[index].float() - cut.out_BTH.float()
-                sums.add(cut.hidden_BTC, size_BT1, error_BTH, self._weight_BT(layer, index, cut))
+                weight_BT = self._weight_BT(layer, index, cut)
+                sums.add(cut.hidden_BTC, size_BT1, error_BTH, weight_BT)
+                sums.add_output(cut.fed_BTH if bias_H is None else cut.fed_BTH - bias_H, size_BT1, weight_BT)
 
             self._visit(layer, batch, second)
         assert sums is not None
@@ -257,31 +225,44 @@ class _Refit:
         return weight_BT if size_BT1 is None else weight_BT * size_BT1.squeeze(-1).square()
 
     def _solved(self, layer: int, name: str, sums: Sums, channels: list[int] | None) -> torch.Tensor:
-        """The new weight, over ``channels`` if given; rank 0 solves and tells the others."""
+        """The new weight, over ``channels`` if given; every rank solves for its share of the hidden units' rows.
+
+        What is absorbed and what the stream lacks are two regressions, each with a factorisation of its own: from two
+        ranks on, they are made side by side.
+        """
         policy, plan = self.policy, self.plan
         inputs, hidden_size = sums.xy_XH.shape
-        solved_HK = torch.empty(hidden_size, inputs if channels is None else len(channels), device=policy.device)
-        if policy.rank == 0:
-            weight_HX = policy.weight(layer, name).float()
-            keep: Any = slice(None)
-            if channels is not None:
-                keep = torch.tensor(channels, device=policy.device)
-                fit = least_squares(weight_HX, sums.xx_XX, channels, plan.ridge)
-                self.shares += torch.tensor([fit.error_plain, fit.error], dtype=torch.float64)
-                weight_HX = fit.weight_HK
-            solved_HK = weight_HX + self._before_norm(layer, name, sums.change(keep, plan.stream_ridge))
+        keep: Any = slice(None) if channels is None else torch.tensor(channels, device=policy.device)
+        new_HK = torch.zeros(hidden_size, inputs if channels is None else len(channels), device=policy.device)
+        for task, rows in policy.shares(hidden_size, 1 if channels is None else 2):
+            if task == 0:
+                new_HK[rows] += self._before_norm(layer, name, sums.change(keep, plan.stream_ridge, rows), rows)
+            if channels is None:
+                new_HK[rows] += policy.weight(layer, name, rows).float()
+            elif task == 1:
+                fit = least_squares(policy.weight(layer, name, rows), sums.xx_XX, channels, plan.ridge)
+                lost = torch.tensor([fit.lost_plain, fit.lost], dtype=torch.float64)
+                self.shares += lost / max(float(sums.square), 1e-300)
+                new_HK[rows] += fit.weight_HK
         if dist.is_initialized():
-            dist.broadcast(solved_HK, 0)
-        return solved_HK
+            dist.all_reduce(new_HK)
+        return new_HK
 
-    def _before_norm(self, layer: int, name: str, change_HK: torch.Tensor) -> torch.Tensor:
+    def _before_norm(self, layer: int, name: str, change_RK: torch.Tensor, rows: slice) -> torch.Tensor:
         """What gives the change behind the norm of the projection's output, its division apart."""
         norm = "attention_norm" if name == "o_proj" else "output_norm"
         if getattr(self.policy.family, norm) is None:
-            return change_HK
+            return change_RK
         gain_H = self.policy.family.norm_offset + self.policy.weight(layer, norm).float()
         least = SMALLEST_GAIN * gain_H.square().mean().sqrt()
-        return change_HK / torch.where(gain_H < 0, gain_H.clamp_max(-least), gain_H.clamp_min(least))[:, None]
+        gain_H = torch.where(gain_H < 0, gain_H.clamp_max(-least), gain_H.clamp_min(least))
+        return change_RK / gain_H[rows, None]
+
+    def _bias(self, layer: int) -> torch.Tensor | None:
+        """What ``down_proj`` adds whatever it is fed."""
+        family = self.policy.family
+        bias = self.blocks.stations[layer].block.get_submodule(f"{family.mlp}.{family.down_proj}").bias
+        return bias.full_tensor() if isinstance(bias, DTensor) else bias
 
     def _lost(self) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.policy.device)

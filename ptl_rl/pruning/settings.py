@@ -138,8 +138,8 @@ class ScheduleConfig(Section):
     alignment: int = Field(
         128,
         ge=1,
-        description="Kept widths are multiples of this times tensor_parallel_size; 128 is what 4-bit (Marlin) and block "
-        "FP8 kernels take.",
+        description="Kept widths are multiples of this times tensor_parallel_size; 4-bit (Marlin) and block FP8 "
+        "kernels take multiples of 128.",
     )
     recover_only: bool = Field(
         False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."

@@ -44,10 +44,10 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a checkpoint, whole, on the CPU."""
+def read_tensor(folder: Path, name: str, rows: slice = slice(None)) -> torch.Tensor:
+    """Rows of one tensor of a checkpoint, on the CPU; no byte of the others is read."""
     with safe_open(checkpoint_files(folder)[name], "pt") as file:
-        return file.get_tensor(name)
+        return file.get_slice(name)[rows]
 
 
 def checkpoint_hash(folder: Path) -> str:

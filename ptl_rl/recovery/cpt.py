@@ -8,6 +8,7 @@ from typing import Any
 from ptl_rl.config import ConfigError
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import worked_solutions
+from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
 from ptl_rl.recovery.settings import CptConfig
@@ -82,6 +83,20 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
     return path, counts, subset_hash(records)
 
 
+def _train(context: StageContext, recovery: CptConfig, sequences: Path, batch: int, follower: MetricsFollower) -> None:
+    os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
+    context.connect_ray()
+    verl_config = compose_sft(render_sft(context.config, recovery, context.spec, sequences, batch))
+    verl_config.trainer.seed = context.seed % (1 << 31)
+    from ptl_rl.recovery.trainer import SequenceTrainer
+
+    follower.start()
+    try:
+        SequenceTrainer(verl_config, _parent_loss(context, recovery) if recovery.parent_kl else None).fit()
+    finally:
+        follower.finish()
+
+
 def recover(context: StageContext) -> dict:
     """Train ``spec.steps`` steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
 
@@ -91,24 +106,12 @@ def recover(context: StageContext) -> dict:
     assert isinstance(recovery, CptConfig)
     path, counts, data_hash = _prepare(context, recovery)
     batch = batch_sequences(recovery, counts, config.resources.workers)
-    metrics_path = spec.work / "metrics.jsonl"
-    os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
-    context.connect_ray()
-    verl_config = compose_sft(render_sft(config, recovery, spec, path, batch))
-    verl_config.trainer.seed = context.seed % (1 << 31)
-    from ptl_rl.recovery.trainer import SequenceTrainer
-
-    follower = MetricsFollower(context, metrics_path, _select, timed=True)
-    follower.start()
-    try:
-        SequenceTrainer(verl_config, _parent_loss(context, recovery) if recovery.parent_kl else None).fit()
-    finally:
-        follower.finish()
-    folder = spec.work / "checkpoints" / f"global_step_{spec.steps}" / "huggingface"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder}: verl ended without writing the recovered checkpoint")
-    shutil.copytree(folder, spec.out, dirs_exist_ok=True)
-    shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
+    follower = MetricsFollower(context, spec.work / "metrics.jsonl", _select, timed=True)
+    checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps)
+    if not checkpoints.are_finished():
+        _train(context, recovery, path, batch, follower)
+    checkpoints.hand_over(spec.out)
+    follower.save(spec.out / "verl_metrics.jsonl")
     curve = follower.curve
     notes = [f"{counts.cut} of {counts.documents} solutions were cut at max_tokens"] if counts.cut else []
     return {

@@ -33,20 +33,21 @@ class MetricsFollower(threading.Thread):
         self._last: float | None = None
         self._stop_asked = threading.Event()
         self._read = 0
+        self._earlier = path.with_name(f"earlier-{path.name}")
         self._keep_earlier()
 
     def _keep_earlier(self) -> None:
         """verl empties its file when it goes on from a checkpoint, so what a killed attempt logged is put aside."""
-        earlier = self.path.with_name(f"earlier-{self.path.name}")
         if self.path.exists():
-            with earlier.open("ab") as file:
-                file.write(self.path.read_bytes())
+            logged = self.path.read_bytes()
+            with self._earlier.open("ab") as file:
+                file.write(logged[: logged.rfind(b"\n") + 1])  # the last line may have been cut short
             self.path.unlink()
-        if earlier.exists():
-            for line in earlier.read_text().splitlines():
+        if self._earlier.exists():
+            for line in self._earlier.read_text().splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # cut short when the attempt was killed
+                except ValueError:  # by an attempt that was killed here
                     continue
                 self.steps.setdefault(int(row["step"]), {}).update(self.select(row["data"]))
 
@@ -76,6 +77,13 @@ class MetricsFollower(threading.Thread):
     def curve(self) -> list[dict[str, float]]:
         """What was logged, by step."""
         return [{"step": step, **values} for step, values in sorted(self.steps.items())]
+
+    def save(self, path: Path) -> None:
+        """Write all that verl has logged, by killed attempts, too, whose steps may have been made again."""
+        with path.open("wb") as file:
+            for part in (self._earlier, self.path):
+                if part.exists():
+                    file.write(part.read_bytes())
 
     def run(self) -> None:
         while not self._stop_asked.wait(POLL_SECONDS):

@@ -11,6 +11,8 @@ from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import evaluation_data, training_data
 from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.families import read_shape
+from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext
@@ -82,13 +84,6 @@ def _user_keys(context: StageContext, record: Record) -> dict[str, str] | None:
         return None
 
 
-def _final_checkpoint(context: StageContext) -> Path:
-    folder = context.spec.work / "checkpoints" / f"global_step_{context.spec.steps}" / "actor" / "huggingface"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder}: verl ended without writing the recovered checkpoint")
-    return folder
-
-
 def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     """Leave the policy's latest rewarded responses beside its checkpoint, for the next cycle's scoring."""
     from transformers import AutoTokenizer
@@ -115,6 +110,20 @@ def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     rollouts.save(kept, spec.out)
 
 
+def _train(context: StageContext, records: Sequence[Record], follower: MetricsFollower) -> None:
+    os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
+    context.connect_ray()
+    keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
+    verl_config = compose(render(context.config, context.spec, keys, shape))
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    follower.start()
+    try:
+        run_ppo(verl_config, task_runner_class=TaskRunnerV1)
+    finally:
+        follower.finish()
+
+
 def recover(context: StageContext) -> dict:
     """Train ``spec.steps`` GRPO steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
 
@@ -122,19 +131,12 @@ def recover(context: StageContext) -> dict:
     """
     spec = context.spec
     records, metrics_path = _prepare(context)
-    os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics_path)
-    context.connect_ray()
-    verl_config = compose(render(context.config, spec, _user_keys(context, records[0])))
-    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-
     follower = MetricsFollower(context, metrics_path, _select)
-    follower.start()
-    try:
-        run_ppo(verl_config, task_runner_class=TaskRunnerV1)
-    finally:
-        follower.finish()
-    shutil.copytree(_final_checkpoint(context), spec.out, dirs_exist_ok=True)
-    shutil.copy2(metrics_path, spec.out / "verl_metrics.jsonl")
+    checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
+    if not checkpoints.are_finished():
+        _train(context, records, follower)
+    checkpoints.hand_over(spec.out)
+    follower.save(spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
         _keep_rollouts(context, records)
     curve = follower.curve

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import sft_loss
 
-from ptl_rl.attention import FLASH, without_flash
-from ptl_rl.families import read_config_json
+from ptl_rl.attention import FLASH
 
 CHUNK_TOKENS = 1024
 """Tokens whose distributions are held in float32 at a time."""
@@ -40,8 +39,7 @@ class ParentLoss:
 
     def __init__(self, folder: Path, weight: float, cross_entropy: float, attention: str, dtype: str) -> None:
         self.folder, self.weight, self.cross_entropy = folder, weight, cross_entropy
-        # It reads padded rows, in one go for all of them.
-        self.attention = without_flash(read_config_json(folder)) if attention == FLASH else attention
+        self.attention = attention
         self.dtype = dtype
         self._parent: torch.nn.Module | None = None
 
@@ -59,10 +57,14 @@ class ParentLoss:
 
     @torch.no_grad()
     def parent_logits(self, data: TensorDict) -> torch.Tensor:
-        """(N, V) over the documents of a micro-batch, one after the other."""
+        """(N, V) over the documents of a micro-batch, one after the other; padded only if the policy's are."""
         ids = data["input_ids"]
+        if self.attention == FLASH:  # a position of 0 tells it where a document begins
+            options = {"input_ids": ids.values()[None], "position_ids": data["position_ids"].values()[None]}
+            return self._loaded()(**options, use_cache=False).logits[0]
         length_B = ids.offsets().diff()
-        ids_BT = torch.nested.to_padded_tensor(ids, 0)
+        # Left to itself torch pads to the tokens of all rows together, where it does not know the longest one.
+        ids_BT = torch.nested.to_padded_tensor(ids, 0, output_size=(len(length_B), int(length_B.max())))
         mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
         logits_BTV = self._loaded()(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         return logits_BTV[mask_BT]

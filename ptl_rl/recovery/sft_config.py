@@ -5,9 +5,9 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import RunConfig
-from ptl_rl.platform.checks import ENGINE_LIBRARY
+from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.recovery.settings import CptConfig
-from ptl_rl.recovery.verl_config import SAVE_ALL, composed, micro_batch
+from ptl_rl.recovery.verl_config import checkpoint_settings, composed, micro_batch
 from ptl_rl.stage import StageSpec
 
 
@@ -40,14 +40,14 @@ def render_sft(
         "engine.param_offload": recovery.offload,
         "engine.optimizer_offload": recovery.offload,
         "engine.dtype": config.model.dtype,
+        **(float32_engine("engine") if config.model.dtype == "float32" else {}),
         "engine.seed": config.seed,
         "optim.lr": recovery.learning_rate,
         "optim.lr_scheduler_type": recovery.learning_rate_schedule,
         "optim.lr_warmup_steps": -1 if recovery.warmup_ratio is not None else recovery.warmup_steps,
         "optim.lr_warmup_steps_ratio": recovery.warmup_ratio or 0.0,
         "optim.weight_decay": recovery.weight_decay,
-        "checkpoint.save_contents": SAVE_ALL if recovery.save_every_steps else ["hf_model"],
-        "checkpoint.load_contents": SAVE_ALL[1:] if recovery.save_every_steps else [],
+        **checkpoint_settings(recovery, spec),
         "trainer.device": spec.device,
         "trainer.nnodes": resources.nodes,
         "trainer.n_gpus_per_node": resources.workers_per_node,

@@ -5,13 +5,27 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, RunConfig
-from ptl_rl.platform.checks import ENGINE_LIBRARY
-from ptl_rl.recovery.settings import DistillConfig, GrpoConfig
+from ptl_rl.families import ModelShape
+from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.recovery.settings import DistillConfig, GrpoConfig, RecoveryConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
+SMALLEST_BUCKET_MIB = 64
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
+"""The first at the last step, the others, from which training can go on, before it."""
+
+
+def checkpoint_settings(recovery: RecoveryConfig, spec: StageSpec) -> dict[str, Any]:
+    """verl's section ``checkpoint``: what is written and read, and the last step, which is written otherwise."""
+    resumable = recovery.save_every_steps > 0
+    return {
+        "checkpoint._target_": f"{ENGINE_LIBRARY}.StepwiseCheckpointConfig",
+        "checkpoint.last_step": spec.steps,
+        "checkpoint.save_contents": SAVE_ALL if resumable else ["hf_model"],
+        "checkpoint.load_contents": SAVE_ALL[1:] if resumable else [],
+    }
 
 
 def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
@@ -61,7 +75,6 @@ def _micro_batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> 
 
 def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     seed = config.seed * 1009 + spec.cycle * 31 + spec.round
-    save = SAVE_ALL if recovery.save_every_steps else ["hf_model"]
     actor = {
         "strategy": "fsdp2",
         "optim.lr": recovery.learning_rate,
@@ -76,8 +89,7 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "kl_loss_coef": recovery.kl_loss,
         "kl_loss_type": "low_var_kl",
         "data_loader_seed": seed,
-        "checkpoint.save_contents": save,
-        "checkpoint.load_contents": SAVE_ALL[1:] if recovery.save_every_steps else [],
+        **checkpoint_settings(recovery, spec),
         "fsdp_config.seed": seed,
         "fsdp_config.param_offload": recovery.offload,
         "fsdp_config.optimizer_offload": recovery.offload,
@@ -92,7 +104,13 @@ def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str
         "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
         "actor_rollout_ref.model.override_config.attn_implementation": spec.attention,
         "actor_rollout_ref.model.use_remove_padding": spec.attention == FLASH,
+        **(_engines_in_float32() if config.model.dtype == "float32" else {}),
     }
+
+
+def _engines_in_float32() -> dict[str, Any]:
+    parts = [float32_engine(f"actor_rollout_ref.{part}.fsdp_config") for part in ("actor", "ref")]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
@@ -189,11 +207,21 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
     return {f"distillation.{key}": value for key, value in settings.items()}
 
 
-def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None) -> dict[str, Any]:
+def _bucket(shape: ModelShape) -> dict[str, Any]:
+    """verl sends weights to vLLM through shared memory in buckets, on CPUs, and stops at a tensor that is larger."""
+    largest = max(shape.vocab_size, shape.intermediate_size) * shape.hidden_size * 4
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    return {key: max(SMALLEST_BUCKET_MIB, -(-largest // 2**20))}
+
+
+def render(
+    config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None, shape: ModelShape | None = None
+) -> dict[str, Any]:
     """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
+        shape: of the model in ``spec.source``; None for one of the test bed's size.
     """
     recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
@@ -212,6 +240,7 @@ def render(config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None 
             **verl_cpu_overrides(config.resources.workers),
             "trainer.nnodes": config.resources.nodes,
             "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
+            **(_bucket(shape) if shape else {}),
         }
         if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.

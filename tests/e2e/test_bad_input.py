@@ -1,6 +1,7 @@
 """Bad input ends with one clear line and exit status 2, before Ray starts."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,17 @@ def run(repository, tmp_path, *settings):
     options = [part for setting in settings for part in ("--set", setting)]
     arguments = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run"), *options]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+
+
+def test_a_recipe_for_gpus_without_any_is_refused_before_anything_is_downloaded(repository, tmp_path):
+    recipe = str(repository / "recipes/grpo_qwen2.5-7b_8xh200.yaml")
+    command = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run")]
+    hidden = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=hidden)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: resources.device: cuda, but ") and "Qwen" not in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

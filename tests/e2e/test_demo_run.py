@@ -162,6 +162,9 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
     assert steps_of(run_dir, "002-recover")[0] == CPT["save_every_steps"] + 1
     assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
+    # Each worker has written its part of the policy.
+    for cycle in ("001", "002"):
+        assert len(list((run_dir / "cycles" / cycle / "recovered").glob("model-*.safetensors"))) == 2
     sliced = journal[2, "slice"]
     assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
     assert 0 < sliced["stream_error"] < 1
@@ -239,7 +242,7 @@ def ray_head() -> Iterator[str]:
             *start.split(),
             f"--temp-dir={folder}",
             "--num-gpus=3",  # two workers, and the parent of a distillation
-            "--num-cpus=64",
+            "--num-cpus=20",  # what the SFT trainer reserves for two workers, and no more
         ],
         env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
         check=True,
@@ -291,7 +294,8 @@ def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, t
     sliced = next(e.metrics for e in in_cycle if e.stage == "slice")
     assert sliced["logit_difference"] < 1e-4
     assert 0 < sliced["output_error"] < sliced["output_error_plain"]
-    assert len(list((run_dir / "cycles/001/sliced").glob("model-*.safetensors"))) == 2
+    for folder in ("sliced", "recovered", "recovered-part2"):  # each worker has written its part
+        assert len(list((run_dir / "cycles/001" / folder).glob("model-*.safetensors"))) == 2
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
     assert processes_of(run_dir) == []
@@ -325,24 +329,4 @@ def test_ctrl_c_leaves_a_resumable_run_and_no_process(repository, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"Continue with: ptl resume {run_dir}" in errors
-    assert processes_of(run_dir) == []
-
-
-@pytest.mark.timeout(330)
-def test_a_failing_stage_leaves_a_resumable_run_and_no_process(repository, tmp_path):
-    criterion = tmp_path / "mine.py"
-    criterion.write_text(
-        "def mine(statistics):\n"
-        "    if statistics.sum_LC.shape[1] > 8:\n"  # not yet when it is tried out before the run
-        "        raise RuntimeError('planted')\n"
-        "    return statistics.abs_sum_LC\n"
-    )
-    run_dir = tmp_path / "run"
-    settings = {"criterion__path": str(criterion), "criterion__channels": "mine"}
-    failed = subprocess.run(command(repository, run_dir, **settings), capture_output=True, text=True, timeout=300)
-    assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert "stage 001-score failed" in failed.stderr and "planted" in failed.stderr
-    assert f"log: {run_dir / 'logs' / '001-score.1.log'}" in failed.stderr
-    assert f"continue with: ptl resume {run_dir}" in failed.stderr
-    assert entries(run_dir) == ["0.evaluate"]
     assert processes_of(run_dir) == []

@@ -63,15 +63,3 @@ def test_two_tasks_offline_and_again_for_nothing(questions, tmp_path):
     again = ptl_eval(*arguments)
     assert "loading the model" in first.stdout and "loading the model" not in again.stdout
     assert json.loads((tmp_path / "out/results.json").read_text())["tasks"] == found
-
-
-def test_two_models_are_timed_in_turns(tmp_path):
-    command = [sys.executable, "-m", "ptl_rl.cli", "speed", "testbed", "testbed:llama", "--rounds", "2"]
-    command += ["--sequences", "4", "--response-tokens", "8", "--out", str(tmp_path / "speed.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    first, second = json.loads((tmp_path / "speed.json").read_text())
-    assert first["promised"] == 1.0 and first["speedup"]["saturated"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert set(second["tokens_per_second"]) == {"batch 1", "saturated"}
-    assert all(spread["low"] > 0 for model in (first, second) for spread in model["tokens_per_second"].values())
-    assert "leaked" not in done.stderr and "of what is promised" in done.stdout

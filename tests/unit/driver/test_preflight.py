@@ -5,6 +5,7 @@ from collections import namedtuple
 import pytest
 from data_rows import row, run_config
 
+from ptl_rl import attention
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import preflight
 from ptl_rl.recipe import load_config, parse_config
@@ -90,3 +91,15 @@ def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):
     preflight.check_chat_template(parse_config({**values, "recovery": [{"cpt": {}}]}), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     preflight.check_chat_template(parse_config(values), tmp_path)
+
+
+def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "detect_device", lambda config: "cuda")
+    monkeypatch.setattr(attention, "flash_problem", lambda: "the package flash-attn is not installed")
+    values = run_config(tmp_path).model_dump()
+    values["recovery"] = [{"method": "cpt", "sequences_per_step": 1}]
+    notes = preflight.check(parse_config(values), tmp_path / "run").notes
+    assert any(note.startswith("model.attention is sdpa, as the package flash-attn is not installed") for note in notes)
+    values["model"]["attention"] = "flash_attention_2"
+    with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2, but the package flash-attn"):
+        preflight.check(parse_config(values), tmp_path / "run")

@@ -1,13 +1,18 @@
 """Nothing half-written gets a final name, nothing missing is replaced, and two drivers never share a run."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.driver.loop import start_run
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.driver.state import ORIGINAL, Stage
+from ptl_rl.recipe import load_config, read_saved_config
 
 
 def fill(folder: Path, *names: str) -> None:
@@ -83,3 +88,56 @@ def test_second_driver_is_refused(tmp_path):
     process.join()
     with RunFolder(tmp_path).locked():
         pass
+
+
+def refuse(number: int):
+    def call(*_):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused_in_a_sentence(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", refuse(number))
+    message = rf"{tmp_path}: the file system cannot lock files \(flock: {os.strerror(number)}\).*-o flock.*--run-dir"
+    with pytest.raises(ConfigError, match=message), RunFolder(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "message"),
+    [
+        (Path, "symlink_to", r"the file system cannot replace a symbolic link \(Operation not permitted\)"),
+        (os, "fsync", r"the file system cannot wait until data is on disk \(fsync\) \(Operation not permitted\)"),
+        (os, "open", r"cannot write there \(Operation not permitted\)"),
+    ],
+)
+def test_what_a_run_needs_of_a_file_system_is_tried_out_first(tmp_path, monkeypatch, module, name, message):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, refuse(errno.EPERM))
+        with pytest.raises(ConfigError, match=message), RunFolder(tmp_path).locked():
+            pass
+    with RunFolder(tmp_path).locked():
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_synced_does_not_stop_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    with RunFolder(tmp_path).locked():
+        pass
+
+
+def test_only_a_run_that_began_is_protected(tmp_path, repository):
+    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    start_run(config, tmp_path / "run")
+    folder = start_run(config.model_copy(update={"seed": 7}), tmp_path / "run")  # refused by a cluster, say
+    assert read_saved_config(folder.config).seed == 7
+    (folder.logs / "000-evaluate.1.spec.json").touch()
+    with pytest.raises(ConfigError, match="already holds a run; continue it with: ptl resume"):
+        start_run(config, tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"file/run: cannot write there \(Not a directory\); choose another --run-dir"
+    ):
+        start_run(config, tmp_path / "file" / "run")

@@ -55,6 +55,42 @@ def test_ray_environment_carries_what_verl_would_have_set(monkeypatch):
     assert env["TOKENIZERS_PARALLELISM"] == "false"
 
 
+SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+
+
+def test_vllm_on_gpus_is_not_to_compile_a_sampler_unless_it_is_asked_to(monkeypatch):
+    monkeypatch.delenv(SAMPLER, raising=False)
+    assert checks.cuda_env_vars() == {SAMPLER: "0"}
+    monkeypatch.setenv(SAMPLER, "1")
+    assert checks.cuda_env_vars() == {}
+
+
+def test_every_way_to_vllm_on_a_gpu_takes_that_environment(monkeypatch, repository, tmp_path):
+    from ptl_rl.evaluation import command, speed
+    from ptl_rl.recipe import load_config
+    from ptl_rl.stage import StageContext, StageSpec
+
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != SAMPLER})
+    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    for device, expected in (("cuda", "0"), ("cpu", None)):
+        assert (
+            StageContext(config, StageSpec.model_construct(device=device, stage_id="x")).worker_env().get(SAMPLER)
+            == expected
+        )
+
+    monkeypatch.setattr(checks, "is_cpu_only", lambda: False)
+    command.prepare_machine()
+    assert os.environ.pop(SAMPLER) == "0"
+
+    def engine(**_):
+        raise RuntimeError(f"sampler {os.environ[SAMPLER]}")
+
+    monkeypatch.setitem(sys.modules, "vllm", type(sys)("vllm"))
+    sys.modules["vllm"].LLM = engine
+    with pytest.raises(RuntimeError, match="sampler 0"):
+        speed._start("folder", "bfloat16", 8, 1, 0.4, 1)
+
+
 @pytest.mark.parametrize(
     ("requested", "accelerator", "cuda_build", "expected"),
     [

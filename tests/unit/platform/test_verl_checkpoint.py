@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,20 @@ def test_verls_engine_is_given_our_writer(monkeypatch):
     monkeypatch.setattr(transformer_impl, "FSDPCheckpointManager", None)
     write_checkpoints_on_all_ranks()
     assert transformer_impl.FSDPCheckpointManager is ShardedCheckpointManager
+
+
+def test_a_worker_that_is_handed_the_settings_has_our_writer():
+    """verl's SFT trainer does not import `external_lib` in its workers; theirs is the unpickling only."""
+    from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
+
+    code = (
+        "import pickle, sys; settings = pickle.loads(bytes.fromhex(sys.argv[1]));"
+        "from verl.workers.engine.fsdp import transformer_impl as engine;"
+        "print(settings.last_step, engine.FSDPCheckpointManager.__name__)"
+    )
+    settings = pickle.dumps(StepwiseCheckpointConfig(last_step=24)).hex()
+    found = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True, timeout=300)
+    assert found.stdout.splitlines()[-1:] == ["24 ShardedCheckpointManager"], found.stderr
 
 
 def save(rank, ranks, folder, family, tied):
@@ -73,6 +90,60 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def train(rank, ranks, folder):
+    from ptl_rl.platform import verl_checkpoint
+    from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
+
+    def manager_of(model):
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.arange(12)[None]).logits.sum().backward()
+        optimizer.step()
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        contents = StepwiseCheckpointConfig(
+            save_contents=["hf_model", "model", "optimizer", "extra"],
+            load_contents=["model", "optimizer", "extra"],
+            last_step=24,
+        )
+        return verl_checkpoint.ShardedCheckpointManager(model, optimizer, schedule, checkpoint_config=contents)
+
+    def kinds(step):
+        names = [path.name for path in (folder / str(step)).rglob("*")]
+        return {name.split("_")[0] for name in names if name.endswith(".pt")} | {
+            "weights" for name in names if name.endswith(".safetensors")
+        }
+
+    def full(tensors, path):
+        raise OSError("No space left on device")
+
+    model = tiny_model("qwen2", num_hidden_layers=2, **SIZES)
+    fully_shard(model)
+    manager = manager_of(model)
+    for step in (8, 16):
+        manager.save_checkpoint(str(folder / str(step)), global_step=step, max_ckpt_to_keep=2)
+        assert kinds(step) == {"model", "optim", "extra"}
+    write, verl_checkpoint.write_tensors = verl_checkpoint.write_tensors, full
+    with pytest.raises(OSError, match="No space left"):
+        manager.save_checkpoint(str(folder / "24"), None, 24, 2)
+    verl_checkpoint.write_tensors = write
+    # What is left is what training goes on from, in another process, say.
+    other = tiny_model("qwen2", seed=1, num_hidden_layers=2, **SIZES)
+    fully_shard(other)
+    again = manager_of(other)
+    assert not (folder / "8").exists()
+    again.load_checkpoint(str(folder / "16"))
+    for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found.full_tensor(), expected.full_tensor())
+    again.save_checkpoint(str(folder / "20"), global_step=20, max_ckpt_to_keep=2)
+    again.save_checkpoint(str(folder / "24"), global_step=24, max_ckpt_to_keep=2)
+    assert kinds(24) == {"weights"}
+    assert kinds(20) == {"model", "optim", "extra"} and not (folder / "16").exists()
+    assert again.checkpoint_save_contents[0] == "hf_model"  # of the next one
+
+
+def test_states_are_written_before_the_last_step_and_weights_at_it(tmp_path):
+    run_ranks(train, 1, tmp_path)
 
 
 def fill_the_disk(rank, ranks, folder):

@@ -40,25 +40,43 @@ def test_least_squares_is_the_regression_on_the_kept_channels():
     output_NH = hidden_NC @ weight_HC.T
     expected_KH = torch.linalg.lstsq(hidden_NC[:, KEEP], output_NH).solution
     torch.testing.assert_close(fit.weight_HK, expected_KH.T.float(), rtol=1e-4, atol=1e-5)
-    total = output_NH.square().sum()
-    plain = (hidden_NC[:, KEEP] @ weight_HC[:, KEEP].T - output_NH).square().sum() / total
-    left = (hidden_NC[:, KEEP] @ expected_KH - output_NH).square().sum() / total
-    assert fit.error_plain == pytest.approx(float(plain), rel=1e-9)
-    assert fit.error == pytest.approx(float(left), rel=1e-6)
-    assert fit.error < 0.5 * fit.error_plain  # correlated channels can stand in for each other
+    plain = (hidden_NC[:, KEEP] @ weight_HC[:, KEEP].T - output_NH).square().sum()
+    left = (hidden_NC[:, KEEP] @ expected_KH - output_NH).square().sum()
+    assert fit.lost_plain == pytest.approx(float(plain), rel=1e-9)
+    assert fit.lost == pytest.approx(float(left), rel=1e-6)
+    assert fit.lost < 0.5 * fit.lost_plain  # correlated channels can stand in for each other
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.1, 3.0])
+def test_what_is_lost_is_the_new_weights_own_error(ridge):
+    hidden_NC, weight_HC = activations(), weight()
+    fit = least_squares(weight_HC, hidden_NC.T @ hidden_NC, KEEP, ridge)
+    error_NH = hidden_NC[:, KEEP] @ fit.weight_HK.double().T - hidden_NC @ weight_HC.T
+    assert fit.lost == pytest.approx(float(error_NH.square().sum()), rel=1e-6)
+
+
+def test_rows_are_solved_for_by_themselves():
+    moment_CC, weight_HC = activations().T @ activations(), weight()
+    whole, parts = (
+        [least_squares(weight_HC[rows], moment_CC, KEEP, RIDGE) for rows in cuts]
+        for cuts in ([slice(None)], [slice(0, 3), slice(3, 7)])
+    )
+    torch.testing.assert_close(torch.cat([part.weight_HK for part in parts]), whole[0].weight_HK)
+    for name in ("lost_plain", "lost"):
+        assert sum(getattr(part, name) for part in parts) == pytest.approx(getattr(whole[0], name))
 
 
 def test_a_huge_ridge_leaves_the_kept_columns_as_they_are():
     hidden_NC, weight_HC = activations(), weight()
     fit = least_squares(weight_HC, hidden_NC.T @ hidden_NC, KEEP, 1e12)
     torch.testing.assert_close(fit.weight_HK, weight_HC[:, KEEP].float())
-    assert fit.error == pytest.approx(fit.error_plain)
+    assert fit.lost == pytest.approx(fit.lost_plain)
 
 
 def test_a_layer_that_never_fires_is_left_alone():
     fit = least_squares(weight(), torch.zeros(WIDTH, WIDTH), KEEP, RIDGE)
     torch.testing.assert_close(fit.weight_HK, weight()[:, KEEP].float())
-    assert (fit.error_plain, fit.error) == (0.0, 0.0)
+    assert (fit.lost_plain, fit.lost) == (0.0, 0.0)
 
 
 def cost_of_removing(removed: list[int], weight_HC: torch.Tensor, ridged_CC: torch.Tensor) -> float:
@@ -98,7 +116,7 @@ def test_obs_beats_rms_contribution_on_correlated_channels():
     errors = {}
     for name, removed in {"rms": by_rms, "obs": removal_order(weight_HC, moment_CC, 14, RIDGE)[0]}.items():
         keep = [j for j in range(WIDTH) if j not in removed]
-        errors[name] = least_squares(weight_HC, moment_CC, keep, RIDGE).error
+        errors[name] = least_squares(weight_HC, moment_CC, keep, RIDGE).lost
     assert errors["obs"] < errors["rms"]
 
 

@@ -130,7 +130,9 @@ def test_every_weight_is_the_regression_by_hand(family, cut, make_checkpoint):
         if policy.family.output_norm:  # of both signs and all sizes, with the offset
             for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
                 norm.weight.data.normal_(-0.3, 0.7, generator=torch.Generator().manual_seed(0))
-    policy.weight = lambda layer, name: policy.model.get_submodule(policy.family.projection(layer, name)).weight
+    policy.weight = lambda layer, name, rows=slice(None): policy.model.get_submodule(
+        policy.family.projection(layer, name)
+    ).weight[rows]
     plan, by_hand = plan_for(policy, cut), None
     found: dict[tuple[int, str], torch.Tensor] = {}
     losses = refit(policy, plan, sequences(), lambda layer, name, weight: found.update({(layer, name): weight}))
@@ -200,3 +202,19 @@ def test_sensitivity_weighs_positions(family, make_checkpoint):
         torch.testing.assert_close(new[0, "down_proj"], fit.weight_HK, rtol=1e-3, atol=1e-5)
     for key, weight in found[True].items():
         assert (weight - found[False][key]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("llama", {"mlp_bias": True}), ("gemma2", {})])
+def test_lost_shares_are_of_what_the_channels_give(family, sizes, make_checkpoint):
+    policy = policy_of(make_checkpoint(family, num_hidden_layers=1, **sizes), family)
+    if sizes:  # which no cut changes
+        policy.model.model.layers[0].mlp.down_proj.bias.data.normal_(0, 5)
+    plan = plan_for(policy, engine.Removal(18, 0))
+    losses = refit(policy, plan, sequences(), lambda *_: None)
+    moments = SecondMoments(1, policy.channels, CPU)
+    policy.read(sequences(), [moments])
+    moment_CC, weight_HC = moments.take(0).double(), policy.weight(0, "down_proj").double()
+    total = float(((weight_HC @ moment_CC) * weight_HC).sum())
+    fit = least_squares(weight_HC, moment_CC, plan.keep_channels[0], plan.ridge)
+    assert losses.channels_plain == pytest.approx(fit.lost_plain / total, rel=1e-4)
+    assert losses.channels == pytest.approx(fit.lost / total, rel=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from process_ranks import run_ranks
 
+from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError
 from ptl_rl.data.corpora import Record
 from ptl_rl.recipe import parse_config
@@ -79,8 +80,8 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
     )  # fmt: skip
     names = ("source", "parent", "out", "work", "progress", "result")
     spec = StageSpec(
-        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0, subsets=1,
-        remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
+        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0,
+        subsets=1, remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
         **{name: model if name in ("source", "parent") else folder / name for name in names},
     )  # fmt: skip
     return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
@@ -229,6 +230,10 @@ def _with_parent(_rank: int, _ranks: int, folder: str, model: str, parent: str, 
         engine.optimizer_zero_grad()
         found = engine.forward_backward_batch(batch, loss_function, forward_only=False)
         gradients = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
+    on_device = batch.to("cpu")
+    padded_NV = loss_function.parent_logits(on_device)
+    loss_function.attention = FLASH  # of the way it reads; sdpa, too, takes documents apart by their positions
+    torch.testing.assert_close(loss_function.parent_logits(on_device), padded_NV, rtol=1e-4, atol=1e-5)
     policy, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, parent))
     total, tokens = torch.zeros(()), 0
     for i in range(3):
@@ -287,3 +292,21 @@ def test_no_document_sees_another_of_its_micro_batch(tokenizer, make_checkpoint,
     assert len(found["together"]) == len(found["alone"]) == 3
     for together_T, alone_T in zip(found["together"], found["alone"], strict=True):
         torch.testing.assert_close(together_T, alone_T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_parent_reads_rows_of_the_longest_document_not_of_all_tokens():
+    from types import SimpleNamespace
+
+    from ptl_rl.recovery.parent import ParentLoss
+
+    read = []
+
+    def parent(input_ids, **_):
+        read.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 16).float())
+
+    loss_function = ParentLoss(Path("parent"), 1.0, 1.0, "sdpa", "float32")
+    loss_function._parent = parent
+    ids = torch.nested.nested_tensor_from_jagged(torch.arange(12), torch.tensor([0, 3, 5, 12]))
+    assert loss_function.parent_logits({"input_ids": ids}).argmax(-1).tolist() == list(range(12))
+    assert read == [(3, 7)]

@@ -7,7 +7,10 @@ import pytest
 from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError
+from ptl_rl.families import FAMILIES
+from ptl_rl.families.base import shape_from_config
 from ptl_rl.platform.checks import ENGINE_LIBRARY
+from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
 from ptl_rl.recipe import load_config
 from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
@@ -65,7 +68,7 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
             omega_conf_to_dataclass(verl[section])  # verl's own checks; those of the model want its folder
         assert (verl.trainer.total_training_steps, verl.optim.lr) == (5, recovery.learning_rate)
         assert verl.engine.reshard_after_forward == recovery.reshard_after_forward
-        contents, model = verl.checkpoint.save_contents, verl.model
+        checkpoint, model = verl.checkpoint, verl.model
     else:
         verl = compose(render(config, told))
         rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
@@ -75,8 +78,11 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
         assert (actor.clip_ratio_low, actor.clip_ratio_high) == (recovery.clip_low, recovery.clip_high)
         assert (actor.use_kl_loss, actor.kl_loss_coef) == (recovery.kl_loss > 0, recovery.kl_loss)
         assert Path(verl.reward.custom_reward_function.path).name == "user.py"
-        contents, model = actor.checkpoint.save_contents, verl.actor_rollout_ref.model
-    assert "hf_model" in contents
+        checkpoint, model = actor.checkpoint, verl.actor_rollout_ref.model
+    told_workers = omega_conf_to_dataclass(checkpoint)
+    assert isinstance(told_workers, StepwiseCheckpointConfig) and told_workers.last_step == 5
+    resumable = ["model", "optimizer", "extra"] if recovery.save_every_steps else []
+    assert told_workers.save_contents == ["hf_model", *resumable] and told_workers.load_contents == resumable
     assert model.external_lib == ENGINE_LIBRARY  # without it rank 0 gathers the model to write it
     assert model.override_config.attn_implementation == attention
     assert model.use_remove_padding == (attention == "flash_attention_2")
@@ -93,6 +99,19 @@ def test_a_micro_batch_divides_what_a_worker_gets(prompts, rollouts, workers, wa
     verl = compose(render(load_config(DEMO, settings), spec("cpu", tmp_path)))
     actor, rollout = verl.actor_rollout_ref.actor, verl.actor_rollout_ref.rollout
     assert actor.ppo_micro_batch_size_per_gpu == rollout.log_prob_micro_batch_size_per_gpu == found
+
+
+def test_the_largest_tensor_fits_into_a_bucket_of_shared_memory(tmp_path):
+    """On CPUs; verl's assertion would leave vLLM waiting for weights that never come."""
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    sizes = {"model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 2}
+    smollm2 = shape_from_config(
+        {**sizes, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}, FAMILIES, "x"
+    )
+    tiny = shape_from_config({**sizes, "hidden_size": 192, "intermediate_size": 1280, "vocab_size": 383}, FAMILIES, "x")
+    for shape, wanted in ((smollm2, 108), (tiny, 64)):  # 49152 x 576 x 4 bytes are 108 MiB
+        assert render(load_config(DEMO), spec("cpu", tmp_path), shape=shape)[key] == wanted
+    assert key not in render(load_config(QWEN), spec("cuda", tmp_path), shape=smollm2)  # they go by CUDA IPC
 
 
 QWEN = next(path for path in RECIPES if path.stem == "grpo_qwen2.5-7b_8xh200")
@@ -123,6 +142,19 @@ def test_rows_of_cpt_are_as_many_as_the_tokens_allow_when_all_are_long(attention
     config = load_config(LLAMA, ["recovery.0.cpt.micro_batch_tokens=4096"])
     verl = compose_sft(render_sft(config, config.recovery[0], spec("cuda", tmp_path, attention), tmp_path / "s", 24))
     assert verl.data.micro_batch_size_per_gpu == 3
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "fp32"), ("bfloat16", None)])
+def test_on_gpus_too_the_trainer_computes_in_the_type_of_the_rollouts(dtype, expected, tmp_path):
+    recoveries = json.dumps([{"grpo": {}}, {"cpt": {}}])
+    config = load_config(DEMO, ["resources.device=cuda", f"model.dtype={dtype}", f"recovery={recoveries}"])
+    told = spec("cuda", tmp_path)
+    rl = compose(render(config, told)).actor_rollout_ref
+    sft = compose_sft(render_sft(config, config.recovery[1], told, tmp_path / "s.arrow", 32))
+    assert rl.rollout.dtype == dtype
+    for engine in (rl.actor.fsdp_config, rl.ref.fsdp_config, sft.engine):
+        # Without it verl takes bfloat16, whatever the parameters' type.
+        assert (engine.get("mixed_precision") or {}).get("param_dtype") == expected
 
 
 def test_verl_keys_of_a_recipe_win(tmp_path):

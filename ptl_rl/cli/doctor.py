@@ -1,0 +1,58 @@
+"""``ptl doctor``: what is wrong with a machine, before a run finds out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptl_rl.cli.common import Settings, app, refuse
+
+SIGNS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
+STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; without one the machine alone.")] = None,
+    settings: Settings = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder that the run is to have; on a joined cluster, asks every node for it.")
+    ] = None,
+    lock: Annotated[Path | None, typer.Option(help="Compare packages with this lock; default: the checkout's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Look for everything that would stop a run here; exit status 1 if something would."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from ptl_rl.config import ConfigError
+    from ptl_rl.recipe import load_config
+
+    try:
+        config = load_config(recipe, settings) if recipe is not None else None
+        if settings and recipe is None:
+            raise ConfigError("--set changes a recipe; name one")
+        if lock is not None and not lock.is_file():
+            raise ConfigError(f"--lock {lock}: no such file")
+    except ConfigError as error:
+        refuse(error)
+    from ptl_rl.driver.doctor import examine, stops
+
+    findings = examine(config, run_dir, lock)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        for finding in findings:
+            sign = f"[{STYLES[finding.level]}]{SIGNS[finding.level]:<8}[/]"
+            console.print(sign, end="", highlight=False)
+            console.print(f"{finding.topic}: {finding.text}", highlight=False, markup=False, soft_wrap=True)
+            if finding.remedy:
+                console.print(f"        -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+        count = sum(finding.level == "problem" for finding in findings)
+        words = f"{count} of these would stop" if count else "nothing here would stop"
+        console.print(f"{words} {'a run' if recipe is None else recipe.stem}", highlight=False, markup=False)
+    raise typer.Exit(1 if stops(findings) else 0)

@@ -1,0 +1,177 @@
+"""What this machine offers a run on GPUs: torch's build, the NVIDIA driver, the GPUs; and why they do not go together.
+
+The facts are read once, by :func:`read_cuda`; what follows from them are pure functions, which preflight, the check of
+a cluster's nodes and ``ptl doctor`` share. Torch is imported in functions only, and not at all where no driver is.
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ptl_rl.config import ConfigError, RunConfig
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+DEVICE_FOLDER = Path("/dev")
+OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+"""CUDA's major version to the oldest Linux driver that runs it (NVIDIA's table of minor version compatibility)."""
+
+
+@dataclass(frozen=True)
+class CudaFacts:
+    """What one process sees. ``driver``: its version, None if there is none. ``devices``: device files of GPUs."""
+
+    driver: str | None = None
+    devices: int = 0
+    torch: str | None = None
+    """None: not installed."""
+    cuda: str | None = None
+    """CUDA (or ROCm) version that torch was built for; None: a CPU build, or unknown as torch was not imported."""
+    available: bool = False
+    """``torch.cuda.is_available()``."""
+    usable: int = 0
+    """``torch.cuda.device_count()``."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES."""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def parse_driver(text: str) -> str | None:
+    """The driver's version in the kernel module's or nvidia-smi's words."""
+    found = re.search(r"\b\d{3,}(\.\d+){1,2}\b", text)
+    return found.group() if found else None
+
+
+def nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of ``nvidia-smi --query-gpu``; none if there is no such program or no driver."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if result.returncode:
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines() if line.strip()]
+
+
+def find_driver() -> str | None:
+    """Version of the NVIDIA driver; None if none is loaded."""
+    if DRIVER_FILE.exists():
+        return parse_driver(DRIVER_FILE.read_text())
+    rows = nvidia_smi("driver_version")  # WSL has no such file
+    return parse_driver(rows[0][0]) if rows else None
+
+
+def read_cuda() -> CudaFacts:
+    """The facts of this process and machine; no CUDA context is made."""
+    driver = find_driver()
+    devices = len([path for path in DEVICE_FOLDER.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+    if Path("/dev/dxg").exists() and not devices:  # WSL: one file for all
+        devices = len(nvidia_smi("name"))
+    try:
+        installed = version("torch")
+    except PackageNotFoundError:
+        installed = None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    facts = CudaFacts(driver, devices, installed, visible=visible)
+    is_amd = Path("/dev/kfd").exists()
+    if installed is None or (driver is None and not is_amd):
+        return facts
+    import torch
+
+    built_for = torch.version.cuda or getattr(torch.version, "hip", None)
+    available = torch.cuda.is_available()
+    usable = torch.cuda.device_count() if available else 0
+    return CudaFacts(driver, devices or usable, installed, built_for, available, usable, visible)
+
+
+def ray_folder() -> Path:
+    """Where a Ray that is started here keeps its sessions, unless it is told otherwise."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def oldest_driver(cuda: str) -> str | None:
+    """The oldest driver for a CUDA version, e.g. '13.0'; None if that is not known."""
+    return OLDEST_DRIVER.get(_numbers(cuda)[0])
+
+
+def why_no_cuda(facts: CudaFacts) -> str | None:
+    """Why torch cannot compute on a GPU here, with the remedy; None if it can."""
+    if facts.available:
+        return None
+    if facts.torch is None:
+        return "torch is not installed; install this project's GPU stack (launch/setup_gpu.sh)"
+    if facts.driver is None:
+        return (
+            "this machine has no NVIDIA driver and so no GPU that torch could use; run where there are GPUs, or, to "
+            "try things out without, set resources.device to cpu or auto"
+        )
+    if facts.devices == 0:
+        return (
+            f"the machine has the NVIDIA driver {facts.driver}, but no GPU is visible here (/dev/nvidia0 is missing); "
+            "start the container with its GPUs (docker run --gpus all), or ask the batch system for them"
+        )
+    if facts.cuda is None:
+        return (
+            f"torch {facts.torch} is a build without CUDA, although the machine has {facts.devices} GPUs; install "
+            "this project's GPU stack (launch/setup_gpu.sh)"
+        )
+    needed = oldest_driver(facts.cuda)
+    if needed is not None and _numbers(facts.driver) < _numbers(needed):
+        return (
+            f"the NVIDIA driver is {facts.driver}, but torch {facts.torch} is built for CUDA {facts.cuda}, which needs "
+            f"driver {needed} or newer; update the driver, or install a torch built for an older CUDA"
+        )
+    if facts.visible is not None and facts.visible.strip() in ("", "-1", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES={facts.visible!r} hides all {facts.devices} GPUs; unset it"
+    return (
+        f"torch {facts.torch} (CUDA {facts.cuda}, driver {facts.driver}) finds none of {facts.devices} GPUs usable; "
+        "see what nvidia-smi says, and whether its fabric manager runs where GPUs are joined by NVSwitch"
+    )
+
+
+def detect_device(config: RunConfig) -> str:
+    """'cpu' or 'cuda', as the recipe asks or, with ``auto``, as this machine has.
+
+    On the head of a cluster the GPUs may be the other nodes', so there a torch that is built for CUDA decides.
+    """
+    device = config.resources.device
+    if device != "auto":
+        return device
+    import torch
+
+    from ptl_rl.platform.checks import is_cpu_only
+
+    elsewhere = os.environ.get("RAY_ADDRESS") and torch.version.cuda is not None
+    return "cpu" if is_cpu_only() and not elsewhere else "cuda"
+
+
+def check_gpus(config: RunConfig, device: str, facts: CudaFacts | None = None) -> None:
+    """Refuse a run on GPUs that this machine cannot make; on a joined cluster, the nodes are asked instead.
+
+    Args:
+        device: 'auto', 'cpu' or 'cuda'; only with the last is anything checked.
+        facts: for tests; read here otherwise.
+
+    Raises:
+        ConfigError: no usable GPU, or fewer than ``resources.workers_per_node``.
+    """
+    if device != "cuda" or os.environ.get("RAY_ADDRESS"):
+        return
+    facts = facts or read_cuda()
+    if problem := why_no_cuda(facts):
+        raise ConfigError(f"resources.device: cuda, but {problem}")
+    resources = config.resources
+    if facts.usable < resources.workers:
+        visible = f" (CUDA_VISIBLE_DEVICES={facts.visible})" if facts.visible else ""
+        where = "this machine" if resources.nodes == 1 else "this machine, where the run would start a Ray of its own,"
+        raise ConfigError(
+            f"resources: the recipe wants {resources.nodes} x {resources.workers_per_node} GPUs (nodes x "
+            f"workers_per_node), but {where} has {facts.usable}{visible}; lower resources.workers_per_node, or join a "
+            "cluster: start Ray on its nodes and set RAY_ADDRESS"
+        )
