@@ -4,7 +4,7 @@ from ptl_rl.driver.schedule import Cut
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.duration import BYPASS
 from ptl_rl.planning.hardware import GIB
-from ptl_rl.planning.memory import Phase, Planned
+from ptl_rl.planning.memory import CPU_OTHERS_GIB, Phase, Planned
 from ptl_rl.recovery.settings import CptConfig
 
 KERNEL_WIDTH = 128
@@ -27,10 +27,10 @@ def _problem(planned: Planned, phase: Phase) -> str | None:
         )
     needed = phase.bytes / GIB
     if planned.device.is_cpu:
-        needed *= planned.config.resources.workers
+        needed = needed * planned.config.resources.workers + CPU_OTHERS_GIB
     if needed <= limit:
         return None
-    what = "all workers" if planned.device.is_cpu else f"a {planned.device.name}"
+    what = "all processes" if planned.device.is_cpu else f"a {planned.device.name}"
     whose = f"but this machine has {limit:.1f}" if planned.device.is_cpu else f"but it has {limit:.1f}"
     return f"{phase.name} (cycle {phase.cycle}): {needed:.1f} GiB on {what}, {whose}; {_remedy(planned, phase)}"
 

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from ptl_rl.planning.forecast import Forecast
 from ptl_rl.planning.hardware import GIB
-from ptl_rl.planning.memory import Phase
+from ptl_rl.planning.memory import CPU_OTHERS_GIB, Phase
 
 GROUPS = {
     "policy": ("parameters", "gathered", "loading"),
@@ -82,7 +82,7 @@ def _group(phase: Phase, names: tuple[str, ...]) -> float:
 def memory_table(found: Forecast) -> Table:
     """GiB of every phase in the cycle in which it is largest."""
     what = "all processes of a worker" if found.device.is_cpu else "one GPU"
-    table = Table(title=f"GiB on {what}, in the cycle where a phase is largest", title_justify="left")
+    table = Table(title=f"GiB, {what}, in the cycle where a phase is largest", title_justify="left")
     used = {name: parts for name, parts in GROUPS.items() if any(_group(p, parts) for p in found.phases)}
     for heading in ("phase", "cycle", *used, "in all"):
         table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
@@ -104,6 +104,8 @@ def memory_table(found: Forecast) -> Table:
             style="bold red" if too_much else None,
         )
     table.caption = "sequences: of full length, that vLLM's cache holds at once"
+    if found.device.is_cpu:
+        table.caption += f"; beside the workers some {CPU_OTHERS_GIB:g} GiB for the driver and Ray"
     return table
 
 

@@ -153,6 +153,11 @@ def test_a_machine_of_cpus_that_is_too_small(repository, monkeypatch):
     assert small.is_cpu
     problems = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
     assert any("this machine has 1.0" in problem for problem in problems)
+    # The largest phase has 3.0 GiB, and the driver and Ray 1.6.
+    room = module.Device("2 CPU cores", 4.4, 0.09, 0.01, is_cpu=True)
+    monkeypatch.setattr(module, "this_machine", lambda workers: room)
+    (problem,) = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
+    assert problem.startswith("recover: grpo (cycle 1): ") and "GiB on all processes" in problem
 
 
 def test_widths_that_quantized_kernels_refuse_are_noted(repository):
