@@ -112,12 +112,13 @@ unpacked="$(mktemp -d "$work/ptl-bundle-XXXXXX")"
 trap 'rm -rf "$unpacked"' EXIT
 echo "unpacking"
 cat "$bundle"/part-* | "$python" -c '
-import lzma, sys, tarfile
+import lzma, os, shutil, sys, tarfile
 with lzma.open(sys.stdin.buffer) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
     for member in tar:
         if "/" in member.name or not member.isfile():
             sys.exit(f"error: {member.name!r} does not belong into a bundle")
-        tar.extract(member, sys.argv[1])
+        with open(os.path.join(sys.argv[1], member.name), "wb") as out:
+            shutil.copyfileobj(tar.extractfile(member), out, 1 << 20)
 ' "$unpacked"
 echo "installing $((INSTALLED_BYTES / 1048576)) MiB into $into"
 install "$into"

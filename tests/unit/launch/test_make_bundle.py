@@ -84,7 +84,7 @@ def test_carried_in_parts_and_installed_into_a_new_environment(stack, tmp_path):
 
 
 def test_installed_into_a_plain_folder(stack, tmp_path):
-    done = install(stack("--slim"), "--target", str(tmp_path / "site"))
+    done = install(stack("--slim", "--preset", "none"), "--target", str(tmp_path / "site"))
     assert done.returncode == 0, done.stdout + done.stderr
     site = tmp_path / "site"
     assert (site / FA3).is_file() and (site / OWN).is_file() and (site / "ptl_rl" / "__init__.py").is_file()
