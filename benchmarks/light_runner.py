@@ -1,7 +1,7 @@
 """Run stages within a time budget and leave one JSON line of each; ``gpu_first_light.py`` says what the stages are.
 
-It exists for machines that are rented for minutes and seen through their output alone: a stage that fails or hangs costs
-its own time and no more, and its line holds what is needed to mend it from afar.
+It exists for machines that are rented for minutes and seen through their output alone: a stage that fails or hangs
+costs its own time and no more, and its line holds what is needed to mend it from afar.
 """
 
 import json
