@@ -178,7 +178,9 @@ def test_attention_is_assumed_as_the_driver_would_choose(repository):
     assert forecast_of(repository, "cpt_gemma2-9b_4xa100", "model.attention=eager").attention == "eager"
     assert forecast_of(repository, "cpt_gemma2-9b_4xa100", "model.dtype=float32").attention == "eager"
     assert forecast_of(repository, "demo_cpt_gemma2_cpu", "resources.device=cpu").attention == "eager"
-    assert forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").attention == "sdpa"
+    for dtype in ("float32", "bfloat16"):
+        cpu = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu", f"model.dtype={dtype}")
+        assert cpu.attention == "sdpa"
 
 
 def test_where_a_run_is_planned(repository, monkeypatch):
