@@ -91,8 +91,9 @@ class Sampler(threading.Thread):
             else:
                 of_stage["helpers"] += memory
             of_stage["all"] += memory
+        of_run = now["run"]["all"]
         for stage, of_stage in now.items():
-            of_stage["all"] += now["run"]["all"] if stage != "run" else 0
+            of_stage["all"] += of_run if stage != "run" else 0
             for name, value in of_stage.items():
                 self.peak[stage][name] = max(self.peak[stage][name], value)
 
