@@ -39,7 +39,7 @@ KINDS = (
     ("ActorRolloutRef", "worker"),
     ("TrainingWorker", "worker"),
     ("WorkerDict", "worker"),
-    ("EngineCore", "engine"),
+    ("VLLM::", "engine"),
     ("ray::Engine", "engine"),
     ("stage_main", "stage"),
 )
@@ -63,7 +63,7 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self.stopped = threading.Event()
         self.peak: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self.tags: dict[str, str] = {}
+        self.tags: dict[tuple[str, str], str] = {}
 
     def run(self) -> None:
         while not self.stopped.wait(SECONDS):
@@ -91,22 +91,24 @@ class Sampler(threading.Thread):
             else:
                 of_stage["helpers"] += memory
             of_stage["all"] += memory
+        of_run = now["run"]["all"]
         for stage, of_stage in now.items():
-            of_stage["all"] += now["run"]["all"] if stage != "run" else 0
+            of_stage["all"] += of_run if stage != "run" else 0
             for name, value in of_stage.items():
                 self.peak[stage][name] = max(self.peak[stage][name], value)
 
     def _stage(self, pid: str) -> str | None:
         """The stage that a process belongs to, ``run`` for the run's own, None for other processes."""
-        if pid not in self.tags:
+        process = pid, (Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[19]  # numbers come back
+        if process not in self.tags:
             environment = _environment(pid)
             if b"PTL_BENCHMARK" not in environment:
-                self.tags[pid] = ""
+                self.tags[process] = ""
             elif b"PTL_STAGE_ID" in environment:
-                self.tags[pid] = environment[b"PTL_STAGE_ID"].decode().split("-", 1)[1].rsplit(".", 1)[0]
+                self.tags[process] = environment[b"PTL_STAGE_ID"].decode().split("-", 1)[1].rsplit(".", 1)[0]
             else:
                 return "run"
-        return self.tags[pid] or None
+        return self.tags[process] or None
 
 
 def _documents(path: Path) -> None:

@@ -4,7 +4,7 @@ from ptl_rl.driver.schedule import Cut
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.duration import BYPASS
 from ptl_rl.planning.hardware import GIB
-from ptl_rl.planning.memory import CPU_OTHERS_GIB, Phase, Planned
+from ptl_rl.planning.memory import Phase, Planned
 from ptl_rl.recovery.settings import CptConfig
 
 KERNEL_WIDTH = 128
@@ -27,7 +27,7 @@ def _problem(planned: Planned, phase: Phase) -> str | None:
         )
     needed = phase.bytes / GIB
     if planned.device.is_cpu:
-        needed = needed * planned.config.resources.workers + CPU_OTHERS_GIB
+        needed = needed * planned.config.resources.workers + phase.others_gib
     if needed <= limit:
         return None
     what = "all processes" if planned.device.is_cpu else f"a {planned.device.name}"

@@ -21,8 +21,8 @@ HOST_PROCESS_GIB = 3.0
 """Of host memory for each GPU: Python, torch and CUDA in the trainer, vLLM's processes, Ray."""
 CPU_PROCESS_GIB = {"pruning": 0.4, "training": 0.5, "vLLM": 0.5}
 """Of a process on CPUs once it has imported what it runs, before it holds a model; mapped libraries apart."""
-CPU_OTHERS_GIB = 1.6
-"""Of the driver, the stage's own process and Ray's on CPUs, measured in a recovery by CPT; RL has some more."""
+CPU_OTHERS_GIB, CPU_RL_OTHERS_GIB = 1.6, 5.0
+"""Of the driver, the stage's own process and Ray's on CPUs: measured in a recovery by CPT, and in one by GRPO."""
 EVALUATION_SHARE = 0.9
 TEACHER_SHARE = 0.8
 BUCKET_GIB = 2.0
@@ -49,6 +49,11 @@ class Phase:
     @property
     def bytes(self) -> float:
         return total(self.parts)
+
+    @property
+    def others_gib(self) -> float:
+        """On CPUs, of the processes that are no workers'."""
+        return CPU_RL_OTHERS_GIB if self.name in ("recover: grpo", "recover: distill") else CPU_OTHERS_GIB
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from ptl_rl.planning.forecast import Forecast
 from ptl_rl.planning.hardware import GIB
-from ptl_rl.planning.memory import CPU_OTHERS_GIB, Phase
+from ptl_rl.planning.memory import CPU_OTHERS_GIB, CPU_RL_OTHERS_GIB, Phase
 
 GROUPS = {
     "policy": ("parameters", "gathered", "loading"),
@@ -105,7 +105,9 @@ def memory_table(found: Forecast) -> Table:
         )
     table.caption = "sequences: of full length, that vLLM's cache holds at once"
     if found.device.is_cpu:
-        table.caption += f"; beside the workers some {CPU_OTHERS_GIB:g} GiB for the driver and Ray"
+        table.caption += (
+            f"; beside the workers some {CPU_OTHERS_GIB:g} GiB for the driver and Ray, {CPU_RL_OTHERS_GIB:g} in RL"
+        )
     return table
 
 

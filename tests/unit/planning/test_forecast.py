@@ -153,7 +153,7 @@ def test_a_machine_of_cpus_that_is_too_small(repository, monkeypatch):
     assert small.is_cpu
     problems = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
     assert any("this machine has 1.0" in problem for problem in problems)
-    # The largest phase has 3.0 GiB, and the driver and Ray 1.6.
+    # Evaluation has 1.7 GiB, the driver and Ray 1.6 beside it; GRPO 3.1 and 5.0.
     room = module.Device("2 CPU cores", 4.4, 0.09, 0.01, is_cpu=True)
     monkeypatch.setattr(module, "this_machine", lambda workers: room)
     (problem,) = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
@@ -178,7 +178,9 @@ def test_attention_is_assumed_as_the_driver_would_choose(repository):
     assert forecast_of(repository, "cpt_gemma2-9b_4xa100", "model.attention=eager").attention == "eager"
     assert forecast_of(repository, "cpt_gemma2-9b_4xa100", "model.dtype=float32").attention == "eager"
     assert forecast_of(repository, "demo_cpt_gemma2_cpu", "resources.device=cpu").attention == "eager"
-    assert forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").attention == "sdpa"
+    for dtype in ("float32", "bfloat16"):
+        cpu = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu", f"model.dtype={dtype}")
+        assert cpu.attention == "sdpa"
 
 
 def test_where_a_run_is_planned(repository, monkeypatch):
