@@ -14,6 +14,10 @@ from packaging.version import Version
 from ptl_rl.config import ConfigError
 
 FLASH = "flash_attention_2"
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+"""Of a ``config.json``: transformers obeys them on loading, so a checkpoint that is written names none."""
+OLDEST_CAPABILITY = 8.0
+"""Compute capability of the oldest GPUs that flash attention 2 runs on."""
 OLDEST_FLASH = "2.6.3"
 """Of the package flash-attn: verl wants 2.4.3, a soft cap 2.6."""
 CAPPED_BY_DEFAULT = ("gemma2",)
@@ -64,10 +68,13 @@ def flash_problem() -> str | None:
     return None
 
 
-def resolve_attention(setting: str, device: str, dtype: str, model_config: dict[str, Any]) -> Attention:
+def resolve_attention(
+    setting: str, device: str, dtype: str, model_config: dict[str, Any], capability: float | None = None
+) -> Attention:
     """What ``model.attention`` comes to on ``device`` ('cpu' or 'cuda').
 
     Args:
+        capability: compute capability of the oldest GPU that is used, where it is known.
         dtype: ``model.dtype``; flash attention takes 16 bits only.
         model_config: the values of the model's ``config.json``.
 
@@ -86,6 +93,8 @@ def resolve_attention(setting: str, device: str, dtype: str, model_config: dict[
             raise ConfigError(f"model.attention: {FLASH} computes in 16 bits only; set model.dtype to bfloat16")
         return Attention(plain)
     problem = flash_problem()
+    if capability is not None and capability < OLDEST_CAPABILITY:
+        problem = f"flash attention 2 wants GPUs of compute capability {OLDEST_CAPABILITY}, and here is {capability}"
     if problem is None:
         return Attention(FLASH)
     if setting == FLASH:

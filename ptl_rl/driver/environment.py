@@ -1,7 +1,7 @@
 """What this machine offers a run on GPUs: torch's build, the NVIDIA driver, the GPUs; and why they do not go together.
 
 The facts are read once, by :func:`read_cuda`; what follows from them are pure functions, which preflight, the check of
-a cluster's nodes and ``ptl doctor`` share. Torch is imported in functions only, and not at all where no driver is.
+a cluster's nodes and ``ptl doctor`` share. Torch is imported in functions only.
 """
 
 import os
@@ -68,7 +68,10 @@ def find_driver() -> str | None:
 
 
 def read_cuda() -> CudaFacts:
-    """The facts of this process and machine; no CUDA context is made."""
+    """The facts of this process and machine; no CUDA context is made.
+
+    Torch is asked even where no driver shows: some sandboxes and boards have none of its files.
+    """
     driver = find_driver()
     devices = len([path for path in DEVICE_FOLDER.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
     if Path("/dev/dxg").exists() and not devices:  # WSL: one file for all
@@ -78,10 +81,8 @@ def read_cuda() -> CudaFacts:
     except PackageNotFoundError:
         installed = None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    facts = CudaFacts(driver, devices, installed, visible=visible)
-    is_amd = Path("/dev/kfd").exists()
-    if installed is None or (driver is None and not is_amd):
-        return facts
+    if installed is None:
+        return CudaFacts(driver, devices, visible=visible)
     import torch
 
     built_for = torch.version.cuda or getattr(torch.version, "hip", None)
@@ -135,10 +136,16 @@ def why_no_cuda(facts: CudaFacts) -> str | None:
     )
 
 
-def detect_device(config: RunConfig) -> str:
-    """'cpu' or 'cuda', as the recipe asks or, with ``auto``, as this machine has.
+def oldest_capability() -> float | None:
+    """Compute capability of this machine's oldest GPU; None where none is seen, as on a head node without."""
+    found = [float(row[0]) for row in nvidia_smi("compute_cap") if re.fullmatch(r"\d+\.\d+", row[0])]
+    return min(found, default=None)
 
-    On the head of a cluster the GPUs may be the other nodes', so there a torch that is built for CUDA decides.
+
+def detect_device(config: RunConfig) -> str:
+    """'cpu' or 'cuda', as the recipe asks or, with ``auto``, as this machine has, or the cluster that it joins.
+
+    A head node may have no GPUs while others do, so there a joined Ray is asked, if torch could use a GPU at all.
     """
     device = config.resources.device
     if device != "auto":
@@ -147,8 +154,31 @@ def detect_device(config: RunConfig) -> str:
 
     from ptl_rl.platform.checks import is_cpu_only
 
-    elsewhere = os.environ.get("RAY_ADDRESS") and torch.version.cuda is not None
-    return "cpu" if is_cpu_only() and not elsewhere else "cuda"
+    if not is_cpu_only():
+        return "cuda"
+    address = os.environ.get("RAY_ADDRESS")
+    return "cuda" if address and torch.version.cuda is not None and cluster_has_gpus(address) else "cpu"
+
+
+def cluster_has_gpus(address: str) -> bool:
+    """Whether a node of the Ray at ``address`` found GPUs of its own; it was only told of logical ones otherwise.
+
+    False where nobody answers: what joins it says so.
+    """
+    import ray
+
+    from ptl_rl.driver.ray_session import unreachable
+
+    if address.startswith("ray://") or unreachable(address):
+        return False
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError):
+        return False
+    try:
+        return any(name.startswith("accelerator_type:") for name in ray.cluster_resources())
+    finally:
+        ray.shutdown()
 
 
 def check_gpus(config: RunConfig, device: str, facts: CudaFacts | None = None) -> None:

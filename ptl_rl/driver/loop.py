@@ -77,6 +77,10 @@ class Driver:
     def run(self) -> State:
         """Do everything that the journal does not yet hold."""
         with self.folder.locked():
+            if read_saved_config(self.folder.config) != self.config:
+                raise ConfigError(
+                    f"{self.folder.path}: another ptl run has just begun a run here; choose another --run-dir"
+                )
             self._clean_up_after_earlier_driver()
             entries = self.journal.entries()
             state = fold(self.config, entries)
@@ -276,6 +280,10 @@ class Driver:
             remove_orphaned_segments(since=earlier["since"])
         for path in self.folder.path.glob("cycles/*/.*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+        for entry in self.journal.entries():
+            if entry.stage == "recover":  # journaled, but its driver was killed before it could tidy up
+                stage = Stage(entry.cycle, entry.stage, entry.round, entry.part)
+                shutil.rmtree(self.folder.work(stage), ignore_errors=True)
 
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
@@ -283,12 +291,13 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     from ptl_rl.recipe import save_config
 
     folder = RunFolder(run_dir)
-    if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
-        raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
     try:
-        folder.logs.mkdir(parents=True, exist_ok=True)
-        (folder.path / "cycles").mkdir(exist_ok=True)
-        save_config(config, folder.config)
+        with folder.locked():
+            if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
+                raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
+            folder.logs.mkdir(parents=True, exist_ok=True)
+            (folder.path / "cycles").mkdir(exist_ok=True)
+            save_config(config, folder.config)
     except OSError as error:
         raise ConfigError(
             f"{folder.path}: cannot write there ({error.strerror or error}); choose another --run-dir"

@@ -11,7 +11,7 @@ from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
-from ptl_rl.driver.environment import check_gpus, detect_device
+from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
 from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
@@ -64,7 +64,8 @@ def check_parent(config: RunConfig) -> Path | None:
 
 def check_attention(config: RunConfig, device: str, model: Path) -> Attention:
     """What ``model.attention`` comes to on ``device``; raises :class:`ConfigError` if it cannot be had."""
-    return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model))
+    capability = oldest_capability() if device == "cuda" else None
+    return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model), capability)
 
 
 def _check_cycles(config: RunConfig) -> None:

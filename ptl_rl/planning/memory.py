@@ -195,7 +195,7 @@ def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference:
 
 def _cpt(planned: Planned, shape: ModelShape, original: ModelShape, recovery: CptConfig, number: int) -> Phase:
     trainer, rows = planned.trainer(shape, recovery), planned.rows(recovery)
-    parts = trainer.update(rows)
+    parts = trainer.update(rows, in_place=not recovery.parent_kl)
     if recovery.parent_kl:
         parts = {**parts, "parent": _parent(planned, original, trainer, rows)}
     if planned.device.is_cpu:

@@ -111,8 +111,11 @@ class Trainer:
         width = 4 * shape.hidden_size + 3 * shape.intermediate_size
         return self.compute_bytes * width * rows.tokens + self.scores(rows)
 
-    def logits(self, rows: Rows) -> float:
+    def logits(self, rows: Rows, in_place: bool = True) -> float:
         """Of the loss and its backward pass.
+
+        Args:
+            in_place: flash-attn's kernel may be used; not where a parent's divergence reads the logits again.
 
         flash-attn's kernel writes the gradient in place of the logits. Without it padded rows are copied without their
         padding, and log-probabilities are taken of chunks of the copy, whose gradients are then put together: three
@@ -121,7 +124,7 @@ class Trainer:
         """
         values = rows.tokens * self.shape.vocab_size
         capped = 2 * self.compute_bytes if self.shape.family.model_type == "gemma2" else 0
-        if self.is_unpadded:
+        if self.is_unpadded and in_place:
             return (self.compute_bytes + capped) * values
         copies = 2 if self.compute_bytes == 4 else 3.5
         chunk = copies * 4 * min(rows.tokens, CHUNK_TOKENS) * self.shape.vocab_size
@@ -135,12 +138,17 @@ class Trainer:
         chunk = 2 * 4 * min(rows.tokens, CHUNK_TOKENS) * self.shape.vocab_size
         return max((self.compute_bytes + 8) * values if entropy else 0, 2 * self.compute_bytes * values + chunk)
 
-    def update(self, rows: Rows) -> Parts:
-        """The largest of three moments of an optimizer step: loss, backward pass, AdamW."""
+    def update(self, rows: Rows, in_place: bool = True) -> Parts:
+        """The largest of three moments of an optimizer step: loss, backward pass, AdamW; see :meth:`logits`."""
         state = {**self.state(), "gradients": 4 * self.share}
         stream = self.stream(rows.tokens) if self.checkpointing else self.activations(rows)
         head = self.compute_bytes * self.shape.embedding_parameters  # its gradient, while the logits' is still there
-        loss = {**state, "gathered": self.gathered() + head, "activations": stream, "logits": self.logits(rows)}
+        loss = {
+            **state,
+            "gathered": self.gathered() + head,
+            "activations": stream,
+            "logits": self.logits(rows, in_place),
+        }
         backward = {
             **state,
             "gathered": self.gathered() + self.whole_gradients(),

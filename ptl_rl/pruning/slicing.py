@@ -3,6 +3,7 @@
 The result is an ordinary Hugging Face folder with a smaller ``intermediate_size`` and ``num_hidden_layers``.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from ptl_rl.attention import ATTENTION_KEYS
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.sharded import checkpoint_files
@@ -164,6 +166,11 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str
     config.intermediate_size = plan.intermediate_size
     config.num_hidden_layers = plan.num_hidden_layers
     config.save_pretrained(out)
+    values = json.loads((out / "config.json").read_text())
+    if found := [name for name in ATTENTION_KEYS if name in values]:
+        for name in found:
+            del values[name]
+        (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             shutil.copy2(path, out / path.name)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import worked_solutions
@@ -44,8 +45,11 @@ def _parent_loss(context: StageContext, recovery: CptConfig):
     return ParentLoss(context.spec.parent, recovery.parent_kl, recovery.cross_entropy, attention, model.dtype)
 
 
-def batch_sequences(recovery: CptConfig, counts: Counts, workers: int) -> int:
+def batch_sequences(recovery: CptConfig, counts: Counts, workers: int, rows: int = 1) -> int:
     """Sequences of a step, a multiple of ``workers``.
+
+    Args:
+        rows: most padded rows of a micro-batch; a batch in tokens is rounded so that they divide a worker's part.
 
     Raises:
         ConfigError: the subset has fewer.
@@ -53,7 +57,8 @@ def batch_sequences(recovery: CptConfig, counts: Counts, workers: int) -> int:
     batch = recovery.sequences_per_step
     if recovery.tokens_per_step is not None:
         mean = counts.tokens / max(1, counts.sequences)
-        batch = max(1, round(recovery.tokens_per_step / mean / workers)) * workers
+        of_worker = recovery.tokens_per_step / mean / workers
+        batch = max(1, round(of_worker / rows) * rows if of_worker >= rows else round(of_worker)) * workers
     if counts.sequences < batch:
         raise ConfigError(
             f"recovery: a step reads {batch} sequences, but this cycle's subset has {counts.sequences}; give more "
@@ -105,7 +110,9 @@ def recover(context: StageContext) -> dict:
     config, spec, recovery = context.config, context.spec, context.recovery
     assert isinstance(recovery, CptConfig)
     path, counts, data_hash = _prepare(context, recovery)
-    batch = batch_sequences(recovery, counts, config.resources.workers)
+    padded = max(1, recovery.micro_batch_tokens // recovery.max_tokens)
+    rows = 1 if spec.attention == FLASH else padded
+    batch = batch_sequences(recovery, counts, config.resources.workers, rows)
     follower = MetricsFollower(context, spec.work / "metrics.jsonl", _select, timed=True)
     checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps)
     if not checkpoints.are_finished():
@@ -114,6 +121,7 @@ def recover(context: StageContext) -> dict:
     follower.save(spec.out / "verl_metrics.jsonl")
     curve = follower.curve
     notes = [f"{counts.cut} of {counts.documents} solutions were cut at max_tokens"] if counts.cut else []
+    notes += follower.gap()
     return {
         "method": recovery.method,
         "steps": spec.steps,

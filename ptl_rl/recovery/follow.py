@@ -78,6 +78,14 @@ class MetricsFollower(threading.Thread):
         """What was logged, by step."""
         return [{"step": step, **values} for step, values in sorted(self.steps.items())]
 
+    def gap(self) -> list[str]:
+        """A note if steps were made that nobody logged: verl saves before it logs, and may be killed in between."""
+        missing = sorted(set(range(1, self.context.spec.steps + 1)) - self.steps.keys())
+        if not missing:
+            return []
+        steps = ", ".join(map(str, missing))
+        return [f"the curve lacks step {steps}: it was made and saved, but the attempt was killed before it was logged"]
+
     def save(self, path: Path) -> None:
         """Write all that verl has logged, by killed attempts, too, whose steps may have been made again."""
         with path.open("wb") as file:

@@ -152,4 +152,5 @@ def recover(context: StageContext) -> dict:
         "validation_accuracy_before": before,
         "reward_last": last.get("reward"),
         "curve": curve,
+        "notes": follower.gap(),
     }

@@ -4,6 +4,7 @@ The unpruned parent is loaded into the trainer's own workers, sharded over them 
 micro-batch without gradients; nothing of it is stored.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -71,6 +72,9 @@ class ParentLoss:
 
     def __call__(self, model_output=None, data=None, dp_group=None, student_logits=None):
         if student_logits is not None:
+            # flash-attn's kernel writes its gradient over the logits, which the divergence's backward pass reads again.
+            # verl looks at this at every call, and takes the log-probabilities without the kernel.
+            os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"
             return {"parent_divergence": divergence(student_logits[0], self.parent_logits(data))[None]}
         loss, metrics = sft_loss(None, model_output, data, dp_group)
         # A token's mask stands where the token does, its prediction one place before.

@@ -12,7 +12,8 @@ from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
-SMALLEST_BUCKET_MIB = 64
+SMALLEST_BUCKET_MIB = {"cpu": 64, "cuda": 2048}
+"""On GPUs verl's own."""
 SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
 """The first at the last step, the others, from which training can go on, before it."""
 
@@ -207,11 +208,14 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
     return {f"distillation.{key}": value for key, value in settings.items()}
 
 
-def _bucket(shape: ModelShape) -> dict[str, Any]:
-    """verl sends weights to vLLM through shared memory in buckets, on CPUs, and stops at a tensor that is larger."""
+def _bucket(shape: ModelShape, device: str) -> dict[str, Any]:
+    """verl sends weights to vLLM in buckets, which hold the largest tensor here, float32 as the trainer has it.
+
+    On CPUs, through shared memory, verl stops at a larger one; on GPUs it would go by a way of its own, seldom used.
+    """
     largest = max(shape.vocab_size, shape.intermediate_size) * shape.hidden_size * 4
     key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
-    return {key: max(SMALLEST_BUCKET_MIB, -(-largest // 2**20))}
+    return {key: max(SMALLEST_BUCKET_MIB[device], -(-largest // 2**20))}
 
 
 def render(
@@ -240,11 +244,12 @@ def render(
             **verl_cpu_overrides(config.resources.workers),
             "trainer.nnodes": config.resources.nodes,
             "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
-            **(_bucket(shape) if shape else {}),
         }
         if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.
             settings |= {f"trainer.v1.sampler.custom_sampler.{key}": None for key in ("path", "name")}
+    if shape is not None:
+        settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
         settings |= _distillation(config, recovery, spec)
     return {**settings, **config.verl, **recovery.verl}

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+from ptl_rl.attention import ATTENTION_KEYS
 from ptl_rl.config import ConfigError
 from ptl_rl.reporting.model_card import LICENCE, card, parent_card
 from ptl_rl.reporting.run_data import RunData
@@ -51,7 +52,8 @@ def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = N
     dtype = dtype or run.config.model.dtype
     convert_weights(run.checkpoint, partial, dtype)
     values = json.loads((run.checkpoint / "config.json").read_text()) | {"dtype": dtype}
-    values.pop("torch_dtype", None)  # its former name
+    for key in ("torch_dtype", *ATTENTION_KEYS):  # its former name; how the run computed
+        values.pop(key, None)
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     (partial / "README.md").write_text(card(run, name, known))
     if out.is_dir():

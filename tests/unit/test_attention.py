@@ -95,6 +95,15 @@ def test_flash_attention_takes_a_gpu_and_16_bits(flash_attn):
     assert resolve_attention("auto", "cuda", "float32", GEMMA2).name == "eager"
 
 
+def test_flash_attention_is_not_taken_on_gpus_that_it_does_not_run_on(flash_attn):
+    flash_attn("2.8.3")
+    assert resolve_attention("auto", "cuda", "bfloat16", LLAMA, capability=8.0).name == "flash_attention_2"
+    found = resolve_attention("auto", "cuda", "bfloat16", LLAMA, capability=7.5)
+    assert found.name == "sdpa" and "compute capability 8.0, and here is 7.5" in (found.note or "")
+    with pytest.raises(ConfigError, match=r"compute capability 8\.0, and here is 7\.5"):
+        resolve_attention("flash_attention_2", "cuda", "bfloat16", LLAMA, capability=7.5)
+
+
 def test_what_is_named_is_taken(flash_attn):
     assert resolve_attention("eager", "cuda", "bfloat16", LLAMA).name == "eager"
 

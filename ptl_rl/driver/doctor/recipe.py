@@ -4,15 +4,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl_rl.attention import resolve_attention
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.driver import preflight
 from ptl_rl.driver.cluster import check_fit, check_layout, living, node_needs
 from ptl_rl.driver.doctor.finding import Finding, of_error, ok, problem, warning
 from ptl_rl.driver.environment import nvidia_smi
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.preflight import check_disk, check_model
 from ptl_rl.driver.ray_session import unreachable
-from ptl_rl.families import ModelShape, read_config_json
+from ptl_rl.families import ModelShape
 
 BYTES_OFFLOADED = 12
 """Of host memory for a parameter: itself and Adam's two moments, in float32."""
@@ -60,8 +60,7 @@ def _cached(name: str) -> Path | None:
 def check_attention(config: RunConfig, device: str, model: Model) -> Finding:
     """What ``model.attention`` comes to, and the type beside it."""
     try:
-        values = read_config_json(model.folder)
-        attention = resolve_attention(config.model.attention, device, config.model.dtype, values)
+        attention = preflight.check_attention(config, device, model.folder)
     except ConfigError as error:
         return of_error("attention", error)
     if attention.note:

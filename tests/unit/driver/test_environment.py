@@ -88,7 +88,8 @@ def test_gpus_are_counted_where_the_run_starts_its_own_ray(monkeypatch):
         ("auto", None, False, False, "cpu"),
         ("auto", None, False, True, "cpu"),
         ("auto", "13.0", False, False, "cpu"),
-        ("auto", "13.0", False, True, "cuda"),  # a head node without GPUs
+        ("auto", "13.0", False, "a cluster with GPUs", "cuda"),  # from a head node without
+        ("auto", None, False, "a cluster with GPUs", "cpu"),  # this torch could not use them
         ("auto", "13.0", True, False, "cuda"),
         ("cpu", "13.0", True, True, "cpu"),
         ("cuda", None, False, False, "cuda"),
@@ -98,9 +99,34 @@ def test_auto_is_what_the_machine_has_or_the_cluster_is_for(asked, build, sees_g
     import torch
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(environment, "cluster_has_gpus", lambda address: joined == "a cluster with GPUs")
     if joined:
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
     config = parse_config({"schedule": {"channels_per_cycle": [16]}, "resources": {"device": asked}})
     assert environment.detect_device(config) == device
+
+
+def test_a_cluster_that_does_not_answer_has_no_gpus():
+    assert not environment.cluster_has_gpus("127.0.0.1:1")  # at once: Ray itself would try for minutes
+    assert not environment.cluster_has_gpus("ray://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("found", [{"accelerator_type:H100": 1.0, "GPU": 8.0}, {"GPU": 2.0, "CPU": 20.0}])
+def test_logical_gpus_are_none(found, monkeypatch):
+    import ray
+
+    left = []
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: found)
+    monkeypatch.setattr(ray, "shutdown", lambda: left.append(True))
+    assert environment.cluster_has_gpus("auto") == ("accelerator_type:H100" in found) and left == [True]
+
+
+@pytest.mark.parametrize(
+    ("rows", "oldest"), [([["9.0"], ["7.5"]], 7.5), ([["8.0"]], 8.0), ([["[N/A]"]], None), ([], None)]
+)
+def test_the_oldest_gpu_decides(rows, oldest, monkeypatch):
+    monkeypatch.setattr(environment, "nvidia_smi", lambda query: rows)
+    assert environment.oldest_capability() == oldest

@@ -1,5 +1,6 @@
 """The export contract, per family: the sliced checkpoint computes exactly what the masked original computes."""
 
+import json
 import random
 
 import pytest
@@ -51,6 +52,18 @@ class TestExport:
         torch.testing.assert_close(again_BTV, unmasked_BTV, atol=0, rtol=0)  # the hooks are gone
         assert sliced.config.intermediate_size == keep and sliced.config.num_hidden_layers == layers
         assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(AutoTokenizer.from_pretrained(source))
+
+
+def test_a_sliced_checkpoint_names_no_attention(make_checkpoint, tmp_path):
+    """transformers obeys it on loading, and fails where flash-attn is missing."""
+    source = make_checkpoint("llama")
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "attn_implementation": "flash_attention_2"}))
+    slice_checkpoint(source, random_plan(1, 20, 3), tmp_path)
+    assert (
+        not {"attn_implementation", "_attn_implementation"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 WINDOWED = {

@@ -12,6 +12,7 @@ import pytest
 from ptl_rl.recipe import parse_config
 from ptl_rl.recovery import cpt, grpo
 from ptl_rl.recovery.checkpoints import TRACKER, Checkpoints, link_or_copy
+from ptl_rl.recovery.follow import MetricsFollower
 
 STEPS = 24
 
@@ -108,7 +109,7 @@ def test_a_stage_that_finds_its_finished_weights_does_not_train(module, tmp_path
     entry = {module.__name__.rpartition(".")[2]: {"save_every_steps": 8, "steps": STEPS}}
     recipe = {"model": {"path": "x"}, "schedule": {"channels_per_cycle": [64]}, "recovery": [entry]}
     config = parse_config(recipe | {"calibration": {"source": "corpus"}})
-    spec = SimpleNamespace(work=work, out=out, steps=STEPS)
+    spec = SimpleNamespace(work=work, out=out, steps=STEPS, attention="sdpa")
     context = SimpleNamespace(config=config, spec=spec, recovery=config.recovery[0], report=lambda *_, **__: None)
     prepared = (tmp_path, SimpleNamespace(sequences=64, tokens=640, cut=0), "hash")
     monkeypatch.setattr(module, "_prepare", lambda *_: prepared if module is cpt else ([], work / "metrics.jsonl"))
@@ -117,4 +118,13 @@ def test_a_stage_that_finds_its_finished_weights_does_not_train(module, tmp_path
     assert [row["step"] for row in metrics["curve"]] == list(range(1, STEPS + 1))
     assert (out / "model.safetensors").exists()
     logged = [json.loads(line) for line in (out / "verl_metrics.jsonl").read_text().splitlines()]
-    assert logged == rows
+    assert logged == rows and metrics["notes"] == []
+
+
+def test_a_step_that_was_saved_but_not_logged_is_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
+    context = SimpleNamespace(spec=SimpleNamespace(steps=2), report=lambda *_, **__: None)
+    follower = MetricsFollower(context, tmp_path / "metrics.jsonl", dict)
+    assert follower.gap() == [
+        "the curve lacks step 2: it was made and saved, but the attempt was killed before it was logged"
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,10 @@ def test_the_batch_in_tokens_becomes_sequences():
     counts = Counts(documents=100, sequences=100, tokens=5000, cut=0)
     assert batch_sequences(CptConfig(tokens_per_step=1010), counts, workers=4) == 20  # of 50 tokens on average
     assert batch_sequences(CptConfig(sequences_per_step=32), counts, workers=4) == 32
+    prime = CptConfig(tokens_per_step=6200)  # 31 sequences on each of four workers, of which a micro-batch has one
+    assert batch_sequences(prime, replace(counts, sequences=200, tokens=10_000), workers=4) == 124
+    assert batch_sequences(prime, replace(counts, sequences=200, tokens=10_000), workers=4, rows=8) == 128
+    assert batch_sequences(CptConfig(tokens_per_step=1010), counts, workers=4, rows=8) == 20  # fewer than the rows
     with pytest.raises(ConfigError, match="a step reads 128 sequences, but this cycle's subset has 100"):
         batch_sequences(CptConfig(sequences_per_step=128), counts, workers=4)
 
@@ -210,6 +215,7 @@ def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
     for ranks, trained in ((1, first), (2, second)):  # each rank writes its share
         folder = tmp_path / f"saved-{ranks}/huggingface"
         assert len(list(folder.glob("*.safetensors"))) == ranks and (folder / "tokenizer.json").exists()
+        assert "attn_implementation" not in json.loads((folder / "config.json").read_text())  # the training's own
         saved = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())  # in the type it was saved in
         assert saved.keys() == trained.keys()
         assert all(torch.equal(saved[name], value) for name, value in trained.items())

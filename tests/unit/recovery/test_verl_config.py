@@ -9,6 +9,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from ptl_rl.config import ConfigError
 from ptl_rl.families import FAMILIES
 from ptl_rl.families.base import shape_from_config
+from ptl_rl.families.published import PUBLISHED
 from ptl_rl.platform.checks import ENGINE_LIBRARY
 from ptl_rl.platform.verl_engine import StepwiseCheckpointConfig
 from ptl_rl.recipe import load_config
@@ -109,9 +110,11 @@ def test_the_largest_tensor_fits_into_a_bucket_of_shared_memory(tmp_path):
         {**sizes, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}, FAMILIES, "x"
     )
     tiny = shape_from_config({**sizes, "hidden_size": 192, "intermediate_size": 1280, "vocab_size": 383}, FAMILIES, "x")
+    qwen = shape_from_config(PUBLISHED["Qwen/Qwen2.5-7B"], FAMILIES, "x")
     for shape, wanted in ((smollm2, 108), (tiny, 64)):  # 49152 x 576 x 4 bytes are 108 MiB
         assert render(load_config(DEMO), spec("cpu", tmp_path), shape=shape)[key] == wanted
-    assert key not in render(load_config(QWEN), spec("cuda", tmp_path), shape=smollm2)  # they go by CUDA IPC
+    for shape, wanted in ((smollm2, 2048), (qwen, 2079)):  # 152064 x 3584 x 4 bytes are 2079 MiB
+        assert render(load_config(QWEN), spec("cuda", tmp_path), shape=shape)[key] == wanted
 
 
 QWEN = next(path for path in RECIPES if path.stem == "grpo_qwen2.5-7b_8xh200")
