@@ -103,12 +103,14 @@ class SharedMemory:
 def shared_memory(config: RunConfig, device: str) -> SharedMemory:
     """What verl, vLLM and NCCL put into /dev/shm beside Ray's objects, which can lie elsewhere.
 
-    On CPU every worker hands its weights to vLLM through a bucket there (verl's stock bucket is 2048 MiB, ours for CPUs
-    64); on GPUs buckets are GPU memory, and NCCL wants 1 GiB. Each vLLM engine has ring buffers of up to 400 MiB.
+    On CPU every worker of the RL trainer hands its weights to vLLM through a bucket there (verl's stock bucket is 2048
+    MiB, ours for CPUs 64); on GPUs buckets are GPU memory, and NCCL wants 1 GiB, but a single rank nothing. Each vLLM
+    engine has ring buffers of up to 400 MiB. All this is of nodes that have workers; :func:`memory_of_node` knows them.
     """
     workers, rings = config.resources.workers_per_node, 0.4
     if device == "cuda":
-        return SharedMemory(1.0, 1.0 + rings * workers)
+        nccl = 1.0 if config.resources.workers > 1 else 0.0
+        return SharedMemory(nccl, nccl + rings * workers)
     from ptl_rl.platform.checks import verl_cpu_overrides
 
     stock = verl_cpu_overrides()[BUCKET_KEY]
@@ -118,7 +120,13 @@ def shared_memory(config: RunConfig, device: str) -> SharedMemory:
         if isinstance(recovery, GrpoConfig)
     ]
     bucket = max((b for b in buckets if isinstance(b, int)), default=0) / 1024
-    return SharedMemory(0.125 + bucket * workers, 0.25 + (bucket + rings) * workers)
+    engines = bool(buckets) or config.resources.tensor_parallel_size > 1  # else vLLM has one process, which shares none
+    return SharedMemory(0.125 * engines + bucket * workers, 0.25 + (bucket + rings) * workers)
+
+
+def memory_of_node(config: RunConfig, device: str, gpus: int) -> SharedMemory:
+    """:func:`shared_memory` of a node with so many GPUs (logical ones on CPU): nothing where no worker can be."""
+    return shared_memory(config, device) if gpus else SharedMemory(0.0, 0.0)
 
 
 def _listed(nodes: Sequence[Node]) -> str:
@@ -148,11 +156,16 @@ def _start(needs: NodeNeeds, device: str) -> str:
     return f"ray start --num-cpus={needs.cpus}{logical}"
 
 
-def check_layout(config: RunConfig) -> None:
+def check_layout(config: RunConfig, device: str) -> None:
     """Refuse vLLM engines that would be split over nodes: an evaluation's engine holds its GPUs in one process.
 
+    Where a parent teaches on GPUs, the trainer and its engines have those of a node that the parent leaves.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+
     Raises:
-        ConfigError: ``workers_per_node`` is not a multiple of ``tensor_parallel_size``.
+        ConfigError: ``workers_per_node``, or what a parent leaves of them, is no multiple of ``tensor_parallel_size``.
     """
     resources = config.resources
     if resources.workers_per_node % resources.tensor_parallel_size:
@@ -160,6 +173,16 @@ def check_layout(config: RunConfig) -> None:
             f"resources: workers_per_node {resources.workers_per_node} is not a multiple of tensor_parallel_size "
             f"{resources.tensor_parallel_size}, but a vLLM engine stays within a node; choose another of the two"
         )
+    taken = {_teachers(recovery) for recovery in config.all_recoveries} if device == "cuda" else set()
+    for teachers in sorted(taken):
+        left = resources.workers_per_node - teachers
+        if left < 1 or left % resources.tensor_parallel_size:
+            raise ConfigError(
+                f"recovery.teacher_workers_per_node: of {resources.workers_per_node} GPUs per node {teachers} for the "
+                f"parent leave {max(0, left)} to train on, which is not a positive multiple of "
+                f"resources.tensor_parallel_size {resources.tensor_parallel_size}; choose another "
+                "recovery.teacher_workers_per_node"
+            )
 
 
 def check_fit(config: RunConfig, device: str, nodes: Sequence[dict[str, Any]]) -> NodeNeeds:

@@ -100,7 +100,8 @@ class Driver:
         self._save_owner()
         with RaySession(self.config, self.device) as session:
             if not session.started_here:
-                check_nodes(self.config, self.device, self.folder.path, [self.original, self.parent])
+                for note in check_nodes(self.config, self.device, self.folder.path, [self.original, self.parent]):
+                    self.display.note(note)
             while (stage := next_stage(state)) is not None:
                 self.display.stage_started(stage, state)
                 entry = self._gate(stage, state) if stage.name == "gate" else self._stage(stage, state, session)

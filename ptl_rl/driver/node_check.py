@@ -9,14 +9,14 @@ stages read them in their own process, on the driver's node.
 import json
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver import node_facts
-from ptl_rl.driver.cluster import Node, SharedMemory, living, shared_memory
+from ptl_rl.driver.cluster import Node, SharedMemory, living, memory_of_node, shared_memory
 from ptl_rl.driver.environment import CudaFacts, parse_driver, ray_folder, why_no_cuda
 
 PACKAGES = (
@@ -63,7 +63,7 @@ def compare(
     driver: Mapping[str, Any],
     nodes: Mapping[str, Mapping[str, Any] | str],
     run_dir: Path,
-    memory: SharedMemory,
+    memory: Mapping[str, SharedMemory],
     temporary: str,
 ) -> list[str]:
     """Everything that is wrong, a line each, with the node's name and the remedy.
@@ -71,6 +71,7 @@ def compare(
     Args:
         driver: facts of the driver's own node, as :func:`ptl_rl.driver.node_facts.inspect` gives them.
         nodes: name to such facts, or to why there are none.
+        memory: name to what that node needs of /dev/shm.
         temporary: folder of Ray's sessions.
     """
     problems = []
@@ -83,7 +84,7 @@ def compare(
             *_models(driver, facts),
             *_files(driver, facts),
             *_folder(facts, run_dir),
-            *_space(facts, memory, temporary),
+            *_space(facts, memory[name], temporary),
             *_cuda(facts),
         ]
         problems += [f"{name}: {problem}" for problem in found]
@@ -187,7 +188,7 @@ def _cuda(facts: Mapping[str, Any]) -> list[str]:
     if "error" in cuda:
         return [f"torch cannot be imported ({cuda['error']}); install the same stack as on the driver's node"]
     if problem := why_no_cuda(cuda_of(cuda)):
-        return [problem]
+        return [problem.replace("resources.device to cpu or auto", "resources.device to cpu")]  # auto chose these GPUs
     if cuda["usable"] != 1 and not cuda["noset"]:
         return [
             f"a process to which Ray gave one GPU sees {cuda['usable']} (CUDA_VISIBLE_DEVICES={cuda['visible']}), so "
@@ -209,8 +210,10 @@ def check_machine(config: RunConfig, device: str) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _ask(nodes: Sequence[Node], request: dict[str, Any], cuda: bool, seconds: float) -> dict[str, dict[str, Any] | str]:
-    """Name of each node to its facts, or to why it has none."""
+def _ask(
+    nodes: Sequence[Node], request: dict[str, Any], cuda: Collection[str], seconds: float
+) -> dict[str, dict[str, Any] | str]:
+    """Name of each node to its facts, or to why it has none. ``cuda``: ids of those that are asked for one GPU, too."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -218,7 +221,7 @@ def _ask(nodes: Sequence[Node], request: dict[str, Any], cuda: bool, seconds: fl
     task = ray.remote(max_retries=0, num_cpus=0)(node_facts.inspect)
     running = {}
     for node in nodes:
-        holds = cuda and node.gpus > 0
+        holds = node.id in cuda
         asked = json.dumps({**request, "mark": f"{request['token']}-{node.id}", "cuda": holds})
         strategy = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
         options = task.options(scheduling_strategy=strategy, num_gpus=1 if holds else 0)
@@ -229,7 +232,7 @@ def _ask(nodes: Sequence[Node], request: dict[str, Any], cuda: bool, seconds: fl
         try:
             answers[node.name] = json.loads(ray.get(reference, timeout=0))
         except ray.exceptions.GetTimeoutError:
-            held = " or its GPUs are held by another job" if cuda and node.gpus else ""
+            held = " or its GPUs have just been taken by another job" if node.id in cuda else ""
             answers[node.name] = (
                 f"has not answered within {seconds:g} s; it hangs{held}: end what is at work there, or take the node "
                 "out of the cluster (ray stop)"
@@ -242,22 +245,31 @@ def _ask(nodes: Sequence[Node], request: dict[str, Any], cuda: bool, seconds: fl
 
 def check_nodes(
     config: RunConfig, device: str, run_dir: Path, models: Sequence[Path], seconds: float = ANSWER_SECONDS
-) -> None:
+) -> list[str]:
     """Ask all nodes of the joined cluster, and refuse the run if any is unfit.
+
+    verl binds actors to every node that there is, and Ray may place workers on any, so none is left out because the
+    recipe needs fewer. A node whose GPUs are all held is asked for everything else; a stage waits for them.
+
+    Returns:
+        A note for every node whose GPUs were not looked at.
 
     Raises:
         ConfigError: a line for everything that is wrong.
     """
     import ray
+    from ray._private.state import available_resources_per_node
 
     token, marks = uuid.uuid4().hex, run_dir / MARKS
     marks.mkdir(parents=True, exist_ok=True)
     (marks / token).write_text(token)
     temporary = ray.get_runtime_context().get_temp_dir()
     request = make_request(config, models, run_dir, token, temporary)
-    nodes = living(ray.nodes())
+    nodes, free = living(ray.nodes()), available_resources_per_node()
+    with_gpus = [node for node in nodes if node.gpus and device == "cuda"]
+    usable = {node.id for node in with_gpus if free.get(node.id, {}).get("GPU", 0) >= 1}
     try:
-        answers = _ask(nodes, request, device == "cuda", seconds)
+        answers = _ask(nodes, request, usable, seconds)
         for node in nodes:
             facts = answers[node.name]
             if not isinstance(facts, str) and facts["shared"] is None:
@@ -266,6 +278,9 @@ def check_nodes(
         driver = json.loads(node_facts.inspect(json.dumps({**request, "token": None})))
     finally:
         shutil.rmtree(marks, ignore_errors=True)
-    problems = compare(driver, answers, run_dir, shared_memory(config, device), temporary)
+    memory = {node.name: memory_of_node(config, device, node.gpus) for node in nodes}
+    problems = compare(driver, answers, run_dir, memory, temporary)
     if problems:
         raise ConfigError("the cluster is not fit for this run:\n  " + "\n  ".join(problems))
+    held = [node.name for node in with_gpus if node.id not in usable]
+    return [f"{name}: all its GPUs are held now; whether torch can use them was not looked at" for name in held]

@@ -190,9 +190,10 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
     """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
     check_gpus(config, config.resources.device)  # before anything is downloaded
-    check_layout(config)
+    device = detect_device(config)
+    check_layout(config, device)
     model, shape = check_model(config)
-    attention = check_attention(config, detect_device(config), model)
+    attention = check_attention(config, device, model)
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)

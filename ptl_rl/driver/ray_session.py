@@ -48,7 +48,7 @@ class RaySession:
         """
         import ray
 
-        check_layout(self.config)
+        check_layout(self.config, self.device)
         given = os.environ.get("RAY_ADDRESS")
         self.started_here = not given
         if self.started_here:

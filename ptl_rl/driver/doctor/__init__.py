@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ptl_rl.config import RunConfig
-from ptl_rl.driver.cluster import SharedMemory, shared_memory
+from ptl_rl.driver.cluster import SharedMemory, memory_of_node
 from ptl_rl.driver.doctor import machine, recipe, stack
 from ptl_rl.driver.doctor.finding import Finding
-from ptl_rl.driver.environment import detect_device, read_cuda
+from ptl_rl.driver.environment import CudaFacts, detect_device, read_cuda
 
 __all__ = ["Finding", "examine", "stops"]
 
@@ -29,6 +29,14 @@ def _made(checks: list[Check]) -> list[Finding]:
     return findings
 
 
+def wanted_memory(config: RunConfig | None, device: str, joined: bool, cuda: CudaFacts) -> SharedMemory:
+    """/dev/shm of this machine; the head of a cluster may be without GPUs, and so without workers."""
+    if config is None:
+        return SharedMemory(0.125, 1.0)
+    elsewhere = joined and device == "cuda" and not cuda.devices
+    return memory_of_node(config, device, 0 if elsewhere else config.resources.workers_per_node)
+
+
 def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | None = None) -> list[Finding]:
     """All findings, of the machine, and of a recipe if one is given.
 
@@ -39,7 +47,7 @@ def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | 
     cuda, joined = read_cuda(), bool(os.environ.get("RAY_ADDRESS"))
     device = detect_device(config) if config is not None else "cuda" if cuda.available else "cpu"
     wanted = 0 if joined or config is None else config.resources.workers  # of this machine
-    memory = shared_memory(config, device) if config is not None else SharedMemory(0.125, 1.0)
+    memory = wanted_memory(config, device, joined, cuda)
     checks: list[Check] = [
         stack.check_python,
         lambda: stack.check_installed(device, lock),

@@ -105,7 +105,7 @@ def check_ray(config: RunConfig | None, device: str, run_dir: Path | None, model
     given = os.environ.get("RAY_ADDRESS")
     try:
         if config is not None:
-            check_layout(config)
+            check_layout(config, device)
         if not given:
             return [ok("Ray", _own(config, device))]
         if reason := unreachable(given):
@@ -144,11 +144,12 @@ def _joined(config: RunConfig | None, device: str, run_dir: Path | None, model: 
         if run_dir is not None:
             existed = run_dir.exists()
             try:
-                check_nodes(config, device, run_dir.resolve(), [model.folder] if model else [])
+                notes = check_nodes(config, device, run_dir.resolve(), [model.folder] if model else [])
             finally:
                 if not existed and run_dir.is_dir():
                     run_dir.rmdir()
             findings.append(ok("nodes", "all share the run folder and have the same files and packages"))
+            findings += [warning("nodes", note, "a stage waits two minutes for GPUs; ask again then") for note in notes]
         return findings
     finally:
         ray.shutdown()

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ptl_rl.config import ConfigError
-from ptl_rl.driver.cluster import check_fit, check_layout, living, node_needs, shared_memory
+from ptl_rl.driver.cluster import check_fit, check_layout, living, memory_of_node, node_needs, shared_memory
 from ptl_rl.recipe import load_config, parse_config
 
 BASE = {"schedule": {"channels_per_cycle": [64]}}
@@ -94,12 +94,32 @@ def test_nodes_of_one_host_are_told_apart():
 
 
 def test_an_engine_stays_within_a_node():
-    check_layout(recipe(nodes=2, workers_per_node=4, tensor_parallel_size=2))
+    check_layout(recipe(nodes=2, workers_per_node=4, tensor_parallel_size=2), "cuda")
     split = recipe(
         {"prompts_per_step": 3, "rollouts_per_prompt": 2}, nodes=2, workers_per_node=3, tensor_parallel_size=2
     )
     with pytest.raises(ConfigError, match=r"workers_per_node 3 is not a multiple of tensor_parallel_size 2"):
-        check_layout(split)
+        check_layout(split, "cuda")
+
+
+@pytest.mark.parametrize("place", ["recovery", "recovery_of_cycle"])
+def test_the_gpus_that_a_parent_leaves_hold_whole_engines(place):
+    def config(workers: int, teachers: int, **resources):
+        entry = {"distill": {"prompts_per_step": 7 * 6 * 8, "teacher_workers_per_node": teachers}}
+        recoveries = {"recovery": [entry]} if place == "recovery" else {"recovery_of_cycle": {1: [entry]}}
+        return parse_config({**BASE, **recoveries, "resources": {"workers_per_node": workers, **resources}})
+
+    odd = config(8, 1, tensor_parallel_size=2, device="cuda")
+    message = (
+        r"recovery\.teacher_workers_per_node: of 8 GPUs per node 1 for the parent leave 7 to train on, which is not a "
+        r"positive multiple of resources\.tensor_parallel_size 2; choose another recovery\.teacher_workers_per_node$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_layout(odd, "cuda")
+    check_layout(config(8, 2, tensor_parallel_size=2, device="cuda"), "cuda")
+    check_layout(config(8, 1, tensor_parallel_size=2, device="auto"), "cpu")  # a parent has workers of its own there
+    with pytest.raises(ConfigError, match="of 2 GPUs per node 2 for the parent leave 0 to train on"):
+        check_layout(config(2, 2, device="auto"), "cuda")
 
 
 def test_shared_memory_follows_the_bucket_of_weights():
@@ -108,5 +128,15 @@ def test_shared_memory_follows_the_bucket_of_weights():
     key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
     large = recipe({**GRPO, "verl": {key: 2048}}, device="cpu", workers_per_node=2)
     assert shared_memory(large, "cpu").least == 0.125 + 2 * 2
+    assert shared_memory(recipe([{"cpt": {}}], device="cpu", workers_per_node=2), "cpu").least == 0  # no buckets
+    split = recipe([{"cpt": {}}], device="cpu", workers_per_node=2, tensor_parallel_size=2)
+    assert shared_memory(split, "cpu").least == 0.125  # the processes of one vLLM engine
     assert shared_memory(recipe(workers_per_node=8), "cuda").least == 1.0  # buckets are GPU memory there
     assert re.fullmatch(r"4\.2\d*", str(shared_memory(recipe(workers_per_node=8), "cuda").ample))
+
+
+def test_shared_memory_is_wanted_where_nccl_has_several_ranks():
+    one, two, apart = recipe(workers_per_node=1), recipe(workers_per_node=2), recipe(nodes=2, workers_per_node=1)
+    assert [shared_memory(config, "cuda").least for config in (one, two, apart)] == [0, 1, 1]
+    assert memory_of_node(two, "cuda", gpus=0).least == 0  # a cluster's head
+    assert memory_of_node(two, "cuda", gpus=2).least == 1

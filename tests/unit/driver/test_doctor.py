@@ -175,6 +175,13 @@ def test_shared_memory():
     assert "--shm-size=5g" in found[0].remedy
 
 
+def test_a_head_without_gpus_wants_no_shared_memory(repository):
+    config = load_config(repository / "recipes/grpo_qwen2.5-7b_8xh200.yaml")
+    head = CudaFacts(None, 0, "2.11.0", "13.0", False, 0, None)
+    wanted = [doctor.wanted_memory(config, "cuda", joined, gpus) for joined, gpus in ((1, head), (1, GPUS), (0, head))]
+    assert [memory.least for memory in wanted] == [0, 1, 1]
+
+
 def test_memory_and_compiler(monkeypatch, tmp_path):
     assert machine.check_memory(1.0, "a run takes").level == "ok"
     assert "offloaded, take about 4096" in machine.check_memory(4096, "offloaded, take").text
@@ -202,6 +209,21 @@ def test_ray_at_an_address(monkeypatch, repository):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     (found,) = recipe.check_ray(config, "cuda", None, None)
     assert found.level == "problem" and "nobody answers at RAY_ADDRESS=127.0.0.1:9 (Connection refused)" in found.text
+
+
+def test_a_node_whose_gpus_are_held_is_a_warning(monkeypatch, repository, tmp_path):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    nodes = [
+        {"NodeID": name, "NodeManagerAddress": name, "Alive": True, "Resources": {"GPU": 8, "CPU": 80}} for name in "ab"
+    ]
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(recipe, "check_nodes", lambda *_: ["b: all its GPUs are held now"])
+    config = load_config(repository / "recipes/grpo_qwen2.5-7b_8xh200.yaml")
+    found = recipe.check_ray(config, "cuda", tmp_path, None)
+    assert [finding.level for finding in found] == ["ok", "ok", "warning"]
+    assert found[2].text == "b: all its GPUs are held now" and "ask again" in found[2].remedy
 
 
 def test_a_recipes_own_mistakes(repository, tmp_path):

@@ -6,8 +6,10 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import node_check, node_facts
@@ -36,12 +38,13 @@ FACTS = {
     "shared": None,
     "cuda": CUDA,
 }
+MEMORY = {name: SharedMemory(1.0, 4.2) for name in ("gpu-1", "gpu-2", "gpu-3")}
 
 
 def problems(**changes) -> list[str]:
     """What is said of a node 'gpu-2' whose facts differ from the driver's in this."""
     there = {**copy.deepcopy(FACTS), **changes}
-    return node_check.compare(FACTS, {"gpu-1": FACTS, "gpu-2": there}, RUN, SharedMemory(1.0, 4.2), RAY)
+    return node_check.compare(FACTS, {"gpu-1": FACTS, "gpu-2": there}, RUN, MEMORY, RAY)
 
 
 def test_equal_nodes_have_no_problem():
@@ -96,6 +99,10 @@ MISSING = {"error": "No such file or directory"}
             r"driver is 535\.1\.2, but torch 2\.11\.0 is built for CUDA 13\.0, which needs driver 580\.65\.06",
         ),
         ({"cuda": {**CUDA, "usable": 8}}, r"Ray gave one GPU sees 8 .* all ranks would compute on the first"),
+        (
+            {"cuda": {**CUDA, "available": False, "driver": None}},
+            r"try things out without, set resources\.device to cpu$",
+        ),
         ({"cuda": {**CUDA, "error": "libcudart.so.13"}}, r"torch cannot be imported \(libcudart\.so\.13\)"),
     ],
 )
@@ -107,7 +114,7 @@ def test_a_difference_is_named_with_node_and_remedy(changes, message):
 def test_all_problems_of_all_nodes_are_gathered():
     unlike = {**FACTS, "python": "3.12.1", "shared": "is missing there"}
     answers = {"gpu-2": unlike, "gpu-3": "has not answered within 180 s"}
-    found = node_check.compare(FACTS, answers, RUN, SharedMemory(1.0, 4.2), RAY)
+    found = node_check.compare(FACTS, answers, RUN, MEMORY, RAY)
     assert [line.split(":")[0] for line in found] == ["gpu-2", "gpu-2", "gpu-3"]
 
 
@@ -177,3 +184,88 @@ def test_a_machine_with_too_little_shared_memory_is_refused(repository, monkeypa
     started = time.monotonic()
     node_check.check_machine(config, "cpu")
     assert time.monotonic() - started < 1
+
+
+class FakeRay:
+    """Nodes of a cluster in place of Ray: a task is run at once, or never where as many GPUs as it wants are not free.
+
+    ``free``: GPUs of each node that nobody holds. ``different``: what a node's facts are replaced by.
+    """
+
+    def __init__(self, monkeypatch, total: dict[str, int], free: dict[str, int]) -> None:
+        self.free, self.different, self.shared_memory = free, {}, {}
+        self.node = ""
+        nodes = [
+            {"NodeID": name, "NodeManagerAddress": name, "Alive": True, "Resources": {"GPU": gpus, "CPU": 64}}
+            for name, gpus in total.items()
+        ]
+        left = {name: {"CPU": 64.0, **({"GPU": float(gpus)} if gpus else {})} for name, gpus in free.items()}
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: left)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_temp_dir=lambda: "/ray"))
+        monkeypatch.setattr(
+            ray, "remote", lambda **_: lambda function: SimpleNamespace(options=self._options(function))
+        )
+        monkeypatch.setattr(ray, "wait", lambda *_, **__: None)
+        monkeypatch.setattr(ray, "get", self._get)
+        monkeypatch.setattr(ray, "cancel", lambda *_, **__: None)
+        monkeypatch.setattr(node_facts, "cuda_facts", lambda: {**CUDA, "usable": 1})
+        monkeypatch.setattr(node_facts, "free_bytes", self._free_bytes)
+        monkeypatch.setattr(ray.util.scheduling_strategies, "NodeAffinitySchedulingStrategy", SimpleNamespace)
+
+    def _free_bytes(self, path: str) -> int:
+        return self.shared_memory.get(self.node, 1 << 40) if path == node_check.SHARED_MEMORY else 1 << 40
+
+    def _options(self, function):
+        def options(scheduling_strategy, num_gpus):
+            def remote(asked):
+                self.node = scheduling_strategy.node_id
+                if num_gpus > self.free[self.node]:
+                    return (self.node, None)
+                facts = json.loads(function(asked))
+                return (self.node, json.dumps({**facts, **self.different.get(self.node, {})}))
+
+            return SimpleNamespace(remote=remote)
+
+        return options
+
+    def _get(self, reference, timeout):
+        if reference[1] is None:
+            raise ray.exceptions.GetTimeoutError
+        return reference[1]
+
+
+def on_two_gpus(repository):
+    settings = ["resources.workers_per_node=2", "resources.device=cuda"]
+    return load_config(repository / "recipes/demo_grpo_cpu.yaml", settings)
+
+
+def test_a_node_whose_gpus_another_job_holds_does_not_refuse_the_run(repository, monkeypatch, tmp_path):
+    cluster = FakeRay(monkeypatch, total={"a": 2, "b": 2, "head": 0}, free={"a": 2, "b": 0, "head": 0})
+    notes = node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, [])
+    assert notes == ["b: all its GPUs are held now; whether torch can use them was not looked at"]
+    cluster.different["b"] = {"python": "3.8.1"}  # the next stage may be placed there
+    with pytest.raises(ConfigError, match=r"b: Python is 3\.8, the driver's node has"):
+        node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, [])
+    cluster.different.clear()
+    cluster.free["a"] = 0  # taken since Ray was asked what is free
+    with pytest.raises(ConfigError, match=r"a: has not answered within 180 s; it hangs or its GPUs have just been"):
+        node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, [])
+
+
+def test_gpus_that_are_free_are_looked_at(repository, monkeypatch, tmp_path):
+    FakeRay(monkeypatch, total={"a": 2, "b": 2}, free={"a": 2, "b": 1})
+    assert node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, []) == []
+    monkeypatch.setattr(node_facts, "cuda_facts", lambda: {**CUDA, "usable": 8})
+    with pytest.raises(ConfigError) as refused:
+        node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, [])
+    assert str(refused.value).count("a process to which Ray gave one GPU sees 8") == 2
+
+
+def test_a_head_without_gpus_needs_no_shared_memory(repository, monkeypatch, tmp_path):
+    cluster = FakeRay(monkeypatch, total={"a": 2, "head": 0}, free={"a": 2, "head": 0})
+    cluster.shared_memory = {"head": 64 << 20}
+    assert node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, []) == []
+    cluster.shared_memory = {"a": 64 << 20}
+    with pytest.raises(ConfigError, match=r"a: /dev/shm has 0\.06 GiB free, the run needs 1\.00"):
+        node_check.check_nodes(on_two_gpus(repository), "cuda", tmp_path, [])

@@ -78,6 +78,17 @@ def test_the_nodes_of_a_joined_cluster_are_asked_before_the_first_stage(driver, 
     assert list(driver.folder.logs.iterdir()) == []
 
 
+def test_what_could_not_be_looked_at_is_shown(driver, monkeypatch):
+    shown = []
+    display = Silent()
+    display.note = shown.append
+    driver.display = display
+    monkeypatch.setattr(loop, "check_nodes", lambda *_: ["gpu-2: all its GPUs are held now"])
+    with pytest.raises(StageFailed):
+        driver.run()
+    assert shown == ["gpu-2: all its GPUs are held now"]
+
+
 def test_a_stage_whose_gpus_stay_held_fails_with_a_sentence(driver, monkeypatch):
     monkeypatch.setattr(Session, "started_here", True)
     monkeypatch.setattr(loop, "check_nodes", None)  # not called: a Ray of its own
