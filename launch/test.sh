@@ -10,14 +10,13 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# Side by side: the tests that start the stack, which mostly wait for processes to start, and all others, with one or two
-# of the former (marked `beside`) that would make them too many.
+# Side by side: the tests that start the stack, which mostly wait for processes to start, and all others.
 others="$(mktemp)"
 trap 'kill "${pid:-}" 2>/dev/null || true; rm -f "$others"' EXIT
-OMP_NUM_THREADS=1 python -m pytest -m "not stack or beside" >"$others" 2>&1 &
+OMP_NUM_THREADS=1 python -m pytest -m "not stack" >"$others" 2>&1 &
 pid=$!
 failed=0
-python -m pytest -m "stack and not beside" || failed=1
+python -m pytest -m stack || failed=1
 wait "$pid" || failed=1
 cat "$others"
 exit "$failed"

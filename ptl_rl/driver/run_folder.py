@@ -106,7 +106,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write there ({error.strerror or error})") from None
+            raise ConfigError(
+                f"{self.path}: cannot write there ({error.strerror or error}); choose another --run-dir"
+            ) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

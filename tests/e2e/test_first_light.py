@@ -14,7 +14,6 @@ from ptl_rl.driver.journal import Journal
 
 pytestmark = [
     pytest.mark.stack,
-    pytest.mark.beside,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke is sized for CPUs"),
 ]
 CRITERION = """
