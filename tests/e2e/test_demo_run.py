@@ -266,7 +266,7 @@ def ray_head() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1100)
 def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, tmp_path, ray_head, raising_reward):
     run_dir = tmp_path / "run"
     # The unpruned parent teaches: its vLLM server takes a worker of its own.
@@ -319,7 +319,7 @@ def submit(repository: Path, address: str, options: list[str]) -> subprocess.Com
             env={**environment_of_a_shell(), "RAY_API_SERVER_ADDRESS": address},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1000,
         )
         if "No available agent" not in submitted.stderr:  # the head's job agent starts a little after the head
             break
