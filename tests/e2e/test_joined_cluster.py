@@ -42,7 +42,7 @@ def test_two_nodes_of_eight_are_refused_by_the_command(address, repository, tmp_
     options = [part for key, value in sizes.items() for part in ("--set", f"resources.{key}={json.dumps(value)}")]
     command = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run"), *options]
     environment = {**os.environ, "RAY_ADDRESS": address}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the recipe wants 2 nodes with 8 GPUs" in line
