@@ -2,7 +2,7 @@
 
 Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
 heavy to import. verl's SFT trainer imports `external_lib` in its own process only, and hands its workers configurations
-that are made: so the class of one of them stands here, and a worker that unpickles it has imported this module.
+that are made: so the class of one of them stands here, and a worker to which Ray hands it has imported this module.
 """
 
 import functools

@@ -83,7 +83,7 @@ def levels(found) -> list[str]:
 def test_packages_are_held_against_a_lock(tmp_path):
     lock = tmp_path / "lock"
     lock.write_text(
-        "# a comment\n--index-url https://example.org\nnumpy==0.1 \\\n    --hash=sha256:00\n"
+        "# a comment\n--prefer-binary\nnumpy==0.1 \\\n    --hash=sha256:00\n"
         "rich>=1  # any\nno-such-package==1.0\nold==1; python_version < '3'\n"
     )
     wanted = stack.read_lock(lock)

@@ -147,7 +147,7 @@ def test_locks_that_do_not_pin_are_refused(tmp_path):
     lock = tmp_path / "x.lock"
     lock.write_text("# note\nTorch.Data==1.0  # why\n\n", encoding="utf-8")
     assert read_lock(lock) == {"torch-data": "1.0"}
-    for line in ("torch>=2", "torch", "--index-url x", "torch==2; python_version > '3'"):
+    for line in ("torch>=2", "torch", "--prefer-binary", "torch==2; python_version > '3'"):
         lock.write_text(f"a==1\n{line}\n", encoding="utf-8")
         with pytest.raises(BundleError, match=r"x.lock:2: .*NAME==VERSION"):
             read_lock(lock)
