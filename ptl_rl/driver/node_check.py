@@ -217,8 +217,8 @@ def _ask(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Ray sends every task's function so; no data is read this way, and the answers are JSON. By value, as the nodes need
-    # not have this project, or this version.
+    # Ray sends every task's function so; no data is read this way, and the answers are JSON. By value, as the nodes
+    # need not have this project, or this version.
     ray.cloudpickle.register_pickle_by_value(node_facts)
     task = ray.remote(max_retries=0, num_cpus=0)(node_facts.inspect)
     running = {}
