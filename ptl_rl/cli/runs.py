@@ -1,5 +1,6 @@
 """``ptl run``, ``resume``, ``plan``, ``data``: recipe and run; ``report``, ``compare``, ``export``: what came of it."""
 
+import errno
 import signal
 import sys
 import time
@@ -11,6 +12,8 @@ import typer
 from ptl_rl.cli.common import Settings, app, refuse
 
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")]
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+"""A full disk or quota, and file systems that stopped: none of our bugs, and a run goes on once they are mended."""
 
 
 def _drive(run_dir: Path) -> None:
@@ -33,6 +36,15 @@ def _drive(run_dir: Path) -> None:
         refuse(error)
     except (StageFailed, MissingArtefact) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or run_dir}: {error.strerror}; finished stages are kept. Once there is room, or "
+            f"the file system is well again, continue with: ptl resume {run_dir}",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished stages are kept. Continue with: ptl resume {run_dir}", file=sys.stderr)
