@@ -11,12 +11,6 @@ REPLAY_BUFFER = ("pkg://ptl_rl.platform.replay_buffer", "QuickReplayBuffer")
 ENGINE_LIBRARY = "ptl_rl.platform.verl_engine"
 WORKER_EXTENSION = "ptl_rl.platform.vllm_worker.CpuWorkerExtension"
 
-# verl reserves `max_colocate_count` CPUs beside each GPU (main_ppo: 3, a plain RayResourcePool: 10);
-# TransferQueue, agent loop, reward and task runner take about ten more in all. With too few, Ray waits
-# for ever and says nothing. Nothing is bound to these CPUs: the numbers are bookkeeping.
-LOGICAL_CPUS_PER_WORKER = 10
-LOGICAL_CPUS_BASE = 24
-
 # Why loading the verl plugin failed; verl itself logs that at debug level only.
 _plugin_error: BaseException | None = None
 
@@ -74,11 +68,6 @@ def assert_cpu_platform_active() -> None:
         "leave VERL_USE_EXTERNAL_PLUGINS unset or have it name ptl_rl_cpu, and set VERL_PLATFORM=cpu "
         f"(an accelerator can be hidden with CUDA_VISIBLE_DEVICES=''). Error while loading it: {_plugin_error}"
     ) from _plugin_error
-
-
-def logical_cpus(num_workers: int) -> int:
-    """The `num_cpus` to give `ray.init` for `num_workers` verl workers, however few cores exist."""
-    return LOGICAL_CPUS_BASE + LOGICAL_CPUS_PER_WORKER * num_workers
 
 
 def usable_cores() -> int:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.driver import cluster
 from ptl_rl.driver.cluster import check_fit, check_layout, living, memory_of_node, node_needs, shared_memory
 from ptl_rl.recipe import load_config, parse_config
 
@@ -140,3 +141,18 @@ def test_shared_memory_is_wanted_where_nccl_has_several_ranks():
     assert [shared_memory(config, "cuda").least for config in (one, two, apart)] == [0, 1, 1]
     assert memory_of_node(two, "cuda", gpus=0).least == 0  # a cluster's head
     assert memory_of_node(two, "cuda", gpus=2).least == 1
+
+
+def test_verl_still_reserves_what_is_counted():
+    import inspect
+    from dataclasses import fields
+
+    from verl.single_controller.ray.base import RayResourcePool, ResourcePoolManager
+
+    from ptl_rl.recovery.verl_config import composed
+
+    pool = inspect.signature(RayResourcePool.__init__).parameters["max_colocate_count"].default
+    manager = next(f.default for f in fields(ResourcePoolManager) if f.name == "max_colocate_count")
+    assert (pool, manager) == (cluster.SFT_CPUS_PER_WORKER, cluster.RL_CPUS_PER_WORKER)
+    storages = composed("ppo_trainer", {}).transfer_queue.backend.SimpleStorage.num_data_storage_units
+    assert storages == cluster.QUEUE_STORAGES
