@@ -106,7 +106,7 @@ def real(model: Path, train: dict[str, Any], test: dict[str, Any], device: str, 
         "recovery": recovery,
         "gate": {"max_extensions": 0},
         "resources": {"device": device},
-        "watchdog": {"startup_seconds": 300, "stall_seconds": 240, "attempts": 1},
+        "watchdog": {"startup_seconds": 900 if smoke else 300, "stall_seconds": 240, "attempts": 1},
     }
 
 

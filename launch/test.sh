@@ -10,10 +10,11 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# Side by side: the tests that start the stack, which mostly wait for processes to start, and all others.
+# Side by side: the tests that start the stack, which mostly wait for processes to start, and all others. These have the
+# niceness that Ray gives its workers, which would starve beside them otherwise.
 others="$(mktemp)"
 trap 'kill "${pid:-}" 2>/dev/null || true; rm -f "$others"' EXIT
-OMP_NUM_THREADS=1 python -m pytest -m "not stack" >"$others" 2>&1 &
+OMP_NUM_THREADS=1 nice -n 15 python -m pytest -m "not stack" >"$others" 2>&1 &
 pid=$!
 failed=0
 python -m pytest -m stack || failed=1

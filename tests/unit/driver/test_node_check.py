@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import re
+import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import ray
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import node_check, node_facts
 from ptl_rl.driver.cluster import SharedMemory
+from ptl_rl.platform import vllm_cpu
 from ptl_rl.recipe import load_config, parse_config
 
 RUN, MODEL, FILE, RAY = Path("/shared/run"), "/models/qwen", "/home/me/reward.py", "/tmp/ray"
@@ -154,6 +157,26 @@ def test_a_node_says_what_it_has(tmp_path, repository):
     assert [Path(path).name for path in facts["files"]] == ["user.py"]  # what verl's workers load by its path
     assert facts["shared"] is None and (run / node_check.MARKS / "mine").read_text() == "token"
     assert all(free > 0 for free in facts["free"].values())
+
+
+def test_what_a_process_has_loaded_changes_nothing_in_what_is_installed(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, vllm_cpu.AliasFinder)])
+    names = [*node_check.PACKAGES, "ptl_rl"]
+    before = node_facts.versions(names)
+    vllm_cpu.register()
+    assert node_facts.versions(names) == before
+    for name in names:
+        if name != vllm_cpu.ALIAS:
+            installed = {package.version for package in distributions(name=name)}
+            assert before[name] in installed or (before[name] is None and not installed)
+
+
+def test_the_version_is_that_of_the_package_that_would_be_imported(monkeypatch, tmp_path):
+    for folder, metadata in (("verl-9.9", "Name: Verl\nVersion: 9.9\n"), ("cut_short-1", "")):
+        (tmp_path / f"{folder}.dist-info").mkdir()
+        (tmp_path / f"{folder}.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert node_facts.versions(["verl", "cut-short"]) == {"verl": "9.9", "cut-short": None}
 
 
 def test_a_users_files_are_asked_for(tmp_path):
