@@ -23,6 +23,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig, RunConfig, SourceConfig
+from ptl_rl.config.recipe import parse_config, save_config
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.driver.processes import start_stage
@@ -34,7 +35,6 @@ from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.choice import make_plan
 from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.streaming import mean_loss
-from ptl_rl.recipe import parse_config, save_config
 from ptl_rl.stage import StageSpec
 
 console = Console(stderr=True)

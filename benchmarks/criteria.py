@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from pretrain_testbed import greedy_accuracy
 from real_models import folder_of
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,6 @@ from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.slicing import slice_checkpoint
 from ptl_rl.pruning.streaming import mean_loss
 from ptl_rl.testbed import CHECKPOINT_DIR
-from ptl_rl.testbed.pretrain import greedy_accuracy
 
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console(stderr=True)

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ptl_rl.config import RunConfig, SourceConfig
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.planning.forecast import device_of, forecast
 from ptl_rl.planning.model import planned_model
-from ptl_rl.recipe import load_config, parse_config
 
 SECONDS = 0.25
 GIB = 2**30

@@ -10,13 +10,13 @@ from typing import Annotated
 import torch
 import typer
 from criteria import Bench, Way, load
+from pretrain_testbed import greedy_accuracy
 from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.pruning.engine import Removal
 from ptl_rl.testbed import CHECKPOINT_DIR
-from ptl_rl.testbed.pretrain import greedy_accuracy
 from ptl_rl.testbed.word_problems import problems
 
 WAYS = (

@@ -10,6 +10,7 @@ fi
 ruff check .
 ruff format --check .
 mypy
+lint-imports --no-cache
 # Side by side: the tests that start the stack, which mostly wait for processes to start, and all others. These have the
 # niceness that Ray gives its workers, which would starve beside them otherwise.
 others="$(mktemp)"

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ptl_rl.config import RunConfig
-from ptl_rl.recovery.settings import AnyRecovery
+from ptl_rl.config import AnyRecovery, RunConfig
 
 
 class StageSpec(BaseModel):

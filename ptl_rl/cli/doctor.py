@@ -29,7 +29,7 @@ def doctor(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.recipe import load_config
+    from ptl_rl.config.recipe import load_config
 
     try:
         config = load_config(recipe, settings) if recipe is not None else None

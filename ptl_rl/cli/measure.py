@@ -53,7 +53,7 @@ def evaluate(
     """Evaluate a model on tasks of mathematics and code; an interrupted evaluation goes on where it was."""
     from rich.console import Console
 
-    from ptl_rl.config import ConfigError
+    from ptl_rl.config import ConfigError, EvalConfig
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
@@ -63,7 +63,7 @@ def evaluate(
 
         command.quieten_libraries()
         names = [name for name in tasks.split(",") if name]
-        config = command.EvalConfig(
+        config = EvalConfig(
             tasks=names,
             data=command.parse_data(data or [], find_tasks(names)),
             limit=limit,

@@ -33,7 +33,7 @@ def score(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.recipe import score_config
+    from ptl_rl.config.recipe import score_config
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
@@ -120,7 +120,7 @@ def slicegpt(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.recipe import score_config
+    from ptl_rl.config.recipe import score_config
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

@@ -24,13 +24,13 @@ def _drive(run_dir: Path) -> None:
     from ptl_rl.driver.loop import Driver, StageFailed
     from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
     from ptl_rl.driver.watchdog import interrupt
-    from ptl_rl.reporting.live import Display
+    from ptl_rl.reporting.live import LiveDisplay
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     folder, console = RunFolder(run_dir), Console(width=None if sys.stdout.isatty() else 160)
     try:
-        driver = Driver(folder, lambda config: Display(console, folder.path.name, config.recoveries))
+        driver = Driver(folder, lambda config: LiveDisplay(console, folder.path.name, config.recoveries))
         state = driver.run()
     except (ConfigError, JournalError) as error:
         refuse(error)
@@ -53,8 +53,8 @@ def _drive(run_dir: Path) -> None:
 
 
 def _finish(run_dir: Path, console, stopped: bool) -> None:
+    from ptl_rl.config.recipe import read_saved_config
     from ptl_rl.driver.journal import Journal
-    from ptl_rl.recipe import read_saved_config
     from ptl_rl.reporting import summary
 
     entries = Journal(run_dir / "journal.jsonl").entries()
@@ -90,7 +90,7 @@ def run(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.recipe import load_config
+    from ptl_rl.config.recipe import load_config
 
     try:
         config = load_config(recipe, settings)
@@ -143,10 +143,10 @@ def plan(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
+    from ptl_rl.config.recipe import load_config
     from ptl_rl.driver.preflight import check_cuts
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
-    from ptl_rl.recipe import load_config
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
@@ -181,7 +181,7 @@ def data(
     from rich.console import Console
 
     from ptl_rl.config import ConfigError
-    from ptl_rl.recipe import load_config
+    from ptl_rl.config.recipe import load_config
     from ptl_rl.reporting.data_table import reading_bars, show
 
     try:

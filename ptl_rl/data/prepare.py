@@ -24,7 +24,6 @@ from ptl_rl.data.partition import partition
 from ptl_rl.data.records import DataError, Progress, no_progress, question_key
 from ptl_rl.data.sources import TESTBED
 from ptl_rl.data.store import Store, open_store
-from ptl_rl.recovery.settings import GrpoConfig
 
 if TYPE_CHECKING:
     import numpy
@@ -39,18 +38,13 @@ EVALUATION_SEED = 0
 EVALUATION_SETS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
-def needs_answers(config: RunConfig) -> bool:
-    """Whether training prompts are judged, as in every kind of RL."""
-    return any(isinstance(recovery, GrpoConfig) for recovery in config.all_recoveries)
-
-
 def training_data(config: RunConfig, progress: Progress = no_progress) -> Corpus:
     """The problems of ``data.train``.
 
     Raises:
         DataError: a source that cannot be read, holds too many malformed rows, or nothing that is left.
     """
-    return _merged(config, config.data.train_sources, needs_answers(config), progress)
+    return _merged(config, config.data.train_sources, config.needs_answers, progress)
 
 
 def worked_solutions(config: RunConfig, progress: Progress = no_progress) -> Corpus:
@@ -113,7 +107,7 @@ def run_data(config: RunConfig, subsets: int, progress: Progress = no_progress) 
     try:
         for name in EVALUATION_SETS:
             sets[name] = evaluation_data(config, name, progress)
-        if config.data.corpus is None or needs_answers(config):
+        if config.data.corpus is None or config.needs_answers:
             name = "train"
             sets[name] = training_data(config, progress)
             parts[name] = partition(sets[name], subsets)

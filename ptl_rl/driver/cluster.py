@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptl_rl.config import ConfigError, RunConfig
-from ptl_rl.recovery.settings import AnyRecovery, CptConfig, DistillConfig, GrpoConfig
+from ptl_rl.config import AnyRecovery, ConfigError, CptConfig, DistillConfig, GrpoConfig, RunConfig
 
 # What verl 0.9.1 reserves of Ray:
 RL_CPUS_PER_WORKER = 3  # ResourcePoolManager.max_colocate_count of main_ppo, for the policy's and a teacher's workers
@@ -197,7 +196,7 @@ def check_fit(config: RunConfig, device: str, nodes: Sequence[dict[str, Any]]) -
     needs, alive = node_needs(config, device), living(nodes)
     if places(alive, needs.gpus, needs.cpus) < needs.count:
         raise ConfigError(_misfit(config, device, needs, alive))
-    if any(isinstance(recovery, GrpoConfig) for recovery in config.all_recoveries):
+    if config.needs_answers:
         storages = max(_storages(config, r, device) for r in config.all_recoveries if isinstance(r, GrpoConfig))
         least = -(-storages // len(alive))
         poor = [node.name for node in alive if node.cpus < least]

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config.recipe import read_saved_config
+from ptl_rl.driver.display import Display
 from ptl_rl.driver.environment import check_gpus, detect_device
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry, Journal
@@ -24,11 +26,9 @@ from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
 from ptl_rl.driver.run_folder import RunFolder
-from ptl_rl.driver.schedule import halved
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage
 from ptl_rl.driver.watchdog import StageStalled, watch
-from ptl_rl.recipe import read_saved_config
-from ptl_rl.reporting.live import Display
+from ptl_rl.planning.schedule import halved
 from ptl_rl.stage import StageSpec
 
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b(\(\w+\))?: ")
@@ -277,7 +277,7 @@ class Driver:
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     """Make the run folder; refuses one that already holds a run, though not one whose first stage never began."""
-    from ptl_rl.recipe import save_config
+    from ptl_rl.config.recipe import save_config
 
     folder = RunFolder(run_dir)
     try:

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl_rl.attention import Attention, resolve_attention
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, CptConfig, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
 from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
-from ptl_rl.driver.schedule import check_schedule, planned_cuts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.recovery.settings import CptConfig, GrpoConfig
+from ptl_rl.planning.schedule import check_schedule, planned_cuts
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def check_reward(config: RunConfig, data: RunData) -> None:
 
 def check_chat_template(config: RunConfig, model: Path) -> None:
     """verl puts questions to the policy in its chat template, and fails minutes later where there is none."""
-    if (model / "chat_template.jinja").exists() or not any(isinstance(r, GrpoConfig) for r in config.all_recoveries):
+    if (model / "chat_template.jinja").exists() or not config.needs_answers:
         return
     try:
         settings = json.loads((model / "tokenizer_config.json").read_text())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ptl_rl.recipe import read_saved_config
+from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.stage import StageContext, StageSpec
 
 

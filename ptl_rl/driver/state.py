@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ptl_rl.config import RunConfig
 from ptl_rl.driver.journal import Entry
-from ptl_rl.driver.schedule import Cut, halved, planned_cuts
+from ptl_rl.planning.schedule import Cut, halved, planned_cuts
 
 CYCLE_STAGES = ("score", "slice", "recover", "evaluate", "gate")
 ORIGINAL = "original"

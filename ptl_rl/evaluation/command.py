@@ -9,18 +9,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from ptl_rl.config import ConfigError, SourceConfig
+from ptl_rl.config import ConfigError, EvalConfig, SourceConfig
 from ptl_rl.data.records import DataError
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_shape
 from ptl_rl.models import resolve_model
-from ptl_rl.section import Section
 
 RESULTS = "results.json"
 
@@ -32,28 +29,13 @@ def default_folder(model: str) -> Path:
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
-class EvalConfig(Section):
-    """What ``ptl eval`` is told, beside the model."""
-
-    tasks: list[str]
-    data: dict[str, str] = Field({}, description="By task: a file, a saved folder, testbed:SPLIT or hub:NAME.")
-    limit: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_model_tokens: int | None = Field(None, ge=8)
-    prompt_suffix: str = ""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    tensor_parallel_size: int = Field(1, ge=1)
-    batch_size: int = Field(128, ge=1)
-    seed: int = Field(0, ge=0)
-    trust_remote_code: bool = False
-
-    def sources(self, task: EvalTask) -> tuple[SourceConfig, ...]:
-        """Raises :class:`ConfigError` for a task whose questions have to be named and are not."""
-        if task.name in self.data:
-            return (SourceConfig(path=self.data[task.name], split="test"),)
-        if not task.sources:
-            raise ConfigError(f"--tasks {task.name}: whose questions? Add --data {task.name}=FILE")
-        return task.sources
+def sources(task: EvalTask, config: EvalConfig) -> tuple[SourceConfig, ...]:
+    """Raises :class:`ConfigError` for a task whose questions have to be named and are not."""
+    if task.name in config.data:
+        return (SourceConfig(path=config.data[task.name], split="test"),)
+    if not task.sources:
+        raise ConfigError(f"--tasks {task.name}: whose questions? Add --data {task.name}=FILE")
+    return task.sources
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
     found = []
     for task in find_tasks(config.tasks):
         try:
-            documents = read_task(task, config.sources(task), config.limit)
+            documents = read_task(task, sources(task, config), config.limit)
         except DataError as error:
             raise ConfigError(f"{error} (--data {task.name}=FILE names another source)") from None
         max_tokens = response_tokens(task, config, window)

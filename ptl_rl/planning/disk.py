@@ -7,10 +7,9 @@ weights and AdamW's state; after the last step it writes the Hugging Face folder
 
 from dataclasses import dataclass
 
-from ptl_rl.config import RunConfig
-from ptl_rl.driver.schedule import planned_cuts
+from ptl_rl.config import AnyRecovery, GrpoConfig, RunConfig
 from ptl_rl.families import ModelShape
-from ptl_rl.recovery.settings import AnyRecovery, GrpoConfig
+from ptl_rl.planning.schedule import planned_cuts
 
 WEIGHT_BYTES = 4
 RESUMABLE_BYTES = 12

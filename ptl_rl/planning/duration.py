@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass
 
-from ptl_rl.config import RunConfig
-from ptl_rl.data.settings import SourceConfig
-from ptl_rl.driver.schedule import Cut
+from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig, SourceConfig
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS, Assumptions
 from ptl_rl.planning.disk import RESUMABLE_BYTES, WEIGHT_BYTES, saves
 from ptl_rl.planning.memory import EVALUATION_SHARE, ROLLOUT_SEQUENCES, Planned
 from ptl_rl.planning.pruning_memory import Pruner
+from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.serving_memory import Engine
-from ptl_rl.recovery.settings import AnyRecovery, CptConfig, DistillConfig, GrpoConfig
 
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 """verl key with which rollouts' own log-probabilities are taken, so that none are computed again."""

@@ -1,11 +1,11 @@
 """What of a plan will not fit, each with the settings that would mend it, and what is worth knowing."""
 
-from ptl_rl.driver.schedule import Cut
+from ptl_rl.config import CptConfig
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.duration import BYPASS
 from ptl_rl.planning.hardware import GIB
 from ptl_rl.planning.memory import Phase, Planned
-from ptl_rl.recovery.settings import CptConfig
+from ptl_rl.planning.schedule import Cut
 
 KERNEL_WIDTH = 128
 """Channels that 4-bit (Marlin) and block FP8 kernels of one GPU want multiples of."""

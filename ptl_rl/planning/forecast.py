@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl_rl.attention import FLASH, without_flash
-from ptl_rl.config import RunConfig
-from ptl_rl.driver.schedule import Cut, planned_cuts
+from ptl_rl.config import CptConfig, RunConfig
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.assumptions import CPU, Assumptions
 from ptl_rl.planning.disk import DiskUse, disk_use
@@ -14,7 +13,7 @@ from ptl_rl.planning.findings import findings
 from ptl_rl.planning.hardware import GIB, Device, gpu_of_this_machine, known_gpu, this_machine
 from ptl_rl.planning.memory import Phase, Planned, phases
 from ptl_rl.planning.model import PlannedModel
-from ptl_rl.recovery.settings import CptConfig
+from ptl_rl.planning.schedule import Cut, planned_cuts
 
 DEFAULT_GPU = "h200"
 

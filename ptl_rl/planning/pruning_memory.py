@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import RunConfig
-from ptl_rl.driver.schedule import Cut
 from ptl_rl.families import ModelShape
+from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.trainer_memory import Parts, Rows, Trainer, total
 
 GIB = 2**30

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.attention import FLASH
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
-from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.stage import StageContext
 

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.attention import FLASH
-from ptl_rl.config import RunConfig
+from ptl_rl.config import CptConfig, RunConfig
 from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
-from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.verl_config import checkpoint_settings, composed, micro_batch
 from ptl_rl.stage import StageSpec
 

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.attention import FLASH
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
 from ptl_rl.families import ModelShape
 from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
-from ptl_rl.recovery.settings import DistillConfig, GrpoConfig, RecoveryConfig
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"

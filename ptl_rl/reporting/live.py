@@ -11,9 +11,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ptl_rl.config import AnyRecovery
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
-from ptl_rl.recovery.settings import AnyRecovery
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
 from ptl_rl.reporting.summary import table
 
@@ -43,8 +43,8 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Display:
-    """Fed by the driver; knows nothing of processes."""
+class LiveDisplay:
+    """The driver's :class:`~ptl_rl.driver.display.Display`; knows nothing of processes."""
 
     def __init__(self, console: Console, title: str, recoveries: Callable[[int], list[AnyRecovery]]) -> None:
         self.console, self.title, self.recoveries = console, title, recoveries

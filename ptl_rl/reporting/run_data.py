@@ -63,7 +63,7 @@ class RunData:
     """
 
     def __init__(self, folder: Path) -> None:
-        from ptl_rl.recipe import read_saved_config
+        from ptl_rl.config.recipe import read_saved_config
 
         self.folder = folder.resolve()
         if not (self.folder / "config.json").exists():

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
-from ptl_rl.driver.schedule import planned_cuts
 from ptl_rl.driver.watchdog import interrupt
 from ptl_rl.families import ModelShape
-from ptl_rl.recipe import load_config
+from ptl_rl.planning.schedule import planned_cuts
 from ptl_rl.studies import results
 from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
 from ptl_rl.studies.runner import StudyFailed, check_folder, make_runs, save_study

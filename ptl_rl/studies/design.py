@@ -12,9 +12,9 @@ from typing import Any
 
 from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
 from ptl_rl.config import ConfigError, RunConfig
-from ptl_rl.driver.schedule import planned_cuts
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
-from ptl_rl.recipe import parse_config
+from ptl_rl.planning.schedule import planned_cuts
 
 Values = dict[str, Any]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ptl_rl.baselines.slicegpt import NOTE
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config.recipe import read_saved_config, save_config
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.state import fold, next_stage
-from ptl_rl.recipe import read_saved_config, save_config
 from ptl_rl.studies.design import Row, Study
 from ptl_rl.studies.slicegpt_model import MADE_FROM, made_from
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
-from ptl_rl.recipe import read_saved_config
+from ptl_rl.config.recipe import read_saved_config
 
 MADE_FROM = "made_from.json"
 

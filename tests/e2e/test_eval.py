@@ -35,9 +35,8 @@ def ptl_eval(*arguments):
 
 
 def test_two_tasks_offline_and_again_for_nothing(questions, tmp_path):
+    from pretrain_testbed import greedy_accuracy
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ptl_rl.testbed.pretrain import greedy_accuracy
 
     arguments = ["--tasks", "gsm8k_boxed,gsm8k", "--limit", COUNT, "--out", tmp_path / "out", "--max-tokens", 96]
     arguments += ["--data", f"gsm8k_boxed={questions}", "--data", f"gsm8k={questions}"]

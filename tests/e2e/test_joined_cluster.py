@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver import node_check
 from ptl_rl.driver.doctor.recipe import check_ray, find_model
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
-from ptl_rl.recipe import load_config
 
 pytestmark = pytest.mark.stack
 NAMESPACE = "a-run-of-ours"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ptl_rl.config import RunConfig, SourceConfig
-from ptl_rl.recipe import parse_config
+from ptl_rl.config.recipe import parse_config
 
 
 def row(i: int, **changes) -> dict:

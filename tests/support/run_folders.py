@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from ptl_rl.config import RunConfig
+from ptl_rl.config.recipe import parse_config, save_config
 from ptl_rl.driver.journal import Entry, Journal
-from ptl_rl.recipe import parse_config, save_config
 
 WIDTH, BLOCKS = 8, 3
 ORIGINAL_RIGHT = 9

@@ -2,23 +2,20 @@
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
-import psutil
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import gpu_first_light
 import light_runs
+import psutil
+import pytest
 from gpu_first_light import FirstLight, visible_gpus
 from light_runner import Commands, Lines, Sampler, Stage, StageFailed, StageSkipped, python, run_stages, verdict
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.preflight import check
-from ptl_rl.recipe import load_config
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from ptl_rl.cli import app
 from ptl_rl.cli.runs import STORAGE_ERRORS
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.loop import Driver, start_run
-from ptl_rl.recipe import load_config
 
 
 @pytest.fixture

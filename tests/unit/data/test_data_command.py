@@ -9,9 +9,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
+from ptl_rl.config.recipe import save_config
 from ptl_rl.data.prepare import training_data
 from ptl_rl.data.tokens import count_tokens, local_tokenizer
-from ptl_rl.recipe import save_config
 from ptl_rl.reporting import data_table
 
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_rows import row, run_config, write
 
-from ptl_rl.recipe import save_config
+from ptl_rl.config.recipe import save_config
 
 ROWS = 200_000
 MOST_MIB = 100
@@ -18,7 +18,7 @@ import json, sys, threading, time
 from pathlib import Path
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import evaluation_data, training_data
-from ptl_rl.recipe import read_saved_config
+from ptl_rl.config.recipe import read_saved_config
 
 def anonymous_mib():  # pages of the mapped file are the system's to take back
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl_rl.config import FieldMap, SourceConfig
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import evaluation_data, run_data, training_data, worked_solutions
 from ptl_rl.data.records import DataError
-from ptl_rl.recipe import load_config, parse_config
 
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
 

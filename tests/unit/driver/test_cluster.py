@@ -5,9 +5,9 @@ import re
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import cluster
 from ptl_rl.driver.cluster import check_fit, check_layout, living, memory_of_node, node_needs, shared_memory
-from ptl_rl.recipe import load_config, parse_config
 
 BASE = {"schedule": {"channels_per_cycle": [64]}}
 GRPO = {"prompts_per_step": 16, "rollouts_per_prompt": 8}

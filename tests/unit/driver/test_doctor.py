@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import doctor
 from ptl_rl.driver.cluster import SharedMemory
 from ptl_rl.driver.doctor import finding, machine, recipe, stack
 from ptl_rl.driver.environment import CudaFacts
-from ptl_rl.recipe import load_config, parse_config
 
 GPUS = CudaFacts("580.65.06", 8, "2.11.0", "13.0", True, 8, None)
 

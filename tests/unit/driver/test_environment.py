@@ -5,9 +5,9 @@ import re
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.driver import environment
 from ptl_rl.driver.environment import CudaFacts, check_gpus, parse_driver, read_cuda, why_no_cuda
-from ptl_rl.recipe import parse_config
 
 GOOD = {"driver": "580.65.06", "devices": 8, "torch": "2.11.0", "cuda": "13.0", "available": True, "usable": 8}
 

@@ -3,11 +3,11 @@
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.loop import Driver, start_run
 from ptl_rl.driver.run_folder import RunFolder
 from ptl_rl.driver.state import Stage
-from ptl_rl.recipe import load_config
 
 
 class Silent:

@@ -14,10 +14,10 @@ import pytest
 import ray
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import node_check, node_facts
 from ptl_rl.driver.cluster import SharedMemory
 from ptl_rl.platform import vllm_cpu
-from ptl_rl.recipe import load_config, parse_config
 
 RUN, MODEL, FILE, RAY = Path("/shared/run"), "/models/qwen", "/home/me/reward.py", "/tmp/ray"
 CUDA = {

@@ -7,8 +7,8 @@ from data_rows import row, run_config
 
 from ptl_rl import attention
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import preflight
-from ptl_rl.recipe import load_config, parse_config
 
 Usage = namedtuple("Usage", "total used free")
 

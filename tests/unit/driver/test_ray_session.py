@@ -6,10 +6,10 @@ import pytest
 import ray
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver import loop, ray_session
 from ptl_rl.driver.loop import Driver, StageFailed, start_run
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
-from ptl_rl.recipe import load_config
 
 
 @pytest.mark.parametrize(

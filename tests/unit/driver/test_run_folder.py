@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config, read_saved_config
 from ptl_rl.driver.loop import start_run
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.driver.state import ORIGINAL, Stage
-from ptl_rl.recipe import load_config, read_saved_config
 
 
 def fill(folder: Path, *names: str) -> None:

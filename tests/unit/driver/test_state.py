@@ -2,11 +2,11 @@
 
 import pytest
 
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.driver.gate import decide
 from ptl_rl.driver.journal import Entry
-from ptl_rl.driver.schedule import halved, planned_cuts
 from ptl_rl.driver.state import ORIGINAL, Stage, data_subsets, fold, next_stage
-from ptl_rl.recipe import parse_config
+from ptl_rl.planning.schedule import halved, planned_cuts
 
 
 def config(recovery=None, **gate):

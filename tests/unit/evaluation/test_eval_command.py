@@ -4,14 +4,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, EvalConfig
 from ptl_rl.evaluation import command
 from ptl_rl.evaluation.tasks import TASKS, find_tasks
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 
 def config(**changes):
-    return command.EvalConfig(**{"tasks": ["boxed"], "data": {"boxed": "testbed:test"}, "limit": 4} | changes)
+    return EvalConfig(**{"tasks": ["boxed"], "data": {"boxed": "testbed:test"}, "limit": 4} | changes)
 
 
 def test_entries_of_data():

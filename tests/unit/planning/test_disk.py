@@ -2,12 +2,12 @@
 
 import pytest
 
+from ptl_rl.config import CptConfig, GrpoConfig
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.families import FAMILIES, shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.planning.disk import disk_use, recovery_peak, saves
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.recipe import load_config, parse_config
-from ptl_rl.recovery.settings import CptConfig, GrpoConfig
 
 NAME = "Qwen/Qwen2.5-7B"
 QWEN = shape_from_config(PUBLISHED[NAME], FAMILIES, NAME)

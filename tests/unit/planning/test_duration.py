@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from ptl_rl.config import CriterionConfig
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.data.encoding import Sequence
-from ptl_rl.driver.schedule import Cut, planned_cuts
 from ptl_rl.families import FAMILIES, read_shape, shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.planning.assumptions import CPU, Assumptions
 from ptl_rl.planning.duration import FINALISTS, REFERENCE_LINES, REFERENCE_PROMPTS, Clock, known_rows, score_passes
 from ptl_rl.planning.hardware import GPUS, this_machine
 from ptl_rl.planning.memory import Planned
+from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.serving_memory import Engine
 from ptl_rl.pruning import absorption, criteria, engine
-from ptl_rl.recipe import load_config, parse_config
 
 QWEN, LLAMA = (
     shape_from_config(PUBLISHED[name], FAMILIES, name) for name in ("Qwen/Qwen2.5-7B", "meta-llama/Meta-Llama-3-8B")

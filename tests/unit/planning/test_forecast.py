@@ -9,12 +9,12 @@ import pytest
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.families import FAMILIES, ModelShape, shape_from_config
 from ptl_rl.families.published import PUBLISHED, published_config
 from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
 from ptl_rl.planning.hardware import GPUS
 from ptl_rl.planning.model import planned_model
-from ptl_rl.recipe import load_config
 
 RECIPES = (
     "cpt_code_llama3-8b_4xa100",

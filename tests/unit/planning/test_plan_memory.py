@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from ptl_rl.driver.schedule import Cut, planned_cuts
+from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.families import FAMILIES, shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.planning.hardware import GIB, GPUS
 from ptl_rl.planning.memory import MAX_FILE_BYTES, Planned, phases
 from ptl_rl.planning.pruning_memory import Pruner
+from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.trainer_memory import Rows, Trainer, total
-from ptl_rl.recipe import load_config, parse_config
 from ptl_rl.weight_files import MAX_FILE_BYTES as WRITTEN_FILE_BYTES
 
 FLASH = "flash_attention_2"

@@ -66,8 +66,8 @@ def test_vllm_on_gpus_is_not_to_compile_a_sampler_unless_it_is_asked_to(monkeypa
 
 
 def test_every_way_to_vllm_on_a_gpu_takes_that_environment(monkeypatch, repository, tmp_path):
+    from ptl_rl.config.recipe import load_config
     from ptl_rl.evaluation import command, speed
-    from ptl_rl.recipe import load_config
     from ptl_rl.stage import StageContext, StageSpec
 
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != SAMPLER})

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptl_rl.recipe import parse_config
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.recovery import cpt, grpo
 from ptl_rl.recovery.checkpoints import TRACKER, Checkpoints, link_or_copy
 from ptl_rl.recovery.follow import MetricsFollower

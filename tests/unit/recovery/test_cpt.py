@@ -10,12 +10,11 @@ import torch
 from process_ranks import run_ranks
 
 from ptl_rl.attention import FLASH
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, CptConfig
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.corpora import Record
-from ptl_rl.recipe import parse_config
 from ptl_rl.recovery.cpt import batch_sequences
 from ptl_rl.recovery.sequences import Counts, SequenceFile, document_ids, write_sequences
-from ptl_rl.recovery.settings import CptConfig
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.stage import StageSpec
 

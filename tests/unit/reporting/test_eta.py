@@ -3,8 +3,8 @@
 import pytest
 
 from ptl_rl.driver.journal import Entry
-from ptl_rl.driver.schedule import Cut
 from ptl_rl.driver.state import Stage, State
+from ptl_rl.planning.schedule import Cut
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
 
 CUTS = [Cut(64, 0, 0), Cut(32, 0, 1), Cut(16, 0, 2)]

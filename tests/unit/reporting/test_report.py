@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, ModelConfig, ScheduleConfig
-from ptl_rl.recipe import save_config
+from ptl_rl.config.recipe import save_config
 from ptl_rl.reporting import figures
 from ptl_rl.reporting.compare import comparison
 from ptl_rl.reporting.export import export_model

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from ptl_rl.baselines.slicegpt.rotate import sliced_config
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
-from ptl_rl.driver.schedule import planned_cuts
 from ptl_rl.families import FAMILIES, shape_from_config
-from ptl_rl.recipe import load_config
+from ptl_rl.planning.schedule import planned_cuts
 from ptl_rl.studies.command import demo_recipes, prepare
 from ptl_rl.studies.design import STUDIES, design, shared_out, slicegpt_shape
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model

@@ -7,9 +7,9 @@ import pyarrow.parquet
 import pytest
 
 from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import save_config
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.state import fold, next_stage
-from ptl_rl.recipe import save_config
 from ptl_rl.studies import results, runner
 from ptl_rl.studies.command import demo_recipes, prepare
 from ptl_rl.studies.slicegpt_model import MADE_FROM, made_from

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
+from pretrain_testbed import add_blocks, history, train
 
 from ptl_rl.config import ConfigError
 from ptl_rl.models import resolve_model
 from ptl_rl.testbed import programs, shipped_checkpoint, word_problems
-from ptl_rl.testbed.pretrain import add_blocks, history, train
 from ptl_rl.testbed.problem import LEVELS, SPLITS, split_of
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
 from reward.code import code_reward

@@ -1,52 +1,14 @@
-"""What a run is: one typed, validated configuration; ``ptl_rl/recipe.py`` reads it from YAML.
+"""What a run is: the sections of a recipe, put together and checked against one another."""
 
-Imports neither torch nor ray, so that ``ptl plan`` and ``ptl --help`` start at once and a bad recipe is refused before
-anything heavy begins. verl's own keys appear nowhere here except verbatim under ``verl:``;
-``ptl_rl/recovery/verl_config.py`` renders the rest.
-"""
-
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptl_rl.data.settings import DataConfig, DecontaminateConfig, FieldMap, SourceConfig
-from ptl_rl.pruning.settings import (
-    CHANNEL_CRITERIA,
-    CalibrationConfig,
-    ContrastConfig,
-    CriterionConfig,
-    ScheduleConfig,
-    check_gradients,
-)
-from ptl_rl.recovery.settings import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
-from ptl_rl.section import Section
-
-__all__ = [
-    "CHANNEL_CRITERIA",
-    "CalibrationConfig",
-    "ConfigError",
-    "ContrastConfig",
-    "CriterionConfig",
-    "DataConfig",
-    "DecontaminateConfig",
-    "EvaluationConfig",
-    "FieldMap",
-    "GateConfig",
-    "ModelConfig",
-    "ResourcesConfig",
-    "RewardConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "ScoreConfig",
-    "SourceConfig",
-    "WatchdogConfig",
-]
-
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run; the message names the file, the setting and the remedy."""
+from ptl_rl.config.data import DataConfig
+from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
+from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
+from ptl_rl.config.reward import RewardConfig
+from ptl_rl.config.section import Section
 
 
 class ModelConfig(Section):
@@ -65,40 +27,6 @@ class ModelConfig(Section):
         "model caps its attention logits) on padded rows.",
     )
     trust_remote_code: bool = False
-
-
-SHIPPED_REWARD = "code"
-
-
-def _shipped_reward() -> Path:
-    found = find_spec("reward.code")
-    assert found is not None and found.origin is not None
-    return Path(found.origin)
-
-
-class RewardConfig(Section):
-    path: str | None = Field(
-        None, description="Your Python file, or 'code' for unit tests; default: 0.9 accuracy + 0.1 format."
-    )
-    name: str = Field("compute_score", description="The function in that file, in verl's signature.")
-    accuracy_weight: float = Field(0.9, ge=0, le=1)
-    format_weight: float = Field(0.1, ge=0, le=1)
-    format_style: Literal["boxed", "think_boxed"] = "boxed"
-
-    @field_validator("path")
-    @classmethod
-    def _absolute(cls, path: str | None) -> str | None:
-        if path is None or path == SHIPPED_REWARD:
-            return path
-        absolute = Path(path).expanduser().absolute()  # workers may run elsewhere
-        # By its name, so that a run or study goes on with another installation, which has it in another place.
-        is_shipped = absolute.name == "code.py" and absolute == _shipped_reward()
-        return SHIPPED_REWARD if is_shipped else str(absolute)
-
-    @property
-    def file(self) -> str | None:
-        """Where the function of :attr:`path` stands, in this installation."""
-        return str(_shipped_reward()) if self.path == SHIPPED_REWARD else self.path
 
 
 class EvaluationConfig(Section):
@@ -192,6 +120,11 @@ class RunConfig(Section):
         """Every recovery that the recipe names."""
         return [*self.recovery, *(entry for entries in self.recovery_of_cycle.values() for entry in entries)]
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether training prompts are answered and judged, as in every kind of RL."""
+        return any(recovery.needs_answers for recovery in self.all_recoveries)
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         for recovery in self.all_recoveries:
@@ -214,31 +147,12 @@ class RunConfig(Section):
             if batch % workers:
                 raise ValueError(f"recovery.{what} = {batch} sequences cannot be shared equally by {workers} workers")
         check_gradients(self.criterion, self.calibration)
-        if self.calibration.source != "corpus" and not any(isinstance(r, GrpoConfig) for r in self.all_recoveries):
+        if self.calibration.source != "corpus" and not self.needs_answers:
             raise ValueError(
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
         if ids and len(ids) != total and not self.schedule.recover_only:
             raise ValueError(f"criterion.layer_ids names {len(ids)} blocks, but schedule.layers_total is {total}")
-        self.data.check_prompts(train=any(isinstance(recovery, GrpoConfig) for recovery in self.all_recoveries))
-        return self
-
-
-class ScoreConfig(Section):
-    """What ``ptl score`` reads and how; the sections are those of a recipe."""
-
-    data: SourceConfig
-    prompt_suffix: str = ""
-    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    calibration: CalibrationConfig = CalibrationConfig()
-    criterion: CriterionConfig = CriterionConfig()
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> "ScoreConfig":
-        check_gradients(self.criterion, self.calibration)
-        if self.calibration.source != "corpus":
-            raise ValueError("calibration.source: only a run has rollouts, those of its recoveries; set it to corpus")
+        self.data.check_prompts(train=self.needs_answers)
         return self

@@ -3,7 +3,7 @@
 import pytest
 
 from ptl_rl.config import ConfigError
-from ptl_rl.recipe import load_config, parse_config, read_saved_config, save_config
+from ptl_rl.config.recipe import load_config, parse_config, read_saved_config, save_config
 
 MINIMAL = {"schedule": {"channels_per_cycle": 64, "channels_total": 128}}
 

@@ -1,7 +1,4 @@
-"""What a recipe may say of scoring, choosing and cutting; :mod:`ptl_rl.config` has everything else.
-
-Imports neither torch nor ray.
-"""
+"""What a recipe may say of scoring, choosing and cutting."""
 
 import difflib
 from pathlib import Path
@@ -9,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptl_rl.data.settings import SourceConfig
-from ptl_rl.section import Section
+from ptl_rl.config.data import SourceConfig
+from ptl_rl.config.section import Section
 
 
 class CalibrationConfig(Section):

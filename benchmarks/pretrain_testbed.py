@@ -1,4 +1,4 @@
-"""Pre-train the demo model from nothing on two CPU cores: ``python -m ptl_rl.testbed.pretrain OUT``.
+"""Pre-train the demo model from nothing on two CPU cores: ``python benchmarks/pretrain_testbed.py OUT``.
 
 The shipped checkpoints came from this script; it is kept runnable so that anyone can make one again, larger, or for
 another family.

@@ -1,10 +1,10 @@
-"""What a recipe may say of its data; :mod:`ptl_rl.config` has everything else. Imports neither torch nor ray."""
+"""What a recipe may say of its data."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationInfo, WrapValidator, field_validator, model_validator
 
-from ptl_rl.section import Section
+from ptl_rl.config.section import Section
 
 
 class FieldMap(Section):

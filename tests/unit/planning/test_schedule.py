@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptl_rl.config import ConfigError, ScheduleConfig
-from ptl_rl.driver.schedule import Cut, check_schedule, halved, planned_cuts
 from ptl_rl.families import FAMILIES, ModelShape
+from ptl_rl.planning.schedule import Cut, check_schedule, halved, planned_cuts
 
 SHAPE = ModelShape(FAMILIES["qwen2"], 192, 768, 4, 4, 2, 48, 512, True, False, False)
 

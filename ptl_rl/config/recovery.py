@@ -1,10 +1,10 @@
-"""What a recipe may say of its recoveries; :mod:`ptl_rl.config` has everything else. Imports neither torch nor ray."""
+"""What a recipe may say of its recoveries."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ptl_rl.section import Section
+from ptl_rl.config.section import Section
 
 
 class RecoveryConfig(Section):
@@ -28,6 +28,11 @@ class RecoveryConfig(Section):
         if not steps or any(step < 1 for step in steps):
             raise ValueError(f"steps {self.steps}: each cycle needs at least 1")
         return self
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the policy answers prompts and is judged by the known answers; so also whether there are rollouts."""
+        return True
 
     def steps_of(self, cut: int) -> int:
         """Steps of the ``cut``-th planned cut (from 0); the last number of a list serves all later ones."""
@@ -90,6 +95,10 @@ class CptConfig(RecoveryConfig):
     reshard_after_forward: bool = Field(
         True, description="Free gathered parameters between forward and backward pass (as ZeRO-3); false: as ZeRO-2."
     )
+
+    @property
+    def needs_answers(self) -> bool:
+        return False
 
     @model_validator(mode="after")
     def _check(self) -> "CptConfig":
