@@ -24,17 +24,17 @@ from transformers import AutoTokenizer
 
 from ptl_rl.config import CriterionConfig, RunConfig, SourceConfig
 from ptl_rl.config.recipe import parse_config, save_config
+from ptl_rl.cpu.checks import cpu_env_vars
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.driver.processes import start_stage
 from ptl_rl.driver.ray_session import RaySession
 from ptl_rl.families import read_shape
-from ptl_rl.platform.checks import cpu_env_vars
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.choice import make_plan
-from ptl_rl.pruning.slicing import slice_checkpoint
-from ptl_rl.pruning.streaming import mean_loss
+from ptl_rl.pruning.choose.choice import make_plan
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.streaming import mean_loss
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
 from ptl_rl.stage import StageSpec
 
 console = Console(stderr=True)
@@ -91,7 +91,7 @@ class Work:
 
     def cut(self, source: Path, out: Path, channels: int, criterion: CriterionConfig) -> None:
         """Slice ``channels`` from every block, as a cycle does."""
-        policy = engine.Policy(
+        prunable = engine.PrunableModel(
             load(source),
             read_shape(source).family,
             source,
@@ -101,11 +101,11 @@ class Work:
             self.config.calibration.prompt_weight,
         )
         sequences = self._encoded([self.records[i] for i in range(CALIBRATION_SEQUENCES)])
-        scores = engine.score(policy, criterion, engine.Removal(channels, 0), sequences, general=[], seed=0)
+        scores = engine.score(prunable, criterion, engine.Removal(channels, 0), sequences, general=[], seed=0)
         plan = make_plan(scores, criterion, remove_channels=channels, alignment=64, subset_hash="", source=source)
         weights = out.with_name(out.name + ".weights") if plan.compensate != "none" else None
         if weights:
-            engine.compensate(policy, plan, sequences, weights)
+            engine.compensate(prunable, plan, sequences, weights)
         slice_checkpoint(source, plan, out, new_weights=weights)
         if weights:
             shutil.rmtree(weights)

@@ -24,12 +24,12 @@ from ptl_rl.data.corpora import Record, load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.choice import Scores, make_plan
-from ptl_rl.pruning.compensation import obs_importance
-from ptl_rl.pruning.moments import SecondMoments
-from ptl_rl.pruning.slicing import slice_checkpoint
-from ptl_rl.pruning.streaming import mean_loss
+from ptl_rl.pruning.choose.choice import Scores, make_plan
+from ptl_rl.pruning.compensate.algebra import obs_importance
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.moments import SecondMoments
+from ptl_rl.pruning.score.streaming import mean_loss
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -84,8 +84,8 @@ class Bench:
         self._moments: dict[bool, dict[int, torch.Tensor]] = {}
         self._scores: dict[tuple, Scores] = {}
 
-    def policy(self) -> engine.Policy:
-        return engine.Policy(
+    def prunable(self) -> engine.PrunableModel:
+        return engine.PrunableModel(
             model=self.model,
             family=self.shape.family,
             source=self.folder,
@@ -99,7 +99,7 @@ class Bench:
         """``C`` of every block, read once."""
         if sensitivity not in self._moments:
             moments = SecondMoments(self.shape.num_hidden_layers, self.shape.intermediate_size, torch.device("cpu"))
-            self.policy().read(self.sequences, [moments], sensitivity)
+            self.prunable().read(self.sequences, [moments], sensitivity)
             self._moments[sensitivity] = {layer: moments.take(layer) for layer in moments.layers}
         return self._moments[sensitivity]
 
@@ -109,17 +109,17 @@ class Bench:
         key = (criterion.channels, way.sensitivity, seed)
         if cut.layers or criterion.is_ptl_reference:
             general = self.general if criterion.contrast else []
-            return engine.score(self.policy(), criterion, cut, self.sequences, general=general, seed=seed)
+            return engine.score(self.prunable(), criterion, cut, self.sequences, general=general, seed=seed)
         if key not in self._scores and criterion.is_obs:
             importance = [
-                obs_importance(self.policy().weight(layer, "down_proj"), moment_CC, largest, criterion.ridge)
+                obs_importance(self.prunable().weight(layer, "down_proj"), moment_CC, largest, criterion.ridge)
                 for layer, moment_CC in self.moments(way.sensitivity).items()
             ]
             self._scores[key] = Scores(torch.stack(importance), torch.ones(len(importance)), [])
         elif key not in self._scores:
             cut = engine.Removal(largest, 0)
             self._scores[key] = engine.score(
-                self.policy(),
+                self.prunable(),
                 criterion,
                 cut,
                 self.sequences,
@@ -142,7 +142,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as out:
             new_weights = Path(out, "new_weights") if plan.compensate != "none" else None
             if new_weights:
-                engine.compensate(self.policy(), plan, self.sequences, new_weights, sensitivity=way.sensitivity)
+                engine.compensate(self.prunable(), plan, self.sequences, new_weights, sensitivity=way.sensitivity)
             sliced = Path(out, "sliced")
             slice_checkpoint(self.folder, plan, sliced, new_weights=new_weights)
             return self.measure(load(sliced))
@@ -243,7 +243,7 @@ def block_rows(bench: Bench, of_blocks: list[str], compensated: bool) -> Iterato
             criterion = CriterionConfig(channels="magnitude", layers=layers, layer_sequences=16, compensate=compensate)
             started = time.monotonic()
             order = engine.score(
-                bench.policy(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
+                bench.prunable(), criterion, engine.Removal(0, max(BLOCKS)), bench.sequences, general=[]
             ).layer_order
             console.print(f"{layers}, {compensate}: {order} in {time.monotonic() - started:.0f} s")
             found = []

@@ -35,13 +35,13 @@ from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.choice import Scores, make_plan
+from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.command import load_model
-from ptl_rl.pruning.compensation import least_squares, obs_importance
-from ptl_rl.pruning.criteria import CHANNEL_CRITERIA
-from ptl_rl.pruning.moments import SecondMoments
-from ptl_rl.pruning.statistics import Collector, Needs
-from ptl_rl.pruning.streaming import Listener, on_device
+from ptl_rl.pruning.compensate.algebra import least_squares, obs_importance
+from ptl_rl.pruning.score.criteria import CHANNEL_CRITERIA
+from ptl_rl.pruning.score.moments import SecondMoments
+from ptl_rl.pruning.score.statistics import Collector, Needs
+from ptl_rl.pruning.score.streaming import Listener, on_device
 
 
 def concatenated(sequences: list[Sequence], count: int, length: int) -> list[Sequence]:
@@ -113,7 +113,7 @@ def main(
     else:
         texts, _ = split(data, None, AutoTokenizer.from_pretrained(folder), sequences * length + length, 0, length)
     chosen = concatenated(texts, sequences, length)
-    policy = engine.Policy(policy_model, shape.family, Path(folder), place, batch_size, 0, 1.0)
+    prunable = engine.PrunableModel(policy_model, shape.family, Path(folder), place, batch_size, 0, 1.0)
     remove = shape.intermediate_size // 4
 
     plan = make_plan(
@@ -128,13 +128,13 @@ def main(
 
     def bare(part: list[Sequence], **options: int) -> None:
         with torch.no_grad():
-            for batch in on_device(policy.batches(part), place):
+            for batch in on_device(prunable.batches(part), place):
                 inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT}
                 policy_model(**inputs, use_cache=False, **options)
 
     def scoring(needs: Needs, *others: Listener) -> Way:
         collector = Collector(policy_model, shape.family, shape.intermediate_size, place, needs)
-        return Way(lambda part: policy.read(part, [collector, *others]), lambda: collector.reduce())
+        return Way(lambda part: prunable.read(part, [collector, *others]), lambda: collector.reduce())
 
     def criterion(name: str) -> Way:
         return scoring(replace(CHANNEL_CRITERIA[name].needs, cosine=False))
@@ -143,14 +143,14 @@ def main(
         own = copy(moments)  # the next repeat adds to them; a deep copy of a large model's would not fit on a GPU
         own._upper_CC = dict(moments._upper_CC)
         for layer in own.layers:
-            weight_HC, moment_CC = policy.weight(layer, "down_proj"), own.take(layer)
+            weight_HC, moment_CC = prunable.weight(layer, "down_proj"), own.take(layer)
             importance_C = obs_importance(weight_HC, moment_CC, remove, 1e-3)
             keep = importance_C.topk(shape.intermediate_size - remove).indices.sort().values.tolist()
             least_squares(weight_HC, moment_CC, keep, 1e-3)
 
     def refit() -> None:
         with tempfile.TemporaryDirectory() as new_weights:
-            engine.compensate(policy, plan, chosen, Path(new_weights))
+            engine.compensate(prunable, plan, chosen, Path(new_weights))
 
     ways: dict[str, Callable[[], Way]] = {
         PLAIN: lambda: Way(bare),

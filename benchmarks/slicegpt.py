@@ -12,8 +12,8 @@ from real_models import folder_of
 from transformers import AutoTokenizer
 
 from ptl_rl.baselines.slicegpt.rotate import slice_stream
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.streaming import mean_loss
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.streaming import mean_loss
 
 
 def random_basis(seed: int, width: int, size: int) -> torch.Tensor:

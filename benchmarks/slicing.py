@@ -17,10 +17,10 @@ import typer
 from real_models import folder_of
 from safetensors.torch import load_file, save_file
 
+from ptl_rl.checkpoints.read import checkpoint_files
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import checkpoint_files
-from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 HERE = Path(__file__).resolve().parent
 RANK_SCRIPT = """
@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[5])
 from peak_memory import PeakMemory
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slicing import slice_weights
+from ptl_rl.pruning.slice.slicing import slice_weights
 source, plan, out, rank = Path(sys.argv[1]), PruningPlan.load(Path(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4])
 with PeakMemory() as peak:
     slice_weights(source, plan, out, rank=rank, ranks=2)

@@ -21,10 +21,10 @@ import torch.multiprocessing as mp
 import typer
 
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning.blocks import ridge_regression
-from ptl_rl.pruning.policy import Policy
-from ptl_rl.pruning.refit import _Refit
-from ptl_rl.pruning.regression import Sums
+from ptl_rl.pruning.compensate.block_moments import ridge_regression
+from ptl_rl.pruning.compensate.refit import _Refit
+from ptl_rl.pruning.compensate.regression import Sums
+from ptl_rl.pruning.model import PrunableModel
 
 RIDGE, STREAM_RIDGE = 1e-3, 1e-2
 
@@ -55,9 +55,9 @@ def alone(sums: Sums, weight_HC: torch.Tensor, keep: list[int]) -> torch.Tensor:
 
 def shared(sums: Sums, weight_HC: torch.Tensor, keep: list[int]) -> torch.Tensor:
     """As the package does it."""
-    policy = Policy(None, FAMILIES["llama"], Path(), torch.device("cpu"), 1, 0, 1.0)
-    policy.weight = lambda layer, name, rows=slice(None): weight_HC[rows]
-    run = SimpleNamespace(policy=policy, plan=SimpleNamespace(ridge=RIDGE, stream_ridge=STREAM_RIDGE))
+    prunable = PrunableModel(None, FAMILIES["llama"], Path(), torch.device("cpu"), 1, 0, 1.0)
+    prunable.weight = lambda layer, name, rows=slice(None): weight_HC[rows]
+    run = SimpleNamespace(prunable=prunable, plan=SimpleNamespace(ridge=RIDGE, stream_ridge=STREAM_RIDGE))
     run.shares = torch.zeros(2, dtype=torch.float64)
     run._before_norm = lambda _layer, _name, change_RK, _rows: change_RK
     sums.reduce()

@@ -93,7 +93,7 @@ class StageContext:
 
     def worker_env(self) -> dict[str, str]:
         """Environment of this stage's Ray workers."""
-        from ptl_rl.platform.checks import cuda_env_vars, ray_runtime_env
+        from ptl_rl.cpu.checks import cuda_env_vars, ray_runtime_env
 
         if self.spec.device == "cpu":
             env = ray_runtime_env(self.config.resources.workers)["env_vars"]

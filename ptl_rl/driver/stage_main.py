@@ -35,7 +35,7 @@ def main() -> None:
     spec_path = Path(sys.argv[1])
     spec = StageSpec.model_validate_json(spec_path.read_text())
     if spec.device == "cpu":
-        from ptl_rl.platform.checks import assert_cpu_platform_active
+        from ptl_rl.cpu.checks import assert_cpu_platform_active
 
         assert_cpu_platform_active()
     context = StageContext(read_saved_config(spec_path.parent.parent / "config.json"), spec)

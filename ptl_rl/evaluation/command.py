@@ -227,7 +227,7 @@ def flops_per_answer(shape: ModelShape, prompt_tokens: float, response_tokens: f
 
 def prepare_machine() -> bool:
     """Set what vLLM reads when it is imported; returns whether this machine has no GPU."""
-    from ptl_rl.platform import checks, vllm_cpu
+    from ptl_rl.cpu import checks, vllm_alias
 
     cpu = checks.is_cpu_only()
     if cpu:
@@ -237,7 +237,7 @@ def prepare_machine() -> bool:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     else:
         os.environ.update(checks.cuda_env_vars())
-    vllm_cpu.register()
+    vllm_alias.register()
     return cpu
 
 

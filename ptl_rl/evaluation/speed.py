@@ -79,12 +79,12 @@ def _start(folder: str, dtype: str, window: int, sequences: int, memory: float, 
     """Load a model; returns the size of its vocabulary."""
     global _engine
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    from ptl_rl.platform import checks, vllm_cpu
+    from ptl_rl.cpu import checks, vllm_alias
 
     os.environ.update(checks.cuda_env_vars())
     from vllm import LLM
 
-    vllm_cpu.register()
+    vllm_alias.register()
     _engine = LLM(
         model=folder,
         dtype=dtype,

@@ -200,7 +200,7 @@ def lm_eval_config(
     """
     import datasets
 
-    from ptl_rl.platform.lm_eval_tasks import task_definition
+    from ptl_rl.verl_patches.lm_eval_tasks import task_definition
 
     if task.definition:
         config = task_definition(task.definition)
@@ -248,7 +248,7 @@ def read_task(task: EvalTask, sources: Sequence[SourceConfig], limit: int | None
 def _examples(task: EvalTask) -> set[str]:
     if not task.definition:
         return set()
-    from ptl_rl.platform.lm_eval_tasks import task_definition
+    from ptl_rl.verl_patches.lm_eval_tasks import task_definition
 
     samples = task_definition(task.definition)["fewshot_config"]["samples"]
     return {_words(_question(example)) for example in (samples() if callable(samples) else samples)}

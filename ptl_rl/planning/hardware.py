@@ -67,7 +67,7 @@ def this_machine(workers: int) -> Device:
     """One of ``workers`` CPU workers: as many threads as the run gives it, and all of the machine's memory."""
     import psutil
 
-    from ptl_rl.platform.checks import usable_cores
+    from ptl_rl.cpu.checks import usable_cores
 
     cores = usable_cores()
     threads = max(1, cores // (2 * workers))

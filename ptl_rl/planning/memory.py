@@ -27,7 +27,7 @@ TEACHER_SHARE = 0.8
 BUCKET_GIB = 2.0
 """verl's buffer for weights on their way to vLLM."""
 MAX_FILE_BYTES = 5 << 30
-"""Of a checkpoint's file, as in ``weight_files.py``, which imports torch."""
+"""Of a checkpoint's file, as in ``ptl_rl/checkpoints/write.py``, which imports torch."""
 ROLLOUT_SEQUENCES = 256
 """``max_num_seqs`` of verl's engines."""
 

@@ -1,6 +1,6 @@
 """What a rank of the pruning worker holds while it scores, compensates and checks, in bytes.
 
-``ptl_rl/pruning/sharded.py`` shares the policy out in the computing type and keeps its root (embeddings) whole;
+``ptl_rl/checkpoints/sharded.py`` shares the policy out in the computing type and keeps its root (embeddings) whole;
 matrices of second moments are float32, solves are float64.
 """
 

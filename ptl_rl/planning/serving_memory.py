@@ -11,7 +11,7 @@ BATCHED_TOKENS = 8192
 GRAPHS_GIB = 1.5
 """CUDA graphs, NCCL's buffers and what else vLLM keeps beside weights, activations and cache."""
 CPU_CACHE_GIB = 1.0
-"""VLLM_CPU_KVCACHE_SPACE, as ``platform/checks.py`` sets it."""
+"""VLLM_CPU_KVCACHE_SPACE, as ``ptl_rl/cpu/checks.py`` sets it."""
 
 
 @dataclass(frozen=True)

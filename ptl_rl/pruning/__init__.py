@@ -1,0 +1,1 @@
+"""Scoring, choosing, compensating and slicing: one cut of one model, by ranks or in one process."""

@@ -7,21 +7,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.attention import without_flash
+from ptl_rl.checkpoints.read import checkpoint_files, checkpoint_hash
+from ptl_rl.checkpoints.write import write_tensors
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.choice import aligned, make_plan
-from ptl_rl.pruning.criteria import CriterionError
+from ptl_rl.pruning.choose.choice import aligned, make_plan
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import checkpoint_files, checkpoint_hash
-from ptl_rl.pruning.slicing import slice_checkpoint
-from ptl_rl.pruning.streaming import CalibrationError
-from ptl_rl.pruning.texts import Texts, general_texts, texts_of
-from ptl_rl.pruning.verify import EXPORT_TOLERANCE, logit_difference
-from ptl_rl.weight_files import write_tensors
+from ptl_rl.pruning.score.criteria import CriterionError
+from ptl_rl.pruning.score.streaming import CalibrationError
+from ptl_rl.pruning.score.texts import Texts, general_texts, texts_of
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
+from ptl_rl.pruning.slice.verify import EXPORT_TOLERANCE, logit_difference
 
 SCORES, PLAN, NEW_WEIGHTS = "scores.safetensors", "plan.json", "new_weights"
 """What ``ptl score`` leaves in its folder."""
@@ -101,15 +101,15 @@ def score_model(
         general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
         model_folder = resolve_model(model, setting="MODEL")
         checkpoint_files(model_folder)
-        policy, sequences, general_sequences = _policy(model_folder, config, texts, general)
+        prunable, sequences, general_sequences = _prunable(model_folder, config, texts, general)
         out.mkdir(parents=True, exist_ok=True)
         sensitivity = config.calibration.token_weights == "sensitivity"
-        total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
+        total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
         if config.criterion.compensate != "none":
-            total += engine.batches_to_compensate(policy, remove_layers, sequences, sensitivity=sensitivity)
-        policy.progress = _counter(progress, total)
+            total += engine.batches_to_compensate(prunable, remove_layers, sequences, sensitivity=sensitivity)
+        prunable.progress = _counter(progress, total)
         scores = engine.score(
-            policy,
+            prunable,
             config.criterion,
             cut,
             sequences,
@@ -131,7 +131,7 @@ def score_model(
     write_tensors(scores.tensors(), out / SCORES)
     losses = engine.Losses()
     if plan.compensate != "none":
-        losses = engine.compensate(policy, plan, sequences, out / NEW_WEIGHTS, sensitivity=sensitivity)
+        losses = engine.compensate(prunable, plan, sequences, out / NEW_WEIGHTS, sensitivity=sensitivity)
     plan.save(out / PLAN)
     return plan, losses
 
@@ -147,12 +147,12 @@ def _counter(progress: Progress, total: int) -> Callable[[], None]:
     return count
 
 
-def _policy(
+def _prunable(
     folder: Path, config: ScoreConfig, texts: Texts, general: Texts
-) -> tuple[engine.Policy, list[Sequence], list[Sequence]]:
+) -> tuple[engine.PrunableModel, list[Sequence], list[Sequence]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder, getattr(torch, config.dtype))
-    policy = engine.Policy(
+    prunable = engine.PrunableModel(
         model=model,
         family=read_shape(folder).family,
         source=folder,
@@ -166,7 +166,7 @@ def _policy(
     sequences, of_general = (
         encode_sequences(tokenizer, part.questions, part.solutions, longest) for part in (texts, general)
     )
-    return policy, sequences, of_general
+    return prunable, sequences, of_general
 
 
 def read_plan(path: Path) -> tuple[PruningPlan, Path]:

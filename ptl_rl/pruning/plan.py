@@ -29,7 +29,7 @@ class PruningPlan(BaseModel):
     subset_hash: str
     source: str
     source_hash: str = ""
-    """Of :func:`ptl_rl.pruning.sharded.checkpoint_hash`."""
+    """Of :func:`ptl_rl.checkpoints.sharded.checkpoint_hash`."""
     notes: list[str] = []
     """What was rounded or left out, and why."""
 

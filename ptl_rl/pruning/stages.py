@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import worked_solutions
-from ptl_rl.pruning.choice import Scores, make_plan
+from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.engine import Losses
-from ptl_rl.pruning.texts import calibration_texts, general_texts
-from ptl_rl.pruning.verify import EXPORT_TOLERANCE
+from ptl_rl.pruning.score.texts import calibration_texts, general_texts
+from ptl_rl.pruning.slice.verify import EXPORT_TOLERANCE
 from ptl_rl.stage import StageContext
 
 

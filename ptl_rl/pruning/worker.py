@@ -1,4 +1,4 @@
-"""The pruning actor: one verl worker per GPU that scores, slices and verifies its shard of the policy."""
+"""The pruning actor: one verl worker per GPU that scores, slices and verifies its shard of the model."""
 
 import os
 import shutil
@@ -12,16 +12,16 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 
 from ptl_rl.attention import FLASH, without_flash
+from ptl_rl.checkpoints.sharded import load_sharded
+from ptl_rl.checkpoints.write import write_tensors
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_config_json, read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import load_sharded
-from ptl_rl.pruning.slicing import slice_weights, write_companions
-from ptl_rl.pruning.texts import Texts
-from ptl_rl.pruning.verify import logit_difference
+from ptl_rl.pruning.score.texts import Texts
+from ptl_rl.pruning.slice.slicing import slice_weights, write_companions
+from ptl_rl.pruning.slice.verify import logit_difference
 from ptl_rl.stage import StageContext
-from ptl_rl.weight_files import write_tensors
 
 NEW_WEIGHTS = ".new_weights"
 """Folder, within the slice stage's, of compensated weights on their way to the rank that writes them."""
@@ -59,9 +59,9 @@ class PruningWorker(Worker):
             attention = without_flash(read_config_json(folder))
         return load_sharded(folder, self.mesh, dtype, attention=attention, trust_remote_code=trust)
 
-    def _policy(self) -> engine.Policy:
+    def _prunable(self) -> engine.PrunableModel:
         config, source = self.context.config, self.context.spec.source
-        return engine.Policy(
+        return engine.PrunableModel(
             model=self._load(source, getattr(torch, config.model.dtype)),
             family=self.family,
             source=source,
@@ -80,14 +80,14 @@ class PruningWorker(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def score(self, texts: Texts, general: Texts) -> dict:
-        """Read the texts with the policy; rank 0 writes ``scores.safetensors``. Returns token counts."""
+        """Read the texts with the model; rank 0 writes ``scores.safetensors``. Returns token counts."""
         config, spec = self.context.config, self.context.spec
-        policy, sequences, general_sequences = self._policy(), self._sequences(texts), self._sequences(general)
+        prunable, sequences, general_sequences = self._prunable(), self._sequences(texts), self._sequences(general)
         cut = engine.Removal(spec.remove_channels, spec.remove_layers, spec.removed_layers)
-        total = engine.batches_to_read(policy, config.criterion, cut, sequences, general_sequences)
-        policy.progress = self._progress(total)
+        total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
+        prunable.progress = self._progress(total)
         scores = engine.score(
-            policy,
+            prunable,
             config.criterion,
             cut,
             sequences,
@@ -117,12 +117,12 @@ class PruningWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def compensate(self, plan: PruningPlan, texts: Texts) -> engine.Losses:
         """Solve for what the kept channels and blocks take over; :meth:`slice` picks the new weights up."""
-        policy, sequences = self._policy(), self._sequences(texts)
+        prunable, sequences = self._prunable(), self._sequences(texts)
         sensitivity = self.context.config.calibration.token_weights == "sensitivity"
-        total = engine.batches_to_compensate(policy, len(plan.layer_order), sequences, sensitivity=sensitivity)
-        policy.progress = self._progress(total)
+        total = engine.batches_to_compensate(prunable, len(plan.layer_order), sequences, sensitivity=sensitivity)
+        prunable.progress = self._progress(total)
         folder = self.context.spec.out / NEW_WEIGHTS
-        return engine.compensate(policy, plan, sequences, folder, sensitivity=sensitivity)
+        return engine.compensate(prunable, plan, sequences, folder, sensitivity=sensitivity)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def slice(self, plan: PruningPlan) -> None:

@@ -1,7 +1,7 @@
 """verl's checkpoints within a recovery: where a killed one goes on from, and what it ends with.
 
 Before the last step a checkpoint holds what training goes on from; at the last one it holds the finished weights alone
-(:mod:`ptl_rl.platform.verl_checkpoint`). verl could not go on from these, so a stage that finds them does not train.
+(:mod:`ptl_rl.verl_patches.checkpoint`). verl could not go on from these, so a stage that finds them does not train.
 The weights are handed over as second names of the same files: nothing is copied, and until the driver has journaled the
 recovery and deletes the work folder, a killed stage finds there all that it needs.
 """

@@ -49,7 +49,7 @@ class ParentLoss:
             from torch.distributed.device_mesh import init_device_mesh
             from verl.utils.device import get_device_name
 
-            from ptl_rl.pruning.sharded import load_sharded
+            from ptl_rl.checkpoints.sharded import load_sharded
 
             mesh = init_device_mesh(get_device_name(), (torch.distributed.get_world_size(),))
             parent = load_sharded(self.folder, mesh, getattr(torch, self.dtype), attention=self.attention)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import CptConfig, RunConfig
-from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.recovery.verl_config import checkpoint_settings, composed, micro_batch
 from ptl_rl.stage import StageSpec
 
@@ -63,7 +63,7 @@ def render_sft(
         "trainer.max_ckpt_to_keep": 2,
     }
     if spec.device == "cpu":
-        from ptl_rl.platform.checks import verl_sft_cpu_overrides
+        from ptl_rl.cpu.checks import verl_sft_cpu_overrides
 
         settings |= {
             **verl_sft_cpu_overrides(resources.workers),

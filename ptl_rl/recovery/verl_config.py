@@ -5,8 +5,8 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
+from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.families import ModelShape
-from ptl_rl.platform.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.stage import StageSpec
 
 ROLLOUTS = "rollouts"
@@ -237,7 +237,7 @@ def render(
         **_trainer(config, recovery, spec),
     }
     if spec.device == "cpu":
-        from ptl_rl.platform.checks import verl_cpu_overrides
+        from ptl_rl.cpu.checks import verl_cpu_overrides
 
         settings |= {
             **verl_cpu_overrides(config.resources.workers),

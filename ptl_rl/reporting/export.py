@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from ptl_rl.attention import ATTENTION_KEYS
+from ptl_rl.checkpoints.write import convert_weights
 from ptl_rl.config import ConfigError
 from ptl_rl.reporting.model_card import LICENCE, card, parent_card
 from ptl_rl.reporting.run_data import RunData
-from ptl_rl.weight_files import convert_weights
 
 _BESIDE_THE_WEIGHTS = (
     "generation_config.json",

@@ -21,9 +21,9 @@ from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.data.records import Record
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
-from ptl_rl.pruning.calibration import batches_for_rank
 from ptl_rl.pruning.command import load_model
-from ptl_rl.pruning.texts import texts_of
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.texts import texts_of
 
 
 @dataclass(frozen=True)

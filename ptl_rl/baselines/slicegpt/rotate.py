@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ptl_rl.baselines.slicegpt import FAMILIES
 from ptl_rl.baselines.slicegpt.modeling import SliceGptLlamaConfig, SliceGptLlamaForCausalLM
-from ptl_rl.pruning.calibration import Batch
+from ptl_rl.pruning.score.calibration import Batch
 
 
 class SliceGptError(ValueError):

@@ -31,7 +31,7 @@ STACK = (
 """Packages whose other versions have broken runs, or are patched here: these must be as locked."""
 IMPORT_SECONDS = 300
 IMPORTS = {
-    "cpu": "from ptl_rl.platform import checks; checks.assert_cpu_platform_active(); import vllm",
+    "cpu": "from ptl_rl.cpu import checks; checks.assert_cpu_platform_active(); import vllm",
     "cuda": "import verl, vllm",
 }
 

@@ -11,7 +11,7 @@ from ptl_rl.baselines.slicegpt.rotate import SliceGptError, check, principal_bas
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import UnsupportedModelError, read_prunable_shape, read_shape
-from ptl_rl.pruning.calibration import batches_for_rank
+from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
 
 SIZES = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}

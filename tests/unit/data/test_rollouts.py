@@ -7,7 +7,7 @@ import pytest
 from ptl_rl.config.recipe import load_config
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import DataError, Record
-from ptl_rl.pruning.texts import calibration_texts
+from ptl_rl.pruning.score.texts import calibration_texts
 from ptl_rl.stage import StageSpec
 
 RECORDS = [Record(f"question {i}", f"solution {i}", str(i), "here", str(i)) for i in range(8)]

@@ -15,9 +15,9 @@ import ray
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config, parse_config
+from ptl_rl.cpu import vllm_alias
 from ptl_rl.driver import node_check, node_facts
 from ptl_rl.driver.cluster import SharedMemory
-from ptl_rl.platform import vllm_cpu
 
 RUN, MODEL, FILE, RAY = Path("/shared/run"), "/models/qwen", "/home/me/reward.py", "/tmp/ray"
 CUDA = {
@@ -160,13 +160,13 @@ def test_a_node_says_what_it_has(tmp_path, repository):
 
 
 def test_what_a_process_has_loaded_changes_nothing_in_what_is_installed(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, vllm_cpu.AliasFinder)])
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, vllm_alias.AliasFinder)])
     names = [*node_check.PACKAGES, "ptl_rl"]
     before = node_facts.versions(names)
-    vllm_cpu.register()
+    vllm_alias.register()
     assert node_facts.versions(names) == before
     for name in names:
-        if name != vllm_cpu.ALIAS:
+        if name != vllm_alias.ALIAS:
             installed = {package.version for package in distributions(name=name)}
             assert before[name] in installed or (before[name] is None and not installed)
 

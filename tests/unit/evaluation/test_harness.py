@@ -9,7 +9,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from ptl_rl.evaluation.harness import Generation, run_task
 from ptl_rl.evaluation.tasks import TASKS, expected
-from ptl_rl.platform.lm_eval_tasks import task_definition
+from ptl_rl.verl_patches.lm_eval_tasks import task_definition
 
 
 class Planted:

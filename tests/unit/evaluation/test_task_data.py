@@ -75,7 +75,7 @@ def test_a_solution_without_a_box_is_no_question_of_math(tmp_path):
 
 
 def test_examples_of_the_prompt_are_not_asked(tmp_path):
-    from ptl_rl.platform.lm_eval_tasks import task_definition
+    from ptl_rl.verl_patches.lm_eval_tasks import task_definition
 
     task = TASKS["gsm8k"]
     example = task_definition(task.definition)["fewshot_config"]["samples"][0]

@@ -60,7 +60,7 @@ def test_a_recovery_only_writes_no_sliced_checkpoint():
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_the_type_of_weights_is_read_from_them(dtype, size, make_checkpoint, tmp_path):
-    from ptl_rl.weight_files import convert_weights
+    from ptl_rl.checkpoints.write import convert_weights
 
     folder = make_checkpoint("llama")
     convert_weights(folder, tmp_path, dtype)

@@ -16,7 +16,9 @@ from ptl_rl.planning.hardware import GPUS, this_machine
 from ptl_rl.planning.memory import Planned
 from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.serving_memory import Engine
-from ptl_rl.pruning import absorption, criteria, engine
+from ptl_rl.pruning import engine
+from ptl_rl.pruning.choose import absorption
+from ptl_rl.pruning.score import criteria
 
 QWEN, LLAMA = (
     shape_from_config(PUBLISHED[name], FAMILIES, name) for name in ("Qwen/Qwen2.5-7B", "meta-llama/Meta-Llama-3-8B")

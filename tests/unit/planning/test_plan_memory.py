@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ptl_rl.checkpoints.write import MAX_FILE_BYTES as WRITTEN_FILE_BYTES
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.families import FAMILIES, shape_from_config
 from ptl_rl.families.published import PUBLISHED
@@ -12,7 +13,6 @@ from ptl_rl.planning.memory import MAX_FILE_BYTES, Planned, phases
 from ptl_rl.planning.pruning_memory import Pruner
 from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.trainer_memory import Rows, Trainer, total
-from ptl_rl.weight_files import MAX_FILE_BYTES as WRITTEN_FILE_BYTES
 
 FLASH = "flash_attention_2"
 

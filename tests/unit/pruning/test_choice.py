@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ptl_rl.config import CriterionConfig
-from ptl_rl.pruning.choice import Scores, aligned, below_threshold, make_plan, most_important
+from ptl_rl.pruning.choose.choice import Scores, aligned, below_threshold, make_plan, most_important
 
 
 @pytest.fixture(autouse=True)
 def _any_checkpoint(monkeypatch):
-    monkeypatch.setattr("ptl_rl.pruning.choice.checkpoint_hash", lambda folder: "a hash")
+    monkeypatch.setattr("ptl_rl.pruning.choose.choice.checkpoint_hash", lambda folder: "a hash")
 
 
 def plan_of(importance_LC, remove: int, alignment: int = 1, order=(), **criterion):

@@ -6,10 +6,11 @@ from process_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
+from ptl_rl.checkpoints.sharded import load_sharded
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.criteria import (
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.criteria import (
     activation,
     block_influence,
     cosine,
@@ -19,9 +20,8 @@ from ptl_rl.pruning.criteria import (
     taylor,
     wanda,
 )
-from ptl_rl.pruning.sharded import load_sharded
-from ptl_rl.pruning.statistics import Collector, Needs
-from ptl_rl.pruning.streaming import mean_loss, stream
+from ptl_rl.pruning.score.statistics import Collector, Needs
+from ptl_rl.pruning.score.streaming import mean_loss, stream
 
 WIDTH = 48
 PROMPT_WEIGHT = 0.3

@@ -9,38 +9,40 @@ from test_engine import criterion_of, policy_of, sequences
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
+from ptl_rl.checkpoints.sharded import load_sharded
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.choice import make_plan
-from ptl_rl.pruning.moments import SecondMoments
+from ptl_rl.pruning.choose.choice import make_plan
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import load_sharded
-from ptl_rl.pruning.slicing import load_new_weight, slice_checkpoint
-from ptl_rl.pruning.verify import logit_difference
+from ptl_rl.pruning.score.moments import SecondMoments
+from ptl_rl.pruning.slice.slicing import load_new_weight, slice_checkpoint
+from ptl_rl.pruning.slice.verify import logit_difference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUT = engine.Removal(channels=18, layers=1)
 
 
-def on_gpu(folder: Path, family: str, model=None, dtype: torch.dtype = torch.float32) -> engine.Policy:
+def on_gpu(folder: Path, family: str, model=None, dtype: torch.dtype = torch.float32) -> engine.PrunableModel:
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval().requires_grad_(False)
-    return engine.Policy(model, FAMILIES[family], folder, torch.device("cuda"), 2, 0, 0.3)
+    return engine.PrunableModel(model, FAMILIES[family], folder, torch.device("cuda"), 2, 0, 0.3)
 
 
-def scored(policy: engine.Policy, out: Path, sensitivity: bool, compensated: PruningPlan | None = None) -> PruningPlan:
+def scored(
+    prunable: engine.PrunableModel, out: Path, sensitivity: bool, compensated: PruningPlan | None = None
+) -> PruningPlan:
     """Plan of a cut by ``obs`` and measured losses; the new weights of ``compensated``, or of itself, go to ``out``."""
     criterion = criterion_of(layers="leave_one_out")
-    scores = engine.score(policy, criterion, CUT, sequences(), general=[], sensitivity=sensitivity)
-    plan = make_plan(scores, criterion, remove_channels=18, alignment=1, subset_hash="", source=policy.source)
-    losses = engine.compensate(policy, compensated or plan, sequences(), out, sensitivity=sensitivity)
+    scores = engine.score(prunable, criterion, CUT, sequences(), general=[], sensitivity=sensitivity)
+    plan = make_plan(scores, criterion, remove_channels=18, alignment=1, subset_hash="", source=prunable.source)
+    losses = engine.compensate(prunable, compensated or plan, sequences(), out, sensitivity=sensitivity)
     assert losses.stream is not None and 0 < losses.stream < 1
     return plan
 
 
-def check_equal(policy: engine.Policy, expected: PruningPlan, out: Path, sensitivity: bool) -> None:
+def check_equal(prunable: engine.PrunableModel, expected: PruningPlan, out: Path, sensitivity: bool) -> None:
     """``out`` holds the new weights that the CPU found for the plan."""
-    plan = scored(policy, out / "gpu", sensitivity, compensated=expected)
+    plan = scored(prunable, out / "gpu", sensitivity, compensated=expected)
     assert plan.layer_order == expected.layer_order
     assert plan.keep_channels == expected.keep_channels
     for layer in plan.keep_layers:
@@ -83,8 +85,8 @@ def test_sharded(family, make_checkpoint, tokenizer, tmp_path):
 
 def test_products_of_16_bits_lose_nothing_by_tf32(make_checkpoint):
     """Of bfloat16 activations, TF32's factors are exact where positions count alike, and its sums are float32."""
-    policy = on_gpu(make_checkpoint("llama", intermediate_size=512), "llama", dtype=torch.bfloat16)
-    policy.prompt_weight = 1.0
+    prunable = on_gpu(make_checkpoint("llama", intermediate_size=512), "llama", dtype=torch.bfloat16)
+    prunable.prompt_weight = 1.0
     seen: list[torch.Tensor] = []
 
     class Exact(SecondMoments):
@@ -93,8 +95,8 @@ def test_products_of_16_bits_lose_nothing_by_tf32(make_checkpoint):
                 seen.append(hidden_NC[weight_N > 0].double())
             super().on_channels(layer, hidden_NC, weight_N)
 
-    moments = Exact(3, 512, policy.device)
-    policy.read(sequences(), [moments])
+    moments = Exact(3, 512, prunable.device)
+    prunable.read(sequences(), [moments])
     hidden_NC = torch.cat(seen)
     expected_CC = hidden_NC.T @ hidden_NC
     assert hidden_NC.abs().max() > 0

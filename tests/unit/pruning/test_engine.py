@@ -9,21 +9,22 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl_rl.checkpoints.sharded import load_sharded
 from ptl_rl.config import CHANNEL_CRITERIA, ContrastConfig, CriterionConfig, SourceConfig
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
-from ptl_rl.pruning import blocks, engine
-from ptl_rl.pruning.absorption import absorb, lookup
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.choice import make_plan
-from ptl_rl.pruning.criteria import CHANNEL_CRITERIA as CRITERIA
+from ptl_rl.pruning import engine
+from ptl_rl.pruning.choose import blocks
+from ptl_rl.pruning.choose.absorption import absorb, lookup
+from ptl_rl.pruning.choose.choice import make_plan
 from ptl_rl.pruning.masking import masked, skipped
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.sharded import load_sharded
-from ptl_rl.pruning.slicing import MissingWeightError, load_new_weight, save_new_weight, slice_checkpoint
-from ptl_rl.pruning.statistics import Collector, Needs
-from ptl_rl.pruning.streaming import CalibrationError, mean_loss, stream
-from ptl_rl.pruning.verify import logit_difference
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.criteria import CHANNEL_CRITERIA as CRITERIA
+from ptl_rl.pruning.score.statistics import Collector, Needs
+from ptl_rl.pruning.score.streaming import CalibrationError, mean_loss, stream
+from ptl_rl.pruning.slice.slicing import MissingWeightError, load_new_weight, save_new_weight, slice_checkpoint
+from ptl_rl.pruning.slice.verify import logit_difference
 
 CPU = torch.device("cpu")
 CONTRAST = ContrastConfig(data=SourceConfig(path="unused"))
@@ -35,10 +36,10 @@ def sequences(seed: int = 0) -> list[Sequence]:
     return [Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2) for n in lengths]
 
 
-def policy_of(folder: Path, family: str, model=None, batch_size: int = 2) -> engine.Policy:
+def policy_of(folder: Path, family: str, model=None, batch_size: int = 2) -> engine.PrunableModel:
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    return engine.Policy(model, FAMILIES[family], folder, CPU, batch_size, 0, 0.3)
+    return engine.PrunableModel(model, FAMILIES[family], folder, CPU, batch_size, 0, 0.3)
 
 
 def criterion_of(channels: str = "obs", **fields) -> CriterionConfig:
@@ -47,65 +48,65 @@ def criterion_of(channels: str = "obs", **fields) -> CriterionConfig:
     return CriterionConfig(channels=channels, **fields)
 
 
-def plan_of(policy: engine.Policy, criterion: CriterionConfig, cut: engine.Removal) -> PruningPlan:
-    scores = engine.score(policy, criterion, cut, sequences(), general=sequences(1) if criterion.contrast else [])
+def plan_of(prunable: engine.PrunableModel, criterion: CriterionConfig, cut: engine.Removal) -> PruningPlan:
+    scores = engine.score(prunable, criterion, cut, sequences(), general=sequences(1) if criterion.contrast else [])
     return make_plan(
         scores,
         criterion,
         remove_channels=cut.channels,
         alignment=1,
         subset_hash="",
-        source=policy.source,
+        source=prunable.source,
     )
 
 
 @pytest.mark.parametrize("channels", CHANNEL_CRITERIA)
 def test_every_criterion_scores_and_plans(channels, make_checkpoint):
-    policy = policy_of(make_checkpoint("llama"), "llama")
-    plan = plan_of(policy, criterion_of(channels), engine.Removal(channels=18, layers=0))
+    prunable = policy_of(make_checkpoint("llama"), "llama")
+    plan = plan_of(prunable, criterion_of(channels), engine.Removal(channels=18, layers=0))
     assert plan.intermediate_size == 30 and plan.keep_layers == [0, 1, 2]
     # Equal to the rule by hand: what is kept are the largest of what the criterion says, were all statistics there.
     if channels in CRITERIA:
         everything = Needs(gradients=channels == "taylor", last_tokens=channels == "ptl_reference")
-        collector = Collector(policy.model, policy.family, 48, CPU, everything)
+        collector = Collector(prunable.model, prunable.family, 48, CPU, everything)
         chosen = sequences()[:10]
-        policy.read(chosen, [collector])
+        prunable.read(chosen, [collector])
         statistics = collector.reduce(remove_channels=18)
         if channels == "ptl_reference":
-            general = Collector(policy.model, policy.family, 48, CPU, everything)
-            policy.read(sequences(1), [general])
+            general = Collector(prunable.model, prunable.family, 48, CPU, everything)
+            prunable.read(sequences(1), [general])
             statistics.general = general.reduce()
         for kept, importance_C in zip(plan.keep_channels, CRITERIA[channels](statistics), strict=True):
             assert kept == sorted(sorted(range(48), key=lambda j, row=importance_C: -float(row[j]))[:30])
 
 
 def test_progress_counts_every_batch(make_checkpoint):
-    policy = policy_of(make_checkpoint("llama"), "llama")
+    prunable = policy_of(make_checkpoint("llama"), "llama")
     for criterion in (
         criterion_of("activation", layers="leave_one_out", layer_sequences=4, contrast=CONTRAST),
         criterion_of("obs", layers="cosine"),
     ):
         read = []
-        policy.progress = lambda read=read: read.append(1)
+        prunable.progress = lambda read=read: read.append(1)
         cut, general = engine.Removal(8, 2), sequences(1) if criterion.contrast else []
-        engine.score(policy, criterion, cut, sequences(), general=general)
-        assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), general)
+        engine.score(prunable, criterion, cut, sequences(), general=general)
+        assert len(read) == engine.batches_to_read(prunable, criterion, cut, sequences(), general)
 
 
 def test_few_matrices_at_once_give_the_same(make_checkpoint, tmp_path):
     folder, cut = make_checkpoint("llama", num_hidden_layers=5), engine.Removal(18, 1)
     found = []
     for at_once in (None, 2):
-        policy, read = policy_of(folder, "llama"), []
-        policy.progress = lambda read=read: read.append(1)
-        policy.moments_gib = at_once and at_once * 1.2 * 48**2 * 4 / 2**30
+        prunable, read = policy_of(folder, "llama"), []
+        prunable.progress = lambda read=read: read.append(1)
+        prunable.moments_gib = at_once and at_once * 1.2 * 48**2 * 4 / 2**30
         criterion = criterion_of(layers="explicit", layer_ids=[3])
-        plan = plan_of(policy, criterion, cut)
+        plan = plan_of(prunable, criterion, cut)
         new_weights = tmp_path / str(at_once)
-        engine.compensate(policy, plan, sequences(), new_weights)
-        expected = engine.batches_to_read(policy, criterion, cut, sequences(), [])
-        assert len(read) == expected + engine.batches_to_compensate(policy, 1, sequences())
-        assert len(read) == policy.rounds(sequences()) * ((1 if at_once is None else 3) + 5 + 2 * 4)
+        engine.compensate(prunable, plan, sequences(), new_weights)
+        expected = engine.batches_to_read(prunable, criterion, cut, sequences(), [])
+        assert len(read) == expected + engine.batches_to_compensate(prunable, 1, sequences())
+        assert len(read) == prunable.rounds(sequences()) * ((1 if at_once is None else 3) + 5 + 2 * 4)
         found.append((plan.keep_channels, {file.name: load_file(file)["weight"] for file in new_weights.iterdir()}))
     (kept, weights), (kept_in_groups, weights_in_groups) = found
     assert kept == kept_in_groups and weights.keys() == weights_in_groups.keys()
@@ -114,10 +115,10 @@ def test_few_matrices_at_once_give_the_same(make_checkpoint, tmp_path):
 
 
 def test_less_memory_than_one_matrix_takes_is_refused(make_checkpoint):
-    policy = policy_of(make_checkpoint("llama"), "llama")
-    policy.moments_gib = 1e-9
+    prunable = policy_of(make_checkpoint("llama"), "llama")
+    prunable.moments_gib = 1e-9
     with pytest.raises(CalibrationError, match=r"moments_gib is 1e-09, but the matrix of one block of 48 channels"):
-        plan_of(policy, criterion_of(), engine.Removal(18, 0))
+        plan_of(prunable, criterion_of(), engine.Removal(18, 0))
 
 
 class TestBlocksThatGo:
@@ -142,50 +143,50 @@ class TestBlocksThatGo:
 
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     def test_leave_one_out_is_the_loss_without(self, family, make_checkpoint):
-        policy = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
+        prunable = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
         order = plan_of(
-            policy, criterion_of(layers="leave_one_out", compensate="none"), engine.Removal(0, 2)
+            prunable, criterion_of(layers="leave_one_out", compensate="none"), engine.Removal(0, 2)
         ).layer_order
         gone: list[int] = []
         for found in order:
             losses = {}
             for layer in {0, 1, 2, 3} - set(gone):
-                with skipped(policy.model, policy.family, [*gone, layer]):
+                with skipped(prunable.model, prunable.family, [*gone, layer]):
                     batches = batches_for_rank(sequences(), 8, 0, 1, 0, 0.3)
-                    losses[layer] = mean_loss(policy.model, batches, CPU)
+                    losses[layer] = mean_loss(prunable.model, batches, CPU)
             assert found == min(losses, key=lambda layer: losses[layer])
             gone.append(found)
 
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     def test_leave_one_out_is_the_loss_once_the_block_before_has_taken_over(self, family, make_checkpoint):
-        policy = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
+        prunable = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
         criterion = criterion_of(layers="leave_one_out")
-        order = plan_of(policy, criterion, engine.Removal(0, 2)).layer_order
+        order = plan_of(prunable, criterion, engine.Removal(0, 2)).layer_order
         taken_over: dict[tuple[int, str], torch.Tensor] = {}
         for place, found in enumerate(order):
             losses, changes = {}, {}
             left = sorted({0, 1, 2, 3} - set(order[:place]))
-            absorbed = absorb(policy, order[:place], left, sequences(), criterion.stream_ridge, lookup(taken_over))
+            absorbed = absorb(prunable, order[:place], left, sequences(), criterion.stream_ridge, lookup(taken_over))
             for candidate in list(absorbed):
                 changes[candidate.removed] = {**taken_over, **candidate.new}
-                model = policy_of(policy.source, family).model
+                model = policy_of(prunable.source, family).model
                 for (layer, name), weight in changes[candidate.removed].items():
-                    model.get_submodule(policy.family.projection(layer, name)).weight.data = weight
-                with skipped(model, policy.family, [*order[:place], candidate.removed]):
+                    model.get_submodule(prunable.family.projection(layer, name)).weight.data = weight
+                with skipped(model, prunable.family, [*order[:place], candidate.removed]):
                     batches = batches_for_rank(sequences(), 8, 0, 1, 0, 0.3)
                     losses[candidate.removed] = mean_loss(model, batches, CPU)
             assert found == min(losses, key=lambda layer: losses[layer])
             taken_over = changes[found]
 
     def test_leave_one_out_judges_the_best_of_few_sequences_on_all(self, make_checkpoint):
-        policy, read = policy_of(make_checkpoint("llama", num_hidden_layers=6), "llama"), []
-        policy.progress = lambda: read.append(1)
+        prunable, read = policy_of(make_checkpoint("llama", num_hidden_layers=6), "llama"), []
+        prunable.progress = lambda: read.append(1)
 
         def losses(layers, judged):
             found = {}
             for layer in layers:
-                with skipped(policy.model, policy.family, [layer]):
-                    found[layer] = mean_loss(policy.model, batches_for_rank(judged, 8, 0, 1, 0, 0.3), CPU)
+                with skipped(prunable.model, prunable.family, [layer]):
+                    found[layer] = mean_loss(prunable.model, batches_for_rank(judged, 8, 0, 1, 0, 0.3), CPU)
             return sorted(found, key=lambda layer: found[layer])
 
         # Some sequence puts another block first than all of them do; the fourth or better of it is what all put first.
@@ -197,22 +198,22 @@ class TestBlocksThatGo:
         finalists = losses(range(6), sequences()[:few])[:4]
         criterion = criterion_of("activation", layers="leave_one_out", compensate="none", layer_sequences=few)
         cut = engine.Removal(0, 1)
-        assert plan_of(policy, criterion, cut).layer_order == losses(finalists, sequences())[:1] != finalists[:1]
-        assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), [])
+        assert plan_of(prunable, criterion, cut).layer_order == losses(finalists, sequences())[:1] != finalists[:1]
+        assert len(read) == engine.batches_to_read(prunable, criterion, cut, sequences(), [])
 
     def test_few_regressions_at_once_give_the_same_order(self, make_checkpoint):
         folder = make_checkpoint("llama", num_hidden_layers=5)
         orders, criterion = [], criterion_of("activation", layers="leave_one_out")
         for gib in (None, 1e-9):
-            policy, read = policy_of(folder, "llama"), []
-            policy.moments_gib = gib
-            policy.progress = lambda read=read: read.append(1)
+            prunable, read = policy_of(folder, "llama"), []
+            prunable.moments_gib = gib
+            prunable.progress = lambda read=read: read.append(1)
             cut = engine.Removal(0, 2)
-            orders.append(plan_of(policy, criterion, cut).layer_order)
-            rounds = policy.rounds(sequences())
+            orders.append(plan_of(prunable, criterion, cut).layer_order)
+            rounds = prunable.rounds(sequences())
             # Scores, then every candidate, and what those with a predecessor leave to it: together or one by one.
             assert len(read) == rounds * (1 + (5 + 1) + (4 + 1) if gib is None else 1 + (5 + 4) + (4 + 3))
-            assert len(read) == engine.batches_to_read(policy, criterion, cut, sequences(), [])
+            assert len(read) == engine.batches_to_read(prunable, criterion, cut, sequences(), [])
         assert orders[0] == orders[1]
 
     @pytest.mark.parametrize("layers", ["block_influence", "cosine"])
@@ -254,11 +255,11 @@ def contribution(model, removed: int, predecessor: int) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("family", [name for name in sorted(FAMILIES) if FAMILIES[name].output_norm is None])
 def test_block_compensation_is_the_regression(family, make_checkpoint):
     folder = make_checkpoint(family)
-    policy = policy_of(folder, family)
+    prunable = policy_of(folder, family)
     moments = blocks.BlockMoments(removed=2, predecessor=1)
-    stream(policy.model, policy.family, policy.batches(sequences()), [moments], CPU)
+    stream(prunable.model, prunable.family, prunable.batches(sequences()), [moments], CPU)
     gain_o, gain_down = moments.solve(32, 1e-9)
-    x_NX, y_NH, total = contribution(policy.model, 2, 1)
+    x_NX, y_NH, total = contribution(prunable.model, 2, 1)
     expected_XH = torch.linalg.lstsq(x_NX, y_NH).solution
     residual = (x_NX @ torch.cat([gain_o, gain_down], dim=1).T.double() - y_NH).square().sum() / total
     best = (x_NX @ expected_XH - y_NH).square().sum() / total
@@ -269,26 +270,26 @@ def test_block_compensation_is_the_regression(family, make_checkpoint):
 @pytest.mark.parametrize("family", [name for name in sorted(FAMILIES) if FAMILIES[name].output_norm is not None])
 def test_normed_block_compensation_is_the_regression(family, make_checkpoint):
     folder = make_checkpoint(family)
-    policy = policy_of(folder, family)
-    block = policy.model.model.layers[1]
+    prunable = policy_of(folder, family)
+    block = prunable.model.model.layers[1]
     norm = block.post_feedforward_layernorm
     norm.weight.data.normal_(0, 0.7, generator=torch.Generator().manual_seed(0))  # of both signs, with the offset
     norm_H = 1 + norm.weight.data
     moments = blocks.NormedBlockMoments(2, 1, norm_H, norm.eps)
-    stream(policy.model, policy.family, policy.batches(sequences()), [moments], CPU)
+    stream(prunable.model, prunable.family, prunable.batches(sequences()), [moments], CPU)
     down_HC, new_norm_H = moments.solve(block.mlp.down_proj.weight, 1e-9)
     # Again by the definition, from rows that are collected apart.
     rows: dict[str, list] = {"h": [], "y": [], "w": []}
     seen: dict[str, torch.Tensor] = {}
     block.mlp.down_proj.register_forward_hook(lambda _m, x, out: seen.update(h=x[0][0], d=out[0]))
-    policy.model.model.layers[2].register_forward_hook(
+    prunable.model.model.layers[2].register_forward_hook(
         lambda _m, x, out: seen.update(y=((out[0] if isinstance(out, tuple) else out) - x[0])[0])
     )
     kept = []
     for sequence in sequences():
         reading = max(sequence.prompt_tokens - 1, 0)
         rows["w"].append(torch.tensor([0.3] * reading + [1.0] * (len(sequence.ids) - reading)))
-        policy.model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
+        prunable.model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
         root_N1 = (seen["d"].square().mean(-1, keepdim=True) + norm.eps).rsqrt()
         rows["h"].append(seen["h"] * root_N1)
         rows["y"].append(seen["y"])
@@ -313,21 +314,23 @@ def test_normed_block_compensation_is_the_regression(family, make_checkpoint):
 @pytest.mark.parametrize("cut", [engine.Removal(18, 0), engine.Removal(0, 2), engine.Removal(18, 1)], ids=str)
 def test_compensated_export_computes_what_the_reference_computes(family, cut, make_checkpoint, tmp_path):
     folder = make_checkpoint(family, num_hidden_layers=4)
-    policy = policy_of(folder, family)
+    prunable = policy_of(folder, family)
     # Neighbours: the block before them follows the original's stream behind both.
     ids = {0: [], 1: [2], 2: [2, 1]}[cut.layers]
     criterion = criterion_of(layers="explicit", layer_ids=ids) if ids else criterion_of()
-    plan = plan_of(policy, criterion, cut)
+    plan = plan_of(prunable, criterion, cut)
     new_weights, out = tmp_path / "new", tmp_path / "sliced"
-    losses = engine.compensate(policy, plan, sequences(), new_weights)
+    losses = engine.compensate(prunable, plan, sequences(), new_weights)
     slice_checkpoint(folder, plan, out, new_weights=new_weights)
     ids_BT = torch.randint(0, 290, (2, 40))
     sliced = AutoModelForCausalLM.from_pretrained(out).eval()
     with torch.no_grad():
-        with masked(policy.model, policy.family, plan):
-            plain_BTV = policy.model(input_ids=ids_BT).logits
-        with masked(policy.model, policy.family, plan, lambda layer, name: load_new_weight(new_weights, layer, name)):
-            expected_BTV = policy.model(input_ids=ids_BT).logits
+        with masked(prunable.model, prunable.family, plan):
+            plain_BTV = prunable.model(input_ids=ids_BT).logits
+        with masked(
+            prunable.model, prunable.family, plan, lambda layer, name: load_new_weight(new_weights, layer, name)
+        ):
+            expected_BTV = prunable.model(input_ids=ids_BT).logits
         actual_BTV = sliced(input_ids=ids_BT).logits
     torch.testing.assert_close(actual_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
     assert (actual_BTV - plain_BTV).abs().max() > 1e-4
@@ -340,7 +343,7 @@ def test_compensated_export_computes_what_the_reference_computes(family, cut, ma
     def load(path: Path):
         return AutoModelForCausalLM.from_pretrained(path).eval()
 
-    check = (load, policy.family, folder, plan, out, tokenizer, texts)
+    check = (load, prunable.family, folder, plan, out, tokenizer, texts)
     assert logit_difference(*check, new_weights) < 1e-5
     # The check can fail: without the new weights, and with another block's.
     assert logit_difference(*check) > 1e-4
@@ -353,9 +356,9 @@ def test_compensated_export_computes_what_the_reference_computes(family, cut, ma
 
 def test_a_missing_new_weight_is_refused(make_checkpoint, tmp_path):
     folder = make_checkpoint("llama")
-    policy = policy_of(folder, "llama")
-    plan = plan_of(policy, criterion_of(), engine.Removal(18, 0))
-    engine.compensate(policy, plan, sequences(), tmp_path / "new")
+    prunable = policy_of(folder, "llama")
+    plan = plan_of(prunable, criterion_of(), engine.Removal(18, 0))
+    engine.compensate(prunable, plan, sequences(), tmp_path / "new")
     (tmp_path / "new" / "00001.down_proj.safetensors").unlink()
     with pytest.raises(MissingWeightError, match="the weight of block 1 is missing"):
         slice_checkpoint(folder, plan, tmp_path / "out", new_weights=tmp_path / "new")
@@ -363,13 +366,13 @@ def test_a_missing_new_weight_is_refused(make_checkpoint, tmp_path):
 
 def test_compensating_anew_forgets_what_was_there(make_checkpoint, tmp_path):
     folder = make_checkpoint("llama")
-    policy, found = policy_of(folder, "llama"), []
-    plan = plan_of(policy, criterion_of(), engine.Removal(18, 0))
+    prunable, found = policy_of(folder, "llama"), []
+    plan = plan_of(prunable, criterion_of(), engine.Removal(18, 0))
     for name in ("used", "fresh"):
         if name == "used":
             ids = criterion_of(layers="explicit", layer_ids=[2])
-            engine.compensate(policy, plan_of(policy, ids, engine.Removal(0, 1)), sequences(), tmp_path / name)
-        engine.compensate(policy, plan, sequences(), tmp_path / name)
+            engine.compensate(prunable, plan_of(prunable, ids, engine.Removal(0, 1)), sequences(), tmp_path / name)
+        engine.compensate(prunable, plan, sequences(), tmp_path / name)
         found.append({path.name: load_file(path)["weight"] for path in (tmp_path / name).iterdir()})
     assert found[0].keys() == found[1].keys()
     for name, weight in found[0].items():
@@ -380,13 +383,13 @@ CUTS = {"obs": engine.Removal(18, 0), "taylor": engine.Removal(18, 2), "ptl_refe
 LAYERS = {"obs": "block_influence", "taylor": "leave_one_out", "ptl_reference": "cosine"}
 
 
-def _plans_and_weights(policy: engine.Policy, out: Path) -> None:
+def _plans_and_weights(prunable: engine.PrunableModel, out: Path) -> None:
     for name, cut in CUTS.items():
-        plan = plan_of(policy, criterion_of(name, layers=LAYERS[name]), cut)
-        losses = engine.compensate(policy, plan, sequences(), out / name)
-        if policy.rank == 0:
+        plan = plan_of(prunable, criterion_of(name, layers=LAYERS[name]), cut)
+        losses = engine.compensate(prunable, plan, sequences(), out / name)
+        if prunable.rank == 0:
             plan.save(out / f"{name}.json")
-        if policy.rank == policy.ranks - 1:  # every rank knows them
+        if prunable.rank == prunable.ranks - 1:  # every rank knows them
             (out / f"{name}.txt").write_text(" ".join(str(value) for value in vars(losses).values()))
 
 

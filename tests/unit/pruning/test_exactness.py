@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.masking import masked
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 WIDTH, BLOCKS = 48, 3
 

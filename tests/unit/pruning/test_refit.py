@@ -9,29 +9,29 @@ from torch import nn
 
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.blockwise import block_by_block
-from ptl_rl.pruning.calibration import batches_for_rank
-from ptl_rl.pruning.compensation import least_squares
+from ptl_rl.pruning.compensate.algebra import least_squares
+from ptl_rl.pruning.compensate.blockwise import block_by_block
+from ptl_rl.pruning.compensate.refit import SMALLEST_GAIN, refit
 from ptl_rl.pruning.masking import skipped
-from ptl_rl.pruning.moments import SecondMoments
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.refit import SMALLEST_GAIN, refit
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.moments import SecondMoments
 
 CUTS = [engine.Removal(18, 0), engine.Removal(0, 2), engine.Removal(18, 1)]
 
 
-def plan_for(policy: engine.Policy, cut: engine.Removal, ids: list[int] | None = None) -> PruningPlan:
+def plan_for(prunable: engine.PrunableModel, cut: engine.Removal, ids: list[int] | None = None) -> PruningPlan:
     ids = ids or {0: [], 1: [2], 2: [2, 1]}[cut.layers]
-    return plan_of(policy, criterion_of(layers="explicit", layer_ids=ids) if ids else criterion_of(), cut)
+    return plan_of(prunable, criterion_of(layers="explicit", layer_ids=ids) if ids else criterion_of(), cut)
 
 
 class ByHand:
     """One sequence at a time through whole models; every row is kept."""
 
-    def __init__(self, policy: engine.Policy, plan: PruningPlan) -> None:
-        self.family, self.plan = policy.family, plan
-        self.original = policy.model
-        self.cut = copy.deepcopy(policy.model)
+    def __init__(self, prunable: engine.PrunableModel, plan: PruningPlan) -> None:
+        self.family, self.plan = prunable.family, plan
+        self.original = prunable.model
+        self.cut = copy.deepcopy(prunable.model)
         self.weights: dict[tuple[int, str], torch.Tensor] = {}
 
     def rows(self, model: nn.Module, gone: list[int], layer: int) -> dict[str, torch.Tensor]:
@@ -125,18 +125,18 @@ class ByHand:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_every_weight_is_the_regression_by_hand(family, cut, make_checkpoint):
-    policy = policy_of(make_checkpoint(family, num_hidden_layers=5), family)
-    for block in policy.model.model.layers:
-        if policy.family.output_norm:  # of both signs and all sizes, with the offset
+    prunable = policy_of(make_checkpoint(family, num_hidden_layers=5), family)
+    for block in prunable.model.model.layers:
+        if prunable.family.output_norm:  # of both signs and all sizes, with the offset
             for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
                 norm.weight.data.normal_(-0.3, 0.7, generator=torch.Generator().manual_seed(0))
-    policy.weight = lambda layer, name, rows=slice(None): policy.model.get_submodule(
-        policy.family.projection(layer, name)
+    prunable.weight = lambda layer, name, rows=slice(None): prunable.model.get_submodule(
+        prunable.family.projection(layer, name)
     ).weight[rows]
-    plan, by_hand = plan_for(policy, cut), None
+    plan, by_hand = plan_for(prunable, cut), None
     found: dict[tuple[int, str], torch.Tensor] = {}
-    losses = refit(policy, plan, sequences(), lambda layer, name, weight: found.update({(layer, name): weight}))
-    by_hand = ByHand(policy, plan)
+    losses = refit(prunable, plan, sequences(), lambda layer, name, weight: found.update({(layer, name): weight}))
+    by_hand = ByHand(prunable, plan)
     diverged = False
     for layer in plan.keep_layers:
         behind = layer
@@ -150,9 +150,9 @@ def test_every_weight_is_the_regression_by_hand(family, cut, make_checkpoint):
     for key, weight in by_hand.weights.items():
         torch.testing.assert_close(found[key], weight, rtol=2e-3, atol=2e-4, msg=lambda m, key=key: f"{key}: {m}")
     # What it is for: behind the last block the stream is nearer to the original's than without.
-    original = by_hand.rows(policy.model, [], 4)
+    original = by_hand.rows(prunable.model, [], 4)
     refitted, plain = by_hand.rows(by_hand.cut, plan.layer_order, 4), None
-    untouched = copy.deepcopy(policy.model)
+    untouched = copy.deepcopy(prunable.model)
     for layer in plan.keep_layers:
         keep = plan.keep_channels[layer]
         mask = torch.zeros(48)
@@ -170,14 +170,14 @@ def test_every_weight_is_the_regression_by_hand(family, cut, make_checkpoint):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_blocks_one_at_a_time_are_the_model(family, make_checkpoint):
-    policy = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
-    model = policy.model
+    prunable = policy_of(make_checkpoint(family, num_hidden_layers=4), family)
+    model = prunable.model
     blocks_before = list(model.model.layers)
     batches = list(batches_for_rank(sequences(), 4, 0, 1, 0, 0.3))
     for batch in batches:
         with torch.no_grad():
             expected = model.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-        with block_by_block(model, policy.family, batches[0]) as blocks:
+        with block_by_block(model, prunable.family, batches[0]) as blocks:
             stream = [blocks.embed(batch)]
             for layer in range(4):
                 blocks.visit(layer, batch, lambda run, stream=stream: stream.append(run(stream[-1]).out_BTH))
@@ -190,15 +190,15 @@ def test_blocks_one_at_a_time_are_the_model(family, make_checkpoint):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_sensitivity_weighs_positions(family, make_checkpoint):
-    policy = policy_of(make_checkpoint(family), family)
-    plan = plan_for(policy, engine.Removal(18, 0))
+    prunable = policy_of(make_checkpoint(family), family)
+    plan = plan_for(prunable, engine.Removal(18, 0))
     found: dict[bool, dict] = {True: {}, False: {}}
     for sensitivity, new in found.items():
-        refit(policy, plan, sequences(), lambda *key, new=new: new.update({key[:2]: key[2]}), sensitivity=sensitivity)
+        refit(prunable, plan, sequences(), lambda *key, new=new: new.update({key[:2]: key[2]}), sensitivity=sensitivity)
         # Before the first block nothing has gone wrong yet, so its columns only absorb.
-        moments = SecondMoments(policy.layers, policy.channels, CPU, [0])
-        policy.read(sequences(), [moments], sensitivity)
-        fit = least_squares(policy.weight(0, "down_proj"), moments.take(0), plan.keep_channels[0], plan.ridge)
+        moments = SecondMoments(prunable.layers, prunable.channels, CPU, [0])
+        prunable.read(sequences(), [moments], sensitivity)
+        fit = least_squares(prunable.weight(0, "down_proj"), moments.take(0), plan.keep_channels[0], plan.ridge)
         torch.testing.assert_close(new[0, "down_proj"], fit.weight_HK, rtol=1e-3, atol=1e-5)
     for key, weight in found[True].items():
         assert (weight - found[False][key]).abs().max() > 1e-5
@@ -206,14 +206,14 @@ def test_sensitivity_weighs_positions(family, make_checkpoint):
 
 @pytest.mark.parametrize(("family", "sizes"), [("llama", {"mlp_bias": True}), ("gemma2", {})])
 def test_lost_shares_are_of_what_the_channels_give(family, sizes, make_checkpoint):
-    policy = policy_of(make_checkpoint(family, num_hidden_layers=1, **sizes), family)
+    prunable = policy_of(make_checkpoint(family, num_hidden_layers=1, **sizes), family)
     if sizes:  # which no cut changes
-        policy.model.model.layers[0].mlp.down_proj.bias.data.normal_(0, 5)
-    plan = plan_for(policy, engine.Removal(18, 0))
-    losses = refit(policy, plan, sequences(), lambda *_: None)
-    moments = SecondMoments(1, policy.channels, CPU)
-    policy.read(sequences(), [moments])
-    moment_CC, weight_HC = moments.take(0).double(), policy.weight(0, "down_proj").double()
+        prunable.model.model.layers[0].mlp.down_proj.bias.data.normal_(0, 5)
+    plan = plan_for(prunable, engine.Removal(18, 0))
+    losses = refit(prunable, plan, sequences(), lambda *_: None)
+    moments = SecondMoments(1, prunable.channels, CPU)
+    prunable.read(sequences(), [moments])
+    moment_CC, weight_HC = moments.take(0).double(), prunable.weight(0, "down_proj").double()
     total = float(((weight_HC @ moment_CC) * weight_HC).sum())
     fit = least_squares(weight_HC, moment_CC, plan.keep_channels[0], plan.ridge)
     assert losses.channels_plain == pytest.approx(fit.lost_plain / total, rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptl_rl.config import CHANNEL_CRITERIA as NAMES
-from ptl_rl.pruning.criteria import (
+from ptl_rl.pruning.score.criteria import (
     CHANNEL_CRITERIA,
     CriterionError,
     activation,
@@ -16,8 +16,8 @@ from ptl_rl.pruning.criteria import (
     ptl_reference,
     try_out,
 )
-from ptl_rl.pruning.criteria import random as random_criterion
-from ptl_rl.pruning.statistics import Statistics
+from ptl_rl.pruning.score.criteria import random as random_criterion
+from ptl_rl.pruning.score.statistics import Statistics
 
 CHANNELS = 12
 

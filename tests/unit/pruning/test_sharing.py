@@ -11,9 +11,12 @@ from process_ranks import run_ranks
 from test_engine import criterion_of, plan_of, policy_of, sequences
 from torch.distributed.device_mesh import init_device_mesh
 
-from ptl_rl.pruning import absorption, engine, refit, regression
-from ptl_rl.pruning.policy import Policy
-from ptl_rl.pruning.sharded import load_sharded, read_tensor
+from ptl_rl.checkpoints.read import read_tensor
+from ptl_rl.checkpoints.sharded import load_sharded
+from ptl_rl.pruning import engine
+from ptl_rl.pruning.choose import absorption
+from ptl_rl.pruning.compensate import refit, regression
+from ptl_rl.pruning.model import PrunableModel
 
 HIDDEN = 33  # which no number of ranks divides
 SIZES = {"hidden_size": HIDDEN, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
@@ -21,7 +24,7 @@ SIZES = {"hidden_size": HIDDEN, "num_attention_heads": 3, "num_key_value_heads":
 
 @pytest.mark.parametrize(("ranks", "tasks", "rows"), product((1, 2, 3, 4, 8), (1, 2), (1, HIDDEN)))
 def test_every_row_of_every_task_is_done_once(ranks, tasks, rows):
-    done = [Policy.shares(SimpleNamespace(rank=rank, ranks=ranks), rows, tasks) for rank in range(ranks)]
+    done = [PrunableModel.shares(SimpleNamespace(rank=rank, ranks=ranks), rows, tasks) for rank in range(ranks)]
     for task in range(tasks):
         of_task = [list(range(rows)[part]) for shares in done for doing, part in shares if doing == task]
         assert sorted(chain.from_iterable(of_task)) == list(range(rows))
@@ -39,7 +42,7 @@ def test_rows_of_a_weight_are_read_alone(make_checkpoint):
 def _counted(rank: int, ranks: int, folder: Path, family: str, out: Path) -> None:
     """Compensate a cut of channels and a choice of blocks; write down what this rank has solved and read."""
     seen: dict[str, list[int]] = {"absorbed": [], "stream": [], "read": [], "regressions": []}
-    least_squares, ridge_regression, weight = refit.least_squares, regression.ridge_regression, Policy.weight
+    least_squares, ridge_regression, weight = refit.least_squares, regression.ridge_regression, PrunableModel.weight
 
     def counted_least_squares(weight_HC, *arguments):
         seen["absorbed"].append(len(weight_HC))
@@ -54,18 +57,18 @@ def _counted(rank: int, ranks: int, folder: Path, family: str, out: Path) -> Non
         seen["read"].append(len(found) if found.dim() == 2 else 0)
         return found
 
-    def counted_solution(_policy, moments, *arguments):
+    def counted_solution(_prunable, moments, *arguments):
         seen["regressions"].append(moments.removed)
-        return solved(_policy, moments, *arguments)
+        return solved(_prunable, moments, *arguments)
 
-    policy = policy_of(folder, family, load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32))
-    plan = plan_of(policy, criterion_of("activation", layers="explicit", layer_ids=[2]), engine.Removal(18, 1))
+    prunable = policy_of(folder, family, load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32))
+    plan = plan_of(prunable, criterion_of("activation", layers="explicit", layer_ids=[2]), engine.Removal(18, 1))
     refit.least_squares, regression.ridge_regression = counted_least_squares, counted_ridge_regression
-    Policy.weight = counted_weight
-    engine.compensate(policy, plan, sequences(), out / "new")
-    Policy.weight = weight
+    PrunableModel.weight = counted_weight
+    engine.compensate(prunable, plan, sequences(), out / "new")
+    PrunableModel.weight = weight
     solved, absorption._solved = absorption._solved, counted_solution
-    plan_of(policy, criterion_of("activation", layers="leave_one_out"), engine.Removal(0, 1))
+    plan_of(prunable, criterion_of("activation", layers="leave_one_out"), engine.Removal(0, 1))
     (out / f"{rank}.json").write_text(json.dumps(seen))
 
 

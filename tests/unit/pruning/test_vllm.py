@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slicing import slice_checkpoint
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 PROMPT, TOKENS = list(range(20, 44)), 16
 SCRIPT = """

@@ -9,7 +9,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils import torch_functional
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-import ptl_rl.platform.verl_engine  # noqa: F401  (as a worker has it)
+import ptl_rl.verl_patches.engine  # noqa: F401  (as a worker has it)
 from ptl_rl.recovery.parent import ParentLoss, ask_for_logits
 
 LENGTHS, VOCABULARY = [5, 9], 40

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read by byte range, written whole or not at all, told apart by hash."""

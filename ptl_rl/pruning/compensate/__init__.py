@@ -1,0 +1,1 @@
+"""What stays takes over, in closed form, what goes."""

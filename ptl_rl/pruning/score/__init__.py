@@ -1,0 +1,1 @@
+"""How a model is read, and what every channel and block of it contributes."""
