@@ -1,4 +1,10 @@
-"""What went wrong and can be mended by the user; the command line turns this, and nothing else, into a sentence."""
+"""What went wrong and can be mended by the user, and checks of the places that a user names.
+
+The command line turns :class:`UserError`, and nothing else, into a sentence and exit status 2.
+"""
+
+import os
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -6,3 +12,34 @@ class UserError(Exception):
 
     Whatever is raised beside it is a fault of ours, or of the machine, and keeps its traceback.
     """
+
+
+class OutputError(UserError, OSError):
+    """A place that cannot be written to, or that holds something."""
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise :class:`OutputError` unless ``out`` is an empty folder, or can become one."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: exists and is not an empty folder")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raise :class:`OutputError` unless the folder ``out`` is there and can be written to, or can be made."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{out}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: {place} cannot be written to; choose another place")
+
+
+def check_new_file(out: Path) -> None:
+    """Raise :class:`OutputError` unless a file ``out`` can be written."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; name a file")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: {out.parent} is no folder")
+    check_writable(out.parent)

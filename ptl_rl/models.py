@@ -1,11 +1,27 @@
 """From a model's name to its folder: a Hugging Face folder, a shipped checkpoint, or one of the hub."""
 
 from pathlib import Path
+from typing import Any
 
 from ptl_rl.config import ConfigError
 from ptl_rl.testbed import shipped_checkpoint
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ConfigError: there is none, or one that transformers cannot read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:  # what transformers raises for files that do not fit
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder}: has no tokenizer that transformers can load ({reason})") from error
 
 
 def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ptl_rl.families import UnsupportedModelError
 
@@ -15,15 +15,19 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Tensor name to the safetensors file that holds it.
 
     Raises:
-        UnsupportedModelError: no safetensors weights, or an index that names a missing file.
+        UnsupportedModelError: no safetensors weights or damaged ones, or an index that names a missing file.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text())["weight_map"]
         files = {name: folder / file for name, file in names.items()}
     elif (folder / "model.safetensors").exists():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        path = folder / "model.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                files = dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise UnsupportedModelError(f"{path}: cannot be read ({error}); download or write it again") from None
     else:
         raise UnsupportedModelError(
             f"{folder}: no model.safetensors; only safetensors weights are read (convert with save_pretrained)"

@@ -1,17 +1,42 @@
-"""What several commands share: arguments, how bad input is refused, and a progress bar."""
+"""What all commands share: arguments, how errors end a command, and a progress bar. Only here are errors put into words
+of the command line."""
 
+import contextlib
+import errno
+import functools
+import inspect
+import os
+import re
 import sys
-from typing import Annotated, NoReturn
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+from typer.models import OptionInfo
+
+from ptl_rl.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+"""A full disk or quota, and file systems that stopped: neither bad input nor our bugs."""
+SHOW_TRACEBACK = "PTL_TRACEBACK"
+"""Environment variable: print the traceback of an unexpected error, too."""
+
 
 app = typer.Typer(
     name="ptl",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Compact a reasoning language model gradually: prune a little, recover with RL, check, repeat.",
-    epilog="Exit status: 0 done, 1 a stage failed (resumable), 2 bad input, 130 interrupted (resumable).",
+    epilog="Exit status: 0 done, 1 a stage failed (resumable) or something unexpected, 2 bad input, 130 interrupted "
+    "(resumable).",
 )
 Settings = Annotated[
     list[str] | None,
@@ -20,14 +45,92 @@ Settings = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a shipped model: 'testbed:llama'.")]
 
 
-def refuse(error: Exception) -> NoReturn:
+def command(name: str | None = None) -> Callable[[Function], Function]:
+    """Make a function a command that ends as all do: a sentence for what a user can mend, else a kept traceback."""
+
+    def decorate(function: Function) -> Function:
+        options = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if any(isinstance(part, OptionInfo) for part in getattr(parameter.annotation, "__metadata__", ()))
+        ]
+
+        @functools.wraps(function)
+        def ended(*arguments: Any, **named: Any) -> Any:
+            try:
+                return function(*arguments, **named)
+            except UserError as error:
+                refuse(in_options(str(error), options))
+            except (typer.Exit, typer.Abort, typer.BadParameter):
+                raise
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+                    fail(f"{error.filename or 'a file'}: {error.strerror}")
+                unexpected(error)
+
+        return app.command(name)(ended)  # type: ignore[return-value]
+
+    return decorate
+
+
+def in_options(message: str, options: list[str]) -> str:
+    """An error's words for a parameter as an option of the command: ``run_dir`` becomes ``--run-dir``.
+
+    A name of one word (``data``) is one only where the message begins with it.
+    """
+    for name in [name for name in options if name != "settings"]:
+        pattern = rf"(?<![\w./-]){name}(?![\w.=/])" if "_" in name else rf"^{name}(?=[ :])"
+        message = re.sub(pattern, f"--{name.replace('_', '-')}", message)
+    return re.sub(r"^settings?(?=[ :])", "--set", message) if "settings" in options else message
+
+
+def refuse(message: str) -> NoReturn:
     """Say what is wrong with what was given, and end with status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(2)
 
 
-def bar(console, what: str):
-    """A progress bar that appears with the first progress, and what to tell it of that."""
+def fail(message: str) -> NoReturn:
+    """Say what went wrong on the way, and end with status 1."""
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def unexpected(error: Exception) -> NoReturn:
+    """Keep the traceback of an error that nobody foresaw, and end with status 1."""
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(SHOW_TRACEBACK):
+        print(text, file=sys.stderr)
+    path = Path(tempfile.gettempdir()) / f"ptl-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    where = f"shown with {SHOW_TRACEBACK}=1"
+    with contextlib.suppress(OSError):
+        path.write_text(f"{' '.join(sys.argv)}\n\n{text}")
+        where = f"{path}; {where}"
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    fail(f"unexpected {type(error).__name__}: {reason}\n  This is not about what was given. Traceback: {where}")
+
+
+@contextlib.contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Ctrl-C ends with status 130 and ``kept``, which says what is left and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def make_console(width: int = 160, stderr: bool = False):
+    """On a terminal as wide as that, elsewhere ``width`` columns."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(width=None if stream.isatty() else width, stderr=stderr)
+
+
+@contextlib.contextmanager
+def bar(console, what: str) -> Iterator[Any]:
+    """A progress bar that appears with the first progress; gives the function to tell it of that."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     remaining = TimeRemainingColumn(elapsed_when_finished=True)
@@ -38,4 +141,7 @@ def bar(console, what: str):
         shown.start()
         shown.update(task, completed=done, total=total)
 
-    return shown, progress
+    try:
+        yield progress
+    finally:
+        shown.stop()

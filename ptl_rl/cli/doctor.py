@@ -1,18 +1,17 @@
 """``ptl doctor``: what is wrong with a machine, before a run finds out."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ptl_rl.cli.common import Settings, app, refuse
+from ptl_rl.cli.common import Settings, command, make_console
 
 SIGNS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-@app.command()
+@command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; without one the machine alone.")] = None,
     settings: Settings = None,
@@ -26,26 +25,20 @@ def doctor(
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
+    from ptl_rl.api import load_recipe
     from ptl_rl.config import ConfigError
-    from ptl_rl.config.recipe import load_config
-
-    try:
-        config = load_config(recipe, settings) if recipe is not None else None
-        if settings and recipe is None:
-            raise ConfigError("--set changes a recipe; name one")
-        if lock is not None and not lock.is_file():
-            raise ConfigError(f"--lock {lock}: no such file")
-    except ConfigError as error:
-        refuse(error)
     from ptl_rl.driver.doctor import examine, stops
 
+    if settings and recipe is None:
+        raise ConfigError("settings change a recipe; name one")
+    if lock is not None and not lock.is_file():
+        raise ConfigError(f"lock {lock}: no such file")
+    config = load_recipe(recipe, settings or []) if recipe is not None else None
     findings = examine(config, run_dir, lock)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = make_console()
         for finding in findings:
             sign = f"[{STYLES[finding.level]}]{SIGNS[finding.level]:<8}[/]"
             console.print(sign, end="", highlight=False)

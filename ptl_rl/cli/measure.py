@@ -1,13 +1,12 @@
 """``ptl eval`` and ``study``: how good a model is, and what a comparison of many runs shows."""
 
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ptl_rl.cli.common import Model, Settings, app, bar, refuse
+from ptl_rl.cli.common import Model, Settings, bar, command, fail, interruptible, make_console
 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: float32 on CPUs, bfloat16 elsewhere.")
@@ -15,16 +14,33 @@ Dtype = Annotated[
 
 
 def _list_tasks(wanted: bool) -> None:
-    from rich.console import Console
-
     from ptl_rl.reporting.eval_table import task_table
 
     if wanted:
-        Console(width=None if sys.stdout.isatty() else 160).print(task_table())
+        make_console().print(task_table())
         raise typer.Exit
 
 
-@app.command("eval")
+def _default_folder(model: str) -> Path:
+    from ptl_rl.evaluation.command import default_folder, quieten_libraries
+
+    quieten_libraries()  # before vLLM is imported
+    return default_folder(model)
+
+
+def _by_task(entries: list[str]) -> dict[str, str]:
+    from ptl_rl.config import ConfigError
+
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"data {entry}: give TASK=FILE, e.g. gsm8k=gsm8k_test.jsonl")
+        found[name] = path
+    return found
+
+
+@command("eval")
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Comma-separated; --list-tasks has them all.")],
@@ -51,21 +67,18 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a model on tasks of mathematics and code; an interrupted evaluation goes on where it was."""
-    from rich.console import Console
+    from ptl_rl import api
 
-    from ptl_rl.config import ConfigError, EvalConfig
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    try:
-        from ptl_rl.evaluation import command
-        from ptl_rl.evaluation.tasks import find_tasks
-        from ptl_rl.reporting.eval_table import result_table
-
-        command.quieten_libraries()
-        names = [name for name in tasks.split(",") if name]
-        config = EvalConfig(
-            tasks=names,
-            data=command.parse_data(data or [], find_tasks(names)),
+    console, place = make_console(), out or _default_folder(model)
+    with (
+        interruptible(f"finished tasks are kept in {place}; the same command goes on"),
+        bar(console, "judging") as judged,
+    ):
+        found = api.evaluate(
+            model,
+            [name for name in tasks.split(",") if name],
+            place,
+            data=_by_task(data or []),
             limit=limit,
             max_tokens=max_tokens,
             max_model_tokens=max_model_tokens,
@@ -75,31 +88,17 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            starting=lambda what: console.print(what, highlight=False, markup=False),
+            judged=judged,
         )
-        out = out or command.default_folder(model)
-        folder, prepared = command.prepare(model, config)
-        shown, judged = bar(console, "judging")
-        try:
-            found = command.evaluate_model(
-                folder,
-                prepared,
-                config,
-                out,
-                starting=lambda what: console.print(what, highlight=False, markup=False),
-                judged=judged,
-            )
-        finally:
-            shown.stop()
-    except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished tasks are kept in {out}; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+    from ptl_rl.evaluation.command import RESULTS
+    from ptl_rl.reporting.eval_table import result_table
+
     console.print(result_table(found))
-    console.print(f"results: {out / command.RESULTS}, samples beside it", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"results: {place / RESULTS}, samples beside it", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command()
+@command()
 def speed(
     models: Annotated[
         list[str], typer.Argument(help="Folders, hub ids or shipped models; the first is compared with.")
@@ -116,53 +115,42 @@ def speed(
     import json
     from dataclasses import asdict, replace
 
-    from rich.console import Console
+    from ptl_rl.errors import UserError, check_new_file
+    from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
+    from ptl_rl.evaluation.speed import Load, measure
+    from ptl_rl.families import read_shape
+    from ptl_rl.models import resolve_model
+    from ptl_rl.reporting.eval_table import speed_table
 
-    from ptl_rl.config import ConfigError
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    if out is not None:
+        check_new_file(out)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the former: set both
+        signal.signal(number, signal.default_int_handler)
+    quieten_libraries()
+    folders = [resolve_model(model, setting="MODEL") for model in models]
+    for folder in folders:
+        read_shape(folder)
+    console, cpu = make_console(), prepare_machine()
+    kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
+    loads = [
+        Load("batch 1", 1, prompt_tokens, response_tokens),
+        Load("saturated", sequences, prompt_tokens, response_tokens),
+    ]
+    nothing_kept = interruptible("nothing is kept of a measurement that is not finished")
     try:
-        from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
-        from ptl_rl.evaluation.speed import Load, measure
-        from ptl_rl.families import read_shape
-        from ptl_rl.models import resolve_model
-        from ptl_rl.reporting.eval_table import speed_table
-
-        if out is not None and not out.parent.is_dir():
-            raise ConfigError(f"--out {out}: {out.parent} is no folder")
-        for number in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the former: set both
-            signal.signal(number, signal.default_int_handler)
-        quieten_libraries()
-        folders = [resolve_model(model, setting="MODEL") for model in models]
-        for folder in folders:
-            read_shape(folder)
-        cpu = prepare_machine()
-        kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
-        loads = [
-            Load("batch 1", 1, prompt_tokens, response_tokens),
-            Load("saturated", sequences, prompt_tokens, response_tokens),
-        ]
-        shown, progress = bar(console, "rounds")
-        try:
+        with nothing_kept, bar(console, "rounds") as progress:
             found = measure(
                 folders, loads, rounds=rounds, dtype=kind, tensor_parallel_size=tensor_parallel_size, progress=progress
             )
-        finally:
-            shown.stop()
-        found = [replace(figures, model=model) for figures, model in zip(found, models, strict=True)]
-        console.print(speed_table(found, loads))
-        if out is not None:
-            out.write_text(json.dumps([asdict(model) for model in found], indent=2) + "\n")
     except ImportError as error:
-        refuse(ImportError(f"{error}; timing needs vLLM, which launch/setup.sh or the extra 'gpu' installs"))
-    except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is kept of a measurement that is not finished", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise UserError(f"{error}; timing needs vLLM, which launch/setup.sh or the extra 'gpu' installs") from error
+    found = [replace(figures, model=model) for figures, model in zip(found, models, strict=True)]
+    console.print(speed_table(found, loads))
+    if out is not None:
+        out.write_text(json.dumps([asdict(model) for model in found], indent=2) + "\n")
 
 
-@app.command()
+@command()
 def study(
     name: Annotated[
         str, typer.Argument(help="table1, table2, iterations, step_size, order, code, criteria or recovery.")
@@ -180,35 +168,21 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the rows and end.")] = False,
 ) -> None:
     """Make the runs that answer a question, and write table, figure and text; goes on where it was interrupted."""
-    from rich.console import Console
+    from ptl_rl.studies import command as studies
 
-    from ptl_rl.config import ConfigError
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    try:
-        from ptl_rl.studies import command
-
-        designs = command.prepare(name, recipes or [], settings or [], out, only)
+    console, failed = make_console(), []
+    with interruptible("finished runs are kept; the same command goes on"):
+        designs = studies.prepare(name, recipes or [], settings or [], out, only)
         for made in designs:
-            console.print(command.design_table(made))
-        failed = []
+            console.print(studies.design_table(made))
         for made in designs if not dry_run else []:
-            shown, progress = bar(console, "runs")
             try:
-                text = command.make(made, seeds, progress, lambda what: console.print(what, highlight=False))
-            except command.StudyFailed as error:
+                with bar(console, "runs") as progress:
+                    text = studies.make(made, seeds, progress, lambda what: console.print(what, highlight=False))
+            except studies.StudyFailed as error:
                 failed.append(str(error))  # of one recipe; another's runs do not depend on it
                 continue
-            finally:
-                shown.stop()
             console.print(text, highlight=False, soft_wrap=True, markup=False)
             console.print(f"study: {made.out}", highlight=False, soft_wrap=True, markup=False)
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are kept; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    for failure in failed:
-        print(f"error: {failure}", file=sys.stderr)
     if failed:
-        raise typer.Exit(1)
+        fail("\nerror: ".join(failed))

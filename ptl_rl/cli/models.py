@@ -1,15 +1,14 @@
 """``ptl score``, ``slice``, ``slicegpt``: one model, no run and no Ray."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ptl_rl.cli.common import Model, app, bar, refuse
+from ptl_rl.cli.common import Model, bar, command, make_console
 
 
-@app.command()
+@command()
 def score(
     model: Model,
     data: Annotated[
@@ -30,31 +29,21 @@ def score(
     ] = None,
 ) -> None:
     """Score channels and blocks of a model and plan a cut, without Ray; `ptl slice` makes it."""
-    from rich.console import Console
+    from ptl_rl import api
 
-    from ptl_rl.config import ConfigError
-    from ptl_rl.config.recipe import score_config
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        config = score_config({"data": {"path": data}}, settings or [])
-        from ptl_rl.pruning.command import score_model
-
-        shown, progress = bar(console, "reading")
-        try:
-            plan, losses = score_model(
-                model,
-                out,
-                config,
-                remove_channels=remove_channels,
-                remove_layers=remove_layers,
-                alignment=alignment * tensor_parallel_size,
-                progress=progress,
-            )
-        finally:
-            shown.stop()
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
+    console = make_console(120)
+    with bar(console, "reading") as progress:
+        made = api.score(
+            model,
+            data,
+            out,
+            remove_channels=remove_channels,
+            remove_layers=remove_layers,
+            alignment=alignment * tensor_parallel_size,
+            settings=settings or [],
+            progress=progress,
+        )
+    plan, losses = made.plan, made.losses
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     kept = f"{plan.num_hidden_layers} blocks of {plan.intermediate_size} channels"
@@ -70,7 +59,7 @@ def score(
     console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command("slice")
+@command("slice")
 def slice_model(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="plan.json, or the folder that `ptl score` wrote.")],
@@ -78,27 +67,17 @@ def slice_model(
     check: Annotated[bool, typer.Option(help="Compare the logits with the masked original's.")] = True,
 ) -> None:
     """Cut a model down to a plan: an ordinary Hugging Face folder again."""
-    from rich.console import Console
+    from ptl_rl import api
 
-    from ptl_rl.config import ConfigError
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        from ptl_rl.pruning import command
-
-        shown, progress = bar(console, "writing")
-        try:
-            difference = command.slice_model(model, plan, out, check=check, progress=progress)
-        finally:
-            shown.stop()
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
+    console = make_console(120)
+    with bar(console, "writing") as progress:
+        difference = api.slice(model, plan, out, check=check, progress=progress)
     if difference is not None:
         console.print(f"logits differ from the masked original's by {difference:.1e} of the largest", highlight=False)
     console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command("slicegpt")
+@command("slicegpt")
 def slicegpt(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the sliced model.")],
@@ -117,23 +96,13 @@ def slicegpt(
     ] = None,
 ) -> None:
     """Baseline: a narrower residual stream by SliceGPT; no stock architecture, but recovered and evaluated here."""
-    from rich.console import Console
-
-    from ptl_rl.config import ConfigError
     from ptl_rl.config.recipe import score_config
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        config = score_config({"data": {"path": data}}, settings or [])
-        from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
+    config, console = score_config({"data": {"path": data}}, settings or []), make_console(120)
+    from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
 
-        shown, progress = bar(console, "slicing")
-        try:
-            made = slice_with_slicegpt(model, out, config, remove=remove, alignment=alignment, progress=progress)
-        finally:
-            shown.stop()
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
+    with bar(console, "slicing") as progress:
+        made = slice_with_slicegpt(model, out, config, remove=remove, alignment=alignment, progress=progress)
     console.print(
         f"residual stream {made.source_hidden_size} -> {made.hidden_size} units, {made.source_parameters:,} -> "
         f"{made.parameters:,} parameters ({made.parameters / made.source_parameters:.0%})",

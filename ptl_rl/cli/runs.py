@@ -1,124 +1,92 @@
 """``ptl run``, ``resume``, ``plan``, ``data``: recipe and run; ``report``, ``compare``, ``export``: what came of it."""
 
-import errno
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ptl_rl.cli.common import Settings, app, refuse
+from ptl_rl.cli.common import STORAGE_ERRORS, Settings, command, fail, interruptible, make_console
+
+if TYPE_CHECKING:
+    from ptl_rl.api import RunResult
 
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")]
-STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-"""A full disk or quota, and file systems that stopped: none of our bugs, and a run goes on once they are mended."""
 
 
 def _drive(run_dir: Path) -> None:
-    from rich.console import Console
-
-    from ptl_rl.config import ConfigError
-    from ptl_rl.driver.journal import JournalError
-    from ptl_rl.driver.loop import Driver, StageFailed
-    from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+    from ptl_rl import api
+    from ptl_rl.driver.loop import StageFailed
+    from ptl_rl.driver.run_folder import MissingArtefact
     from ptl_rl.driver.watchdog import interrupt
-    from ptl_rl.reporting.live import LiveDisplay
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    folder, console = RunFolder(run_dir), Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console()
     try:
-        driver = Driver(folder, lambda config: LiveDisplay(console, folder.path.name, config.recoveries))
-        state = driver.run()
-    except (ConfigError, JournalError) as error:
-        refuse(error)
+        with interruptible(f"finished stages are kept. Continue with: ptl resume {run_dir}"):
+            result = api.resume(run_dir, console=console)
     except (StageFailed, MissingArtefact) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        fail(str(error))
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
-        print(
-            f"error: {error.filename or run_dir}: {error.strerror}; finished stages are kept. Once there is room, or "
-            f"the file system is well again, continue with: ptl resume {run_dir}",
-            file=sys.stderr,
+        fail(
+            f"{error.filename or run_dir}: {error.strerror}; finished stages are kept. Once there is room, or the file "
+            f"system is well again, continue with: ptl resume {run_dir}"
         )
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished stages are kept. Continue with: ptl resume {run_dir}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    _finish(folder.path, console, state.stopped)
+    _show(result, console)
 
 
-def _finish(run_dir: Path, console, stopped: bool) -> None:
-    from ptl_rl.config.recipe import read_saved_config
-    from ptl_rl.driver.journal import Journal
+def _show(result: "RunResult", console) -> None:
     from ptl_rl.reporting import summary
 
-    entries = Journal(run_dir / "journal.jsonl").entries()
-    name = read_saved_config(run_dir / "config.json").name
-    (run_dir / "summary.md").write_text(summary.markdown(entries))
-    summary.plot(entries, run_dir / "summary.png", f"{name}: accuracy and size, cycle by cycle")
-    console.print(summary.table(entries))
-    console.print(f"picture: {run_dir / 'summary.png'}", highlight=False, soft_wrap=True)
-    if stopped:
+    console.print(summary.table(result.rows))
+    console.print(f"picture: {result.folder / summary.PICTURE}", highlight=False, soft_wrap=True)
+    if result.stopped:
         console.print("stopped by the gate: accuracy stayed below gate.min_accuracy_ratio after all that it allows")
-    best = run_dir / "best"
-    if not best.exists():
+    if result.model is None:
         console.print("no cycle was accepted; the original model stands")
         return
-    console.print(f"final model: {best.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"final model: {result.model}", highlight=False, soft_wrap=True)
     console.print(
         "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{best.resolve()}")\n'
-        f'  tokenizer = AutoTokenizer.from_pretrained("{best.resolve()}")',
+        f'  model = AutoModelForCausalLM.from_pretrained("{result.model}")\n'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{result.model}")',
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
 
 
-@app.command()
+@command()
 def run(
     recipe: Recipe,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-TIME.")] = None,
     settings: Settings = None,
 ) -> None:
     """Check a recipe, then prune, recover, evaluate and repeat until its target."""
-    from rich.console import Console
+    from ptl_rl import api
 
-    from ptl_rl.config import ConfigError
-    from ptl_rl.config.recipe import load_config
+    config = api.load_recipe(recipe, settings or [])
+    from ptl_rl.reporting.data_table import reading_bars
 
-    try:
-        config = load_config(recipe, settings)
-        run_dir = run_dir or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        from ptl_rl.driver.loop import start_run
-        from ptl_rl.driver.preflight import check
-        from ptl_rl.reporting.data_table import reading_bars
-
-        with reading_bars(Console(stderr=True)) as progress:
-            notes = check(config, run_dir.resolve(), progress).notes
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        start_run(config, run_dir)
-    except ConfigError as error:
-        refuse(error)
-    print(f"run folder: {run_dir}", flush=True)
-    _drive(run_dir)
+    with reading_bars(make_console(stderr=True)) as progress:
+        place, notes = api.start(config, run_dir, progress)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"run folder: {place}", flush=True)
+    _drive(place)
 
 
-@app.command()
+@command()
 def resume(run_dir: Annotated[Path, typer.Argument(help="Folder of an interrupted run.")]) -> None:
     """Continue a run where its journal ends; stages that finished are not run again."""
-    if not (run_dir / "config.json").exists():
-        refuse(FileNotFoundError(f"{run_dir}: no config.json; this is not a run folder"))
     _drive(run_dir)
 
 
-@app.command()
+@command()
 def plan(
     recipe: Recipe,
     settings: Settings = None,
@@ -140,32 +108,26 @@ def plan(
     """Show sizes, memory, disk, hours and price of a run, and what will not fit; without weights or torch, offline."""
     import json
 
-    from rich.console import Console
-
-    from ptl_rl.config import ConfigError
-    from ptl_rl.config.recipe import load_config
+    from ptl_rl.api import load_recipe
     from ptl_rl.driver.preflight import check_cuts
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
-    try:
-        config = load_config(recipe, settings)
-        model, device = planned_model(config), device_of(config, gpu)
-        check_cuts(config, model.shape)
-    except ConfigError as error:
-        refuse(error)
+    config = load_recipe(recipe, settings or [])
+    model, device = planned_model(config), device_of(config, gpu)
+    check_cuts(config, model.shape)
     found = forecast(
         config, model, device, assumed=assumptions_of(device, given), price_per_gpu_hour=price_per_gpu_hour
     )
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        show_forecast(found, Console(width=None if sys.stdout.isatty() else 140))
+        show_forecast(found, make_console(140))
 
 
-@app.command()
+@command()
 def data(
     recipe: Recipe,
     settings: Settings = None,
@@ -178,30 +140,23 @@ def data(
     """Show what a recipe reads: rows, what is left out and why, subsets, tokens, samples."""
     import json
 
-    from rich.console import Console
-
-    from ptl_rl.config import ConfigError
-    from ptl_rl.config.recipe import load_config
+    from ptl_rl.api import load_recipe
+    from ptl_rl.driver.data_report import data_report
     from ptl_rl.reporting.data_table import reading_bars, show
 
-    try:
-        config = load_config(recipe, settings)
-        from ptl_rl.driver.data_report import data_report
-
-        with reading_bars(Console(stderr=True)) as progress:
-            found = data_report(config, samples=samples, exact_tokens=count_tokens, progress=progress)
-    except ConfigError as error:
-        refuse(error)
+    config = load_recipe(recipe, settings or [])
+    with reading_bars(make_console(stderr=True)) as progress:
+        found = data_report(config, samples=samples, exact_tokens=count_tokens, progress=progress)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show(found, Console(width=None if sys.stdout.isatty() else 160))
+        show(found, make_console())
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")]
 
 
-@app.command()
+@command()
 def report(
     run_dirs: Runs,
     out: Annotated[
@@ -209,50 +164,34 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained page about one run or several; of each also summary.md and summary.png."""
-    from rich.console import Console
+    from ptl_rl import api
 
-    from ptl_rl.config import ConfigError
-    from ptl_rl.driver.journal import JournalError
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    try:
-        from ptl_rl.reporting.html import page
-        from ptl_rl.reporting.run_data import RunData
-
-        runs = [RunData(run_dir) for run_dir in run_dirs]
-        for run in runs:
-            _finish(run.folder, console, stopped=False)
-        out = out or runs[0].folder / "report.html"
-        out.write_text(page(runs))
-    except (ConfigError, JournalError, OSError) as error:
-        refuse(error)
-    console.print(f"report: {out}", highlight=False, soft_wrap=True, markup=False)
+    console = make_console()
+    page, results = api.report(run_dirs, out), [api.result(folder) for folder in run_dirs]
+    for result in results:
+        _show(result, console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command()
+@command()
 def compare(
     run_dirs: Runs,
     out: Annotated[Path | None, typer.Option(help="Also write the table as markdown.")] = None,
 ) -> None:
     """Print runs side by side, each compared with the first on the same test problems."""
-    from rich.console import Console
+    from ptl_rl.errors import check_new_file
+    from ptl_rl.reporting.compare import comparison_markdown, comparison_table
+    from ptl_rl.reporting.run_data import RunData
 
-    from ptl_rl.config import ConfigError
-    from ptl_rl.driver.journal import JournalError
-
-    try:
-        from ptl_rl.reporting.compare import comparison_markdown, comparison_table
-        from ptl_rl.reporting.run_data import RunData
-
-        runs = [RunData(run_dir) for run_dir in run_dirs]
-        Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(runs))
-        if out is not None:
-            out.write_text(comparison_markdown(runs))
-    except (ConfigError, JournalError, OSError) as error:
-        refuse(error)
+    if out is not None:
+        check_new_file(out)
+    runs = [RunData(run_dir) for run_dir in run_dirs]
+    make_console(200).print(comparison_table(runs))
+    if out is not None:
+        out.write_text(comparison_markdown(runs))
 
 
-@app.command()
+@command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run with at least one accepted cycle.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
@@ -264,13 +203,7 @@ def export(
     ] = None,
 ) -> None:
     """Copy a run's final model as a Hugging Face folder with a model card."""
-    from ptl_rl.config import ConfigError
-    from ptl_rl.driver.journal import JournalError
+    from ptl_rl.reporting.export import export_model
 
-    try:
-        from ptl_rl.reporting.export import export_model
-
-        export_model(run_dir, out, name=name or out.name, licence=licence, dtype=dtype)
-    except (ConfigError, JournalError, OSError) as error:
-        refuse(error)
+    export_model(run_dir, out, name=name or out.name, licence=licence, dtype=dtype)
     print(f"model: {out}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptl_rl.config import ConfigError, RunConfig, ScoreConfig
+from ptl_rl.config import ConfigError, EvalConfig, RunConfig, ScoreConfig
 
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
@@ -82,10 +82,20 @@ def score_config(values: dict[str, Any], overrides: list[str]) -> ScoreConfig:
     return _parse(ScoreConfig, values, "settings")
 
 
+def eval_config(values: dict[str, Any]) -> EvalConfig:
+    """Settings of ``ptl eval``; raises :class:`ConfigError` as :func:`parse_config` does."""
+    return _parse(EvalConfig, values, "settings")
+
+
+def override_text(key: str, value: Any) -> str:
+    """``key=value`` with the value as YAML, as overrides are written."""
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).strip().removesuffix('...').strip()}"
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override!r}: write it as key.sub_key=value")
+        raise ConfigError(f"setting {override!r}: write it as key.sub_key=value")
     *sections, last = key.split(".")
     if sections and sections[0] == "verl":
         sections, last = ["verl"], key.removeprefix("verl.")
@@ -95,7 +105,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"setting {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
     _within(container, ".".join(sections), last, override)
     container[int(last) if isinstance(container, list) else last] = value
 
@@ -104,10 +114,10 @@ def _within(container: Any, where: str, name: str, override: str) -> Any:
     """What stands at ``name`` in a section, a new section if nothing does, or in a list."""
     if isinstance(container, list):
         if not name.isdecimal() or int(name) >= len(container):
-            raise ConfigError(f"--set {override!r}: {where} is a list of {len(container)}; write its place, from 0")
+            raise ConfigError(f"setting {override!r}: {where} is a list of {len(container)}; write its place, from 0")
         return container[int(name)]
     if not isinstance(container, dict):
-        raise ConfigError(f"--set {override!r}: {where} is a single value, not a section")
+        raise ConfigError(f"setting {override!r}: {where} is a single value, not a section")
     if container.get(name) is None:
         container[name] = {}
     return container[name]

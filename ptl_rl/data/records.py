@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ptl_rl.errors import UserError
+
 Progress = Callable[[str, int, int], None]
 """Told what is being read, how much of it is done and how much there is in all, in whatever unit."""
 
@@ -13,11 +15,11 @@ def no_progress(what: str, done: int, total: int) -> None:
     """For callers that show none."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that a run cannot use; the message names file, line and remedy."""
 
 
-class RowError(ValueError):
+class RowError(UserError, ValueError):
     """What is wrong with one row; whoever reads it knows where it stands."""
 
 

@@ -144,7 +144,7 @@ def _testbed(path: str, rows: int | None, seed: int) -> Store:
         (programs.problems, "ptl_rl/programs") if kind else (word_problems.problems, "ptl_rl/word_problems")
     )
     if rows is None:
-        raise DataError(f"{path}: the test bed is endless; set rows (`ptl score`: --set data.rows=256)")
+        raise DataError(f"{path}: the test bed is endless; set rows, e.g. data.rows=256")
     # Evaluation problems do not depend on the run's seed, so that seeds can be compared.
     stream = itertools.islice(problems(split, seed if split in ("rl", "pretrain") else 0), rows)
     records = (Record(p.question, p.solution, p.answer, name, p.id) for p in stream)

@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ptl_rl.errors import UserError
 
-class JournalError(ValueError):
+
+class JournalError(UserError, ValueError):
     """A journal that cannot be trusted; the message names file and line."""
 
 

@@ -67,7 +67,7 @@ class Driver:
         with self.folder.locked():
             if read_saved_config(self.folder.config) != self.config:
                 raise ConfigError(
-                    f"{self.folder.path}: another ptl run has just begun a run here; choose another --run-dir"
+                    f"{self.folder.path}: another ptl run has just begun a run here; choose another run_dir"
                 )
             self._clean_up_after_earlier_driver()
             entries = self.journal.entries()
@@ -289,6 +289,6 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
             save_config(config, folder.config)
     except OSError as error:
         raise ConfigError(
-            f"{folder.path}: cannot write there ({error.strerror or error}); choose another --run-dir"
+            f"{folder.path}: cannot write there ({error.strerror or error}); choose another run_dir"
         ) from None
     return folder

@@ -182,7 +182,7 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
     if free < needed:
         raise ConfigError(
             f"{run_dir}: the run writes up to {needed / 2**30:.1f} GiB of checkpoints, but {free / 2**30:.1f} GiB are "
-            "free; choose another --run-dir, or raise recovery.save_every_steps (ptl plan shows what each takes)"
+            "free; choose another run_dir, or raise recovery.save_every_steps (ptl plan shows what each takes)"
         )
 
 

@@ -16,7 +16,7 @@ from ptl_rl.data.records import DataError
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
-from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_shape
+from ptl_rl.families import ModelShape, read_config_json, read_shape
 from ptl_rl.models import resolve_model
 
 RESULTS = "results.json"
@@ -34,7 +34,7 @@ def sources(task: EvalTask, config: EvalConfig) -> tuple[SourceConfig, ...]:
     if task.name in config.data:
         return (SourceConfig(path=config.data[task.name], split="test"),)
     if not task.sources:
-        raise ConfigError(f"--tasks {task.name}: whose questions? Add --data {task.name}=FILE")
+        raise ConfigError(f"tasks {task.name}: whose questions? Name them: data {task.name}=FILE")
     return task.sources
 
 
@@ -49,42 +49,25 @@ class Prepared:
     """Differs where anything does that the result depends on, but the machine."""
 
 
-def parse_data(entries: list[str], tasks: list[EvalTask]) -> dict[str, str]:
-    """``TASK=FILE`` entries by task.
-
-    Raises:
-        ConfigError: an entry of another form, or of a task that is not run.
-    """
-    names = [task.name for task in tasks]
-    found: dict[str, str] = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--data {entry}: give TASK=FILE, e.g. gsm8k=gsm8k_test.jsonl")
-        if name not in names:
-            raise ConfigError(f"--data {entry}: {name} is none of the tasks that are run ({', '.join(names)})")
-        found[name] = path
-    return found
-
-
 def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
     """Everything that can be found wrong before a model is loaded, found.
 
     Raises:
         ConfigError: a model, task or data set that cannot be used.
     """
-    folder = resolve_model(model, setting="MODEL")
-    try:
-        read_shape(folder)
-    except UnsupportedModelError as error:
-        raise ConfigError(str(error)) from None
+    tasks = find_tasks(config.tasks)
+    names = [task.name for task in tasks]
+    if unknown := [name for name in config.data if name not in names]:
+        raise ConfigError(f"data {unknown[0]}: none of the tasks that are run ({', '.join(names)})")
+    folder = resolve_model(model, setting="model")
+    read_shape(folder)
     identity, window = _identity(folder), context_window(folder, config)
     found = []
-    for task in find_tasks(config.tasks):
+    for task in tasks:
         try:
             documents = read_task(task, sources(task, config), config.limit)
         except DataError as error:
-            raise ConfigError(f"{error} (--data {task.name}=FILE names another source)") from None
+            raise ConfigError(f"{error} (data {task.name}=FILE names another source)") from None
         max_tokens = response_tokens(task, config, window)
         depends = config.model_dump(exclude={"tasks", "data", "tensor_parallel_size", "batch_size"})
         depends |= {"task": task.name, "max_tokens": max_tokens, "data": documents.fingerprint, "model": identity}
@@ -109,7 +92,7 @@ def response_tokens(task: EvalTask, config: EvalConfig, window: int) -> int:
         return min(task.max_tokens, window // 2)
     if config.max_tokens >= window:
         raise ConfigError(
-            f"--max-tokens {config.max_tokens} leaves no room for a prompt: the model reads {window} tokens"
+            f"max_tokens {config.max_tokens} leaves no room for a prompt: the model reads {window} tokens"
         )
     return config.max_tokens
 
@@ -133,7 +116,7 @@ def read_results(out: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())["tasks"] if path.exists() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not what ptl eval writes ({error}); name another --out, or remove it") from None
+        raise ConfigError(f"{path}: not what ptl eval writes ({error}); name another out, or remove it") from None
 
 
 def evaluate_model(

@@ -7,12 +7,13 @@ from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.data.records import Record
+from ptl_rl.errors import UserError
 
 AT_ONCE = 32
 """Calls of the reward function that run side by side."""
 
 
-class JudgeError(ValueError):
+class JudgeError(UserError, ValueError):
     """Answers that cannot be judged; the message names setting and remedy."""
 
 

@@ -4,24 +4,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 from ptl_rl.attention import without_flash
 from ptl_rl.checkpoints.read import checkpoint_files, checkpoint_hash
 from ptl_rl.checkpoints.write import write_tensors
 from ptl_rl.config import ConfigError, ScoreConfig
-from ptl_rl.data.corpora import DataError, load_corpus
+from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
+from ptl_rl.errors import check_new_folder, check_writable
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import resolve_model
+from ptl_rl.models import load_tokenizer, resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import aligned, make_plan
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.score.criteria import CriterionError
-from ptl_rl.pruning.score.streaming import CalibrationError
 from ptl_rl.pruning.score.texts import Texts, general_texts, texts_of
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
-from ptl_rl.pruning.slice.verify import EXPORT_TOLERANCE, logit_difference
+from ptl_rl.pruning.slice.verify import check_difference, logit_difference
 
 SCORES, PLAN, NEW_WEIGHTS = "scores.safetensors", "plan.json", "new_weights"
 """What ``ptl score`` leaves in its folder."""
@@ -33,10 +33,18 @@ Progress = Callable[[int, int], None]
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = "auto"):
-    """A model to be scored, on the GPU where there is one, frozen."""
+    """A model to be scored, on the GPU where there is one, frozen.
+
+    Raises:
+        UnsupportedModelError: its files cannot be read, or do not fit its configuration.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = without_flash(read_config_json(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for files that do not fit
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{folder}: transformers cannot load it: {reason}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -49,22 +57,20 @@ def channels_to_remove(amount: str, width: int) -> int:
     try:
         count = round(width * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
     except (ValueError, OverflowError):
-        raise ConfigError(f"--remove-channels {amount}: give a number of channels, or a percentage as 25%") from None
+        raise ConfigError(f"remove_channels {amount}: give a number of channels, or a percentage as 25%") from None
     if not 0 <= count < width:
-        raise ConfigError(f"--remove-channels {amount}: each block has {width} channels, so 0 to {width - 1} can go")
+        raise ConfigError(f"remove_channels {amount}: each block has {width} channels, so 0 to {width - 1} can go")
     return count
 
 
 def _check(config: ScoreConfig, layers: int, remove_layers: int) -> None:
     if not 0 <= remove_layers < layers:
-        raise ConfigError(
-            f"--remove-layers {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go"
-        )
+        raise ConfigError(f"remove_layers {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go")
     ids = config.criterion.layer_ids
     if any(layer >= layers for layer in ids):
         raise ConfigError(f"criterion.layer_ids {ids}: the model's {layers} blocks are 0..{layers - 1}")
     if ids and len(ids) != remove_layers:
-        raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but --remove-layers is {remove_layers}")
+        raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but remove_layers is {remove_layers}")
 
 
 def score_model(
@@ -87,46 +93,44 @@ def score_model(
         progress: called with batches read and batches to read.
 
     Raises:
-        ConfigError: a model, data or setting that cannot be used.
+        UserError: a model, data or setting that cannot be used.
     """
-    try:
-        shape = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL"))
-        _check(config, shape.num_hidden_layers, remove_layers)
-        cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
-        possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
-        if cut.channels and not possible:
-            raise ConfigError(f"--remove-channels {remove_channels}: {notes[0]}")
-        records = load_corpus(config.data, config.seed, config.max_bad_fraction)
-        texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
-        general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
-        model_folder = resolve_model(model, setting="MODEL")
-        checkpoint_files(model_folder)
-        prunable, sequences, general_sequences = _prunable(model_folder, config, texts, general)
-        out.mkdir(parents=True, exist_ok=True)
-        sensitivity = config.calibration.token_weights == "sensitivity"
-        total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
-        if config.criterion.compensate != "none":
-            total += engine.batches_to_compensate(prunable, remove_layers, sequences, sensitivity=sensitivity)
-        prunable.progress = _counter(progress, total)
-        scores = engine.score(
-            prunable,
-            config.criterion,
-            cut,
-            sequences,
-            general=general_sequences,
-            sensitivity=sensitivity,
-            seed=config.seed,
-        )
-        plan = make_plan(
-            scores,
-            config.criterion,
-            remove_channels=cut.channels,
-            alignment=alignment,
-            subset_hash="",
-            source=model_folder.resolve(),
-        )
-    except (UnsupportedModelError, DataError, CriterionError, CalibrationError) as error:
-        raise ConfigError(str(error)) from None
+    check_writable(out)
+    shape = read_prunable_shape(resolve_model(model, weights=False, setting="model"))
+    _check(config, shape.num_hidden_layers, remove_layers)
+    cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
+    possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
+    if cut.channels and not possible:
+        raise ConfigError(f"remove_channels {remove_channels}: {notes[0]}")
+    records = load_corpus(config.data, config.seed, config.max_bad_fraction)
+    texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
+    general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
+    model_folder = resolve_model(model, setting="model")
+    checkpoint_files(model_folder)
+    prunable, sequences, general_sequences = _prunable(model_folder, config, texts, general)
+    out.mkdir(parents=True, exist_ok=True)
+    sensitivity = config.calibration.token_weights == "sensitivity"
+    total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
+    if config.criterion.compensate != "none":
+        total += engine.batches_to_compensate(prunable, remove_layers, sequences, sensitivity=sensitivity)
+    prunable.progress = _counter(progress, total)
+    scores = engine.score(
+        prunable,
+        config.criterion,
+        cut,
+        sequences,
+        general=general_sequences,
+        sensitivity=sensitivity,
+        seed=config.seed,
+    )
+    plan = make_plan(
+        scores,
+        config.criterion,
+        remove_channels=cut.channels,
+        alignment=alignment,
+        subset_hash="",
+        source=model_folder.resolve(),
+    )
     (out / PLAN).unlink(missing_ok=True)  # an earlier one would not go with what is written now
     write_tensors(scores.tensors(), out / SCORES)
     losses = engine.Losses()
@@ -150,7 +154,7 @@ def _counter(progress: Progress, total: int) -> Callable[[], None]:
 def _prunable(
     folder: Path, config: ScoreConfig, texts: Texts, general: Texts
 ) -> tuple[engine.PrunableModel, list[Sequence], list[Sequence]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     model = load_model(folder, getattr(torch, config.dtype))
     prunable = engine.PrunableModel(
         model=model,
@@ -176,10 +180,7 @@ def read_plan(path: Path) -> tuple[PruningPlan, Path]:
         ConfigError: no plan, or one whose weights are missing.
     """
     file = path / PLAN if path.is_dir() else path
-    try:
-        plan = PruningPlan.load(file)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    plan = PruningPlan.load(file)
     weights = file.parent / NEW_WEIGHTS
     if plan.compensate != "none" and not weights.is_dir():
         raise ConfigError(
@@ -207,15 +208,12 @@ def slice_model(
         progress: called with tensors written and tensors to write.
 
     Raises:
-        ConfigError: a plan that is not this model's, or a folder that is not empty.
+        UserError: a plan that is not this model's, or a folder that is not empty.
+        ExportError: the logits differ; a bug of this project.
     """
     plan, new_weights = read_plan(plan_path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder")
-    try:
-        shape = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL"))
-    except UnsupportedModelError as error:
-        raise ConfigError(str(error)) from None
+    check_new_folder(out)
+    shape = read_prunable_shape(resolve_model(model, weights=False, setting="model"))
     found = (shape.num_hidden_layers, shape.intermediate_size)
     planned = (len(plan.keep_channels), plan.source_intermediate_size)
     if found != planned:
@@ -223,17 +221,14 @@ def slice_model(
             f"{plan_path}: the plan is of a model with {planned[0]} blocks of {planned[1]} channels, but "
             f"{model} has {found[0]} of {found[1]}"
         )
-    model_folder = resolve_model(model, setting="MODEL")
-    try:
-        checkpoint_files(model_folder)
-    except UnsupportedModelError as error:
-        raise ConfigError(str(error)) from None
+    model_folder = resolve_model(model, setting="model")
+    checkpoint_files(model_folder)
     if plan.compensate != "none" and checkpoint_hash(model_folder) != plan.source_hash:
         raise ConfigError(
             f"{plan_path}: its compensated weights belong to {plan.source}, and {model} is another model; score "
             "that one"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     weights = new_weights if plan.compensate != "none" else None
     slice_checkpoint(model_folder, plan, out, new_weights=weights, progress=progress)
     plan.save(out / PLAN)
@@ -249,9 +244,5 @@ def slice_model(
         CHECK_TEXTS,
         weights,
     )
-    if not difference <= EXPORT_TOLERANCE:
-        raise ConfigError(
-            f"{out}: logits differ from the masked model's by {difference:.2e} of the largest logit (at most "
-            f"{EXPORT_TOLERANCE:g} is rounding); a bug of the family adapter, do not use this folder"
-        )
+    check_difference(difference, out)
     return difference

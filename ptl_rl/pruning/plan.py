@@ -5,6 +5,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ptl_rl.errors import UserError
+
+
+class PlanError(UserError, ValueError):
+    """A file that is no pruning plan."""
+
 
 class PruningPlan(BaseModel):
     """Everything that slicing needs to know.
@@ -29,7 +35,7 @@ class PruningPlan(BaseModel):
     subset_hash: str
     source: str
     source_hash: str = ""
-    """Of :func:`ptl_rl.checkpoints.sharded.checkpoint_hash`."""
+    """Of :func:`ptl_rl.checkpoints.read.checkpoint_hash`."""
     notes: list[str] = []
     """What was rounded or left out, and why."""
 
@@ -71,13 +77,13 @@ class PruningPlan(BaseModel):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: no such file, or not a plan; names the path and the first thing that is wrong.
+            PlanError: no such file, or not a plan; names the path and the first thing that is wrong.
         """
         try:
             return PruningPlan.model_validate_json(path.read_text())
         except OSError as error:
-            raise ValueError(f"{path}: cannot read the plan: {error.strerror or error}") from None
+            raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "plan"
-            raise ValueError(f"{path}: not a pruning plan: {where}: {first['msg']}") from None
+            raise PlanError(f"{path}: not a pruning plan: {where}: {first['msg']}") from None

@@ -10,12 +10,8 @@ from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.engine import Losses
 from ptl_rl.pruning.score.texts import calibration_texts, general_texts
-from ptl_rl.pruning.slice.verify import EXPORT_TOLERANCE
+from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.stage import StageContext
-
-
-class ExportError(RuntimeError):
-    """The written checkpoint does not compute what the masked model computes."""
 
 
 def subset_records(context: StageContext) -> Sequence[Record]:
@@ -75,12 +71,9 @@ def slice(context: StageContext) -> dict:
         losses = workers.compensate(plan, calibration_texts(config, spec, records))[0]
     workers.slice(plan)
     plan.save(spec.out / "plan.json")
-    difference = max(workers.verify(plan, [r.question + "\n" + r.solution for r in records[:4]]))
-    if not difference <= EXPORT_TOLERANCE:
-        raise ExportError(
-            f"{spec.out}: logits differ from the masked model's by {difference:.2e} of the largest logit (at most "
-            f"{EXPORT_TOLERANCE:g} is rounding); a bug of the family adapter; the run stops before it trains on it"
-        )
+    differences = workers.verify(plan, [r.question + "\n" + r.solution for r in records[:4]])
+    for difference in differences:  # one by one: the largest of numbers and NaN may be a number
+        check_difference(difference, spec.out)
     return {
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
@@ -88,6 +81,6 @@ def slice(context: StageContext) -> dict:
         "output_error": losses.channels,
         "stream_error": losses.stream,
         "notes": plan.notes,
-        "logit_difference": difference,
+        "logit_difference": max(differences),
         "peak_memory_gib": max(workers.peak_memory_gib()),
     }

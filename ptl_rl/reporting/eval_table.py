@@ -15,7 +15,7 @@ def task_table() -> Table:
     for head in ("task", "what", "questions", "max tokens"):
         table.add_column(head, justify="right" if head == "max tokens" else "left")
     for task in TASKS.values():
-        questions = task.sources[0].path if task.sources else f"--data {task.name}=FILE"
+        questions = task.sources[0].path if task.sources else f"data {task.name}=FILE"
         table.add_row(task.name, task.what, questions, f"{task.max_tokens}")
     return table
 

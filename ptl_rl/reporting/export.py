@@ -8,6 +8,7 @@ from pathlib import Path
 from ptl_rl.attention import ATTENTION_KEYS
 from ptl_rl.checkpoints.write import convert_weights
 from ptl_rl.config import ConfigError
+from ptl_rl.errors import check_new_folder
 from ptl_rl.reporting.model_card import LICENCE, card, parent_card
 from ptl_rl.reporting.run_data import RunData
 
@@ -39,8 +40,7 @@ def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = N
         raise ConfigError(f"{run_dir}: no cycle was accepted, so there is no model but the original to export")
     if not (run.checkpoint / "config.json").exists():
         raise ConfigError(f"{run.checkpoint}: the journal names this checkpoint, but it is not there; put it back")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder")
+    check_new_folder(out)
     found = parent_card(run.config.model.parent or run.config.model.path)
     known = {"license": licence} if licence else {name: str(found[name]) for name in LICENCE if name in found}
     partial = out.with_name(f".{out.name}.partial")

@@ -15,7 +15,7 @@ from ptl_rl.config import AnyRecovery
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
-from ptl_rl.reporting.summary import table
+from ptl_rl.reporting.summary import rows, table
 
 VERBS = {
     "score": "scoring",
@@ -150,7 +150,7 @@ class LiveDisplay:
         head = f"[bold]{self.title}[/bold]  " + (f"about {_time(eta)} left" if eta else "")
         parts: list[Any] = [head]
         if any(e.stage == "evaluate" for e in self.entries):
-            parts.append(table(self.entries))
+            parts.append(table(rows(self.entries)))
         return Group(*parts, self.bar)
 
     def _refresh(self) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ptl_rl.driver.journal import Entry
+from ptl_rl.config.recipe import read_saved_config
+from ptl_rl.driver.journal import Entry, Journal
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def _sliced_accuracy(recoveries: list[Entry]) -> float | None:
     return recoveries[0].metrics.get("validation_accuracy_before") if recoveries else None
 
 
+PICTURE = "summary.png"
 HEADINGS = (
     "cycle",
     "layers",
@@ -97,9 +99,8 @@ def cells(row: Row, first: Row) -> list[str]:
     ]
 
 
-def table(entries: list[Entry]) -> Table:
+def table(all_rows: list[Row]) -> Table:
     """The rows as a rich table."""
-    all_rows = rows(entries)
     result = Table(title="cycles", title_justify="left")
     for heading in HEADINGS:
         result.add_column(heading, justify="left" if heading in ("cycle", "gate") else "right")
@@ -114,6 +115,19 @@ def markdown(entries: list[Entry]) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(cells(row, all_rows[0])) + " |" for row in all_rows]
     return "\n".join(lines) + "\n"
+
+
+def write(folder: Path) -> list[Entry]:
+    """``summary.md`` and ``summary.png`` of a run, in its folder; returns its journal.
+
+    Raises:
+        UserError: its configuration or journal cannot be read.
+    """
+    entries = Journal(folder / "journal.jsonl").entries()
+    name = read_saved_config(folder / "config.json").name
+    (folder / "summary.md").write_text(markdown(entries))
+    plot(entries, folder / PICTURE, f"{name}: accuracy and size, cycle by cycle")
+    return entries
 
 
 def plot(entries: list[Entry], path: Path, title: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from ptl_rl.errors import UserError
+
 SUPPORTED_LM_EVAL = SpecifierSet(">=0.4.13,<0.5")
 ANTLR = "antlr4-python3-runtime"
 
@@ -23,14 +25,14 @@ def task_definition(path: str) -> dict[str, Any]:
         path: relative to that folder, e.g. ``gsm8k/gsm8k-cot.yaml``.
 
     Raises:
-        RuntimeError: lm-eval is missing, or of a version that this module was not written for.
+        UserError: lm-eval is missing, or of a version that this module was not written for.
     """
     try:
         found = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError("lm-eval is not installed; pip install 'ptl-rl[eval]'") from None
+        raise UserError("lm-eval is not installed; pip install 'ptl-rl[eval]'") from None
     if found not in SUPPORTED_LM_EVAL:
-        raise RuntimeError(f"ptl_rl supports lm-eval {SUPPORTED_LM_EVAL}, found {found}")
+        raise UserError(f"this project supports lm-eval {SUPPORTED_LM_EVAL}, found {found}; install one of these")
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 

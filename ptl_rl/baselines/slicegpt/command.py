@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ptl_rl.baselines.slicegpt import NOTE
-from ptl_rl.baselines.slicegpt.rotate import Basis, SliceGptError, check, slice_stream
+from ptl_rl.baselines.slicegpt.rotate import Basis, check, slice_stream
 from ptl_rl.config import CalibrationConfig, ConfigError, ScoreConfig
-from ptl_rl.data.corpora import DataError, load_corpus
+from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.data.records import Record
-from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import resolve_model
+from ptl_rl.errors import check_new_folder
+from ptl_rl.families import read_config_json, read_prunable_shape, read_shape
+from ptl_rl.models import load_tokenizer, resolve_model
 from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.pruning.score.texts import texts_of
@@ -45,10 +46,10 @@ def sliced_size(amount: str, width: int, alignment: int) -> int:
     try:
         gone = width * float(amount[:-1]) / 100 if amount.endswith("%") else int(amount)
     except ValueError:
-        raise ConfigError(f"--remove {amount}: give a number of units, or a percentage as 25%") from None
+        raise ConfigError(f"remove {amount}: give a number of units, or a percentage as 25%") from None
     kept = int((width - gone) / alignment + 0.5) * alignment if gone else width
     if not 0 < kept <= width:
-        raise ConfigError(f"--remove {amount}: the residual stream has {width} units, and {kept} would stay")
+        raise ConfigError(f"remove {amount}: the residual stream has {width} units, and {kept} would stay")
     return kept
 
 
@@ -67,12 +68,9 @@ def slice_with_slicegpt(
     Raises:
         ConfigError: a model, data set or amount that cannot be used.
     """
-    try:
-        width = read_prunable_shape(resolve_model(model, weights=False, setting="MODEL")).hidden_size
-        hidden_size = sliced_size(remove, width, alignment)
-        records = load_corpus(config.data, config.seed, config.max_bad_fraction)
-    except (UnsupportedModelError, DataError) as error:
-        raise ConfigError(str(error)) from None
+    width = read_prunable_shape(resolve_model(model, weights=False, setting="model")).hidden_size
+    hidden_size = sliced_size(remove, width, alignment)
+    records = load_corpus(config.data, config.seed, config.max_bad_fraction)
     return slice_records(
         model,
         out,
@@ -106,16 +104,12 @@ def slice_records(
         dtype: of the forward passes; the result has the checkpoint's own.
         note: goes into the folder's ``slicegpt.json``.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder")
-    try:
-        folder = resolve_model(model, setting="MODEL")
-        shape = read_prunable_shape(folder)
-        check(AutoConfig.from_pretrained(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = load_model(folder, getattr(torch, dtype))
-    except (UnsupportedModelError, SliceGptError) as error:
-        raise ConfigError(str(error)) from None
+    check_new_folder(out)
+    folder = resolve_model(model, setting="model")
+    shape = read_prunable_shape(folder)
+    check(AutoConfig.from_pretrained(folder))
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, getattr(torch, dtype))
     texts = texts_of(records[: calibration.sequences], prompt_suffix)
     sequences = encode_sequences(tokenizer, texts.questions, texts.solutions, calibration.max_tokens)
     device = next(loaded.parameters()).device

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from ptl_rl.baselines.slicegpt import FAMILIES
 from ptl_rl.baselines.slicegpt.modeling import SliceGptLlamaConfig, SliceGptLlamaForCausalLM
+from ptl_rl.errors import UserError
 from ptl_rl.pruning.score.calibration import Batch
 
 
-class SliceGptError(ValueError):
+class SliceGptError(UserError, ValueError):
     """A model that this method cannot be used on; the message says why."""
 
 

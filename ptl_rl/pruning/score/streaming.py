@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptl_rl.errors import UserError
 from ptl_rl.families import Family
 from ptl_rl.pruning.score.calibration import Batch
 
@@ -55,7 +56,7 @@ class Listener:
         """The residual stream before and after a block."""
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError, ValueError):
     """Calibration settings with which nothing can be scored; the message names them."""
 
 

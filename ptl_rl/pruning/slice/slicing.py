@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from ptl_rl.attention import ATTENTION_KEYS
 from ptl_rl.checkpoints.read import checkpoint_files
 from ptl_rl.checkpoints.write import file_name, group_into_files, weight_map, write_index, write_tensors
+from ptl_rl.errors import UserError
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
 
@@ -34,7 +35,7 @@ COMPANIONS = (
 """Files beside the weights that belong to the model and are copied as they are."""
 
 
-class MissingWeightError(ValueError):
+class MissingWeightError(UserError, ValueError):
     """A compensated weight that the plan promises is not there."""
 
 

@@ -15,6 +15,22 @@ from ptl_rl.pruning.slice.slicing import load_new_weight
 
 EXPORT_TOLERANCE = 1e-3
 """Largest accepted difference; both models compute in float32."""
+
+
+class ExportError(RuntimeError):
+    """The written checkpoint does not compute what the masked model computes: a bug of this project."""
+
+
+def check_difference(difference: float, written: Path) -> None:
+    """Raise :class:`ExportError` if ``difference`` is more than rounding."""
+    if not difference <= EXPORT_TOLERANCE:  # also where it is no number
+        raise ExportError(
+            f"{written}: logits differ from the masked model's by {difference:.2e} of the largest logit (at most "
+            f"{EXPORT_TOLERANCE:g} is rounding). This is a bug of this project's family adapter, not of your input: "
+            "do not use this folder, and report the model's config.json"
+        )
+
+
 CHECK_TOKENS = 128
 """Longest text that is compared."""
 

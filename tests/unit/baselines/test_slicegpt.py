@@ -10,6 +10,7 @@ from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt, sliced_size
 from ptl_rl.baselines.slicegpt.rotate import SliceGptError, check, principal_basis, slice_stream
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.encoding import Sequence
+from ptl_rl.errors import OutputError
 from ptl_rl.families import UnsupportedModelError, read_prunable_shape, read_shape
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
@@ -160,5 +161,5 @@ def test_sizes():
 
 def test_a_folder_with_something_in_it_is_not_overwritten(make_checkpoint, tmp_path):
     (tmp_path / "there").write_text("")
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(OutputError, match="not an empty folder"):
         slice_with_slicegpt(str(make_checkpoint("llama")), tmp_path, CONFIG, remove="8")

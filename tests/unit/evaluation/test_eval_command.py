@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, EvalConfig
 from ptl_rl.evaluation import command
-from ptl_rl.evaluation.tasks import TASKS, find_tasks
+from ptl_rl.evaluation.tasks import TASKS
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 
@@ -15,15 +15,15 @@ def config(**changes):
 
 
 def test_entries_of_data():
-    tasks = find_tasks(["gsm8k", "boxed"])
-    assert command.parse_data(["gsm8k=a=b.jsonl"], tasks) == {"gsm8k": "a=b.jsonl"}
     for entry, says in [("gsm8k", "give TASK=FILE"), ("mbpp=x", "none of the tasks"), ("gsm8k=", "give TASK=FILE")]:
-        with pytest.raises(ConfigError, match=says):
-            command.parse_data([entry], tasks)
+        result = CliRunner().invoke(app, ["eval", "testbed", "--tasks", "gsm8k,boxed", "--data", entry])
+        assert result.exit_code == 2 and "error: --data" in result.output and says in result.output
+    with pytest.raises(ConfigError, match=r"a=b\.jsonl: .*\(data gsm8k=FILE names another source\)"):
+        command.prepare("testbed", config(tasks=["gsm8k"], data={"gsm8k": "a=b.jsonl"}))
 
 
 def test_a_task_without_questions_asks_for_them():
-    with pytest.raises(ConfigError, match="Add --data boxed=FILE"):
+    with pytest.raises(ConfigError, match=r"whose questions\? Name them: data boxed=FILE"):
         command.prepare("testbed", config(data={}))
 
 
@@ -40,7 +40,7 @@ def test_the_response_leaves_room_for_a_prompt():
     task = TASKS["boxed"]
     assert command.response_tokens(task, config(), window) == window // 2
     assert command.response_tokens(task, config(max_tokens=9), window) == 9
-    with pytest.raises(ConfigError, match="--max-tokens"):
+    with pytest.raises(ConfigError, match="max_tokens"):
         command.response_tokens(task, config(max_tokens=window), window)
 
 
@@ -75,7 +75,7 @@ def test_finished_tasks_are_not_made_again(tmp_path, monkeypatch):
     ("arguments", "says"),
     [
         (["testbed", "--tasks", "gsm8q"], "did you mean 'gsm8k'"),
-        (["nowhere", "--tasks", "boxed", "--data", "boxed=testbed:test"], "MODEL: nowhere is not a folder"),
+        (["nowhere", "--tasks", "boxed", "--data", "boxed=testbed:test"], "model: nowhere is not a folder"),
         (["testbed", "--tasks", "boxed", "--data", "boxed=no.jsonl"], "no.jsonl: no such file"),
         (["testbed", "--tasks", "boxed", "--data", "boxed=testbed:test", "--dtype", "int3"], "dtype"),
     ],

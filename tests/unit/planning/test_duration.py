@@ -130,7 +130,7 @@ def test_scoring_makes_as_many_passes_as_the_engine_does(
         }
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    policy = engine.Policy(model, FAMILIES["llama"], folder, torch.device("cpu"), 4, 0, 1.0, moments_gib)
+    policy = engine.PrunableModel(model, FAMILIES["llama"], folder, torch.device("cpu"), 4, 0, 1.0, moments_gib)
     read = engine.batches_to_read(policy, CriterionConfig(**criterion), cut, SEQUENCES, [])
     found = score_passes(config, read_shape(folder), Cut(cut.channels, cut.layers, 0), 1)
     batches, judged = 3, -(-(layer_sequences or 12) // 4)

@@ -44,7 +44,7 @@ def test_shipped_models_by_their_name_and_others_refused(tmp_path, monkeypatch):
     assert status == 0 and "keeps 5 blocks of 768 channels, of 6 of 768" in output, output
     assert ptl("slice", "testbed:llama", "scores", "sliced", "--no-check")[0] == 0
     for name, message in (
-        ("testbed:bert", "MODEL: testbed:bert: no such checkpoint"),
+        ("testbed:bert", "model: testbed:bert: no such checkpoint"),
         ("llama", "MODEL: llama is not"),
     ):
         for arguments in (["score", name, *DATA, "--out", "other"], ["slice", name, "scores", "other"]):

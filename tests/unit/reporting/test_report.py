@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, ModelConfig, ScheduleConfig
 from ptl_rl.config.recipe import save_config
+from ptl_rl.errors import OutputError
 from ptl_rl.reporting import figures
 from ptl_rl.reporting.compare import comparison
 from ptl_rl.reporting.export import export_model
@@ -124,7 +125,7 @@ def test_an_exported_model_has_a_card(run, tmp_path):
     saved = load_file(tmp_path / "out/small/model.safetensors")
     assert torch.equal(saved["weight"], (torch.arange(8.0) / 3).bfloat16()) and saved["steps"].dtype == torch.int64
     assert json.loads((tmp_path / "out/small/config.json").read_text())["dtype"] == "bfloat16"
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(OutputError, match="not an empty folder"):
         export_model(run.folder, tmp_path / "out/small", name="small")
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ptl_rl.errors import UserError
 from ptl_rl.verl_patches import lm_eval_tasks
 
 MINERVA, MBPP = "minerva_math/minerva_math_algebra.yaml", "mbpp/mbpp.yaml"
@@ -67,5 +68,5 @@ def test_mbpp_loads_without_it_and_the_loader_is_true_again(fresh_modules):
 
 def test_other_versions_are_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.0")
-    with pytest.raises(RuntimeError, match=r"supports lm-eval .* found 0\.5\.0"):
+    with pytest.raises(UserError, match=r"supports lm-eval .* found 0\.5\.0"):
         lm_eval_tasks.task_definition(MINERVA)
