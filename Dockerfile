@@ -12,7 +12,7 @@ ENV PTL_VENV=/opt/ptl PIP_NO_CACHE_DIR=1
 WORKDIR /ptl-rl
 # First what the set-up reads, so that a change of code does not install everything again. A wheel of flash-attn may lie
 # beside the Dockerfile: --build-arg PTL_FLASH_ATTN=./NAME.whl (docs/install.md).
-COPY pyproject.toml README.md *.whl ./
+COPY pyproject.toml README.md LICENSE *.whl ./
 COPY requirements/gpu.lock requirements/
 COPY launch/setup_gpu.sh launch/
 ARG PTL_FLASH_ATTN=

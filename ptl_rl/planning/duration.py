@@ -15,7 +15,7 @@ BYPASS = "algorithm.rollout_correction.bypass_mode"
 """verl key with which rollouts' own log-probabilities are taken, so that none are computed again."""
 MEASURED_CHANNELS = 18944
 REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
-"""Of the criterion ``ptl_reference``, as in ``pruning/criteria.py``."""
+"""Of the criterion ``ptl_reference``, as in ``pruning/score/criteria.py``."""
 FINALISTS = 4
 """Of ``leave_one_out``, as in ``pruning/absorption.py``."""
 GIGABYTE = 1e9
