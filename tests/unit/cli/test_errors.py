@@ -110,7 +110,5 @@ def test_a_model_whose_weights_cannot_be_read_is_refused(make_checkpoint, tmp_pa
     arguments = ["score", str(folder), "--data", "testbed:test", "--set", "data.rows=8", "--remove-layers", "1"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2, result.output
-    assert (
-        result.output.startswith(f"error: {weights}: cannot be read (")
-        and "download or write it again" in result.output
-    )
+    assert f"error: {weights}: cannot be read (" in result.output
+    assert "download or write it again" in result.output

@@ -45,7 +45,7 @@ def test_shipped_models_by_their_name_and_others_refused(tmp_path, monkeypatch):
     assert ptl("slice", "testbed:llama", "scores", "sliced", "--no-check")[0] == 0
     for name, message in (
         ("testbed:bert", "model: testbed:bert: no such checkpoint"),
-        ("llama", "MODEL: llama is not"),
+        ("llama", "model: llama is not"),
     ):
         for arguments in (["score", name, *DATA, "--out", "other"], ["slice", name, "scores", "other"]):
             status, output = ptl(*arguments)
