@@ -26,7 +26,7 @@ from ptl_rl.testbed import programs, word_problems
 from ptl_rl.testbed.problem import Problem
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
-from reward.code import code_reward
+from reward.programs.reward import code_reward
 
 IGNORE = -100
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from reward.accuracy import accuracy_reward
 from reward.combine import weighted_sum
-from reward.format import format_reward
+from reward.style import format_reward
 
 # What the dict holds beside `score`, for the guard: every sample of a batch must have the same keys.
 KEYS = {"acc": "number", "format": "number"}

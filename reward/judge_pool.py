@@ -22,8 +22,8 @@ from pathlib import Path
 logger = logging.getLogger("reward")
 
 _WORKER = str(Path(__file__).with_name("judge_worker.py"))
-# The child gets our import path and nothing else: with a script's own folder on it, `reward/format.py` and
-# its siblings would become top-level modules, and the current directory could hold anything.
+# The child gets our import path and nothing else: with a script's own folder on it, the modules of `reward` would
+# become top-level modules, and the current directory could hold anything.
 _BOOT = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; import json, runpy; "
     "sys.path[:] = json.loads(sys.argv[2]); runpy.run_path(sys.argv[1], run_name='__main__')"

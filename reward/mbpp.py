@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward.code_tests import bound_names, loaded_names, plan_tests
+from reward.programs.unit_tests import bound_names, loaded_names, plan_tests
 
 _PROMPT = """{text}
 

@@ -12,9 +12,14 @@ SHIPPED_REWARD = "code"
 
 
 def _shipped_reward() -> Path:
-    found = find_spec("reward.code")
+    found = find_spec("reward.programs.reward")
     assert found is not None and found.origin is not None
     return Path(found.origin)
+
+
+def _former_place() -> Path:
+    """Where the code reward stood in earlier versions; recipes may still name it."""
+    return _shipped_reward().parents[1] / "code.py"
 
 
 class RewardConfig(Section):
@@ -33,7 +38,7 @@ class RewardConfig(Section):
             return path
         absolute = Path(path).expanduser().absolute()  # workers may run elsewhere
         # By its name, so that a run or study goes on with another installation, which has it in another place.
-        is_shipped = absolute.name == "code.py" and absolute == _shipped_reward()
+        is_shipped = absolute in (_shipped_reward(), _former_place())
         return SHIPPED_REWARD if is_shipped else str(absolute)
 
     @property

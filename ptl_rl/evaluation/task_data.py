@@ -125,7 +125,7 @@ def question_document(row: dict[str, Any]) -> Document:
 
 
 def mbpp_document(row: dict[str, Any]) -> Document:
-    """``text``, ``code``, ``test_list`` and ``tests``, what :func:`reward.code.passes` takes."""
+    """``text``, ``code``, ``test_list`` and ``tests``, what :func:`reward.programs.reward.passes` takes."""
     from reward.mbpp import mbpp_row
 
     try:

@@ -71,7 +71,7 @@ def _math_verify(document: Document, responses: list[str]) -> dict[str, float]:
 
 def _pass_at_1(document: Document, responses: list[str]) -> dict[str, float]:
     """lm-eval's ``pass_at_1`` of one response, in a confined process."""
-    from reward.code import passes
+    from reward.programs.reward import passes
 
     return {"pass_at_1": float(passes(responses[0], document["tests"]))}
 

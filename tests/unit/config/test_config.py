@@ -150,8 +150,8 @@ def test_rollouts_as_calibration_need_a_recovery_that_has_some():
 
 
 def test_the_shipped_reward_is_known_by_its_name_in_every_installation(repository, tmp_path):
-    shipped = repository / "reward/code.py"
-    for path in ("code", str(shipped)):
+    shipped = repository / "reward/programs/reward.py"
+    for path in ("code", str(shipped), str(repository / "reward/code.py")):  # the last is of earlier versions
         reward = parse_config({**MINIMAL, "reward": {"path": path}}).reward
         assert reward.path == "code" and reward.file == str(shipped)
     own = parse_config({**MINIMAL, "reward": {"path": str(tmp_path / "code.py")}}).reward

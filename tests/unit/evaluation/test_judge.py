@@ -79,5 +79,5 @@ def test_programs_are_run(tmp_path, repository):
     answer = json.dumps({"tests": ["assert twice(2) == 4", "assert twice(3) == 6"]})
     records = [Record("q", "s", answer, "mbpp", f"r{i}") for i in range(3)]
     answers = [f"```python\ndef twice(x):\n    return {body}\n```" for body in ("x + x", "x * x")] + ["twice"]
-    verdicts = judge(config(tmp_path, path=str(repository / "reward/code.py"), name="compute_score"), records, answers)
+    verdicts = judge(config(tmp_path, path="code", name="compute_score"), records, answers)
     assert verdicts.correct == [1.0, 0.0, 0.0]

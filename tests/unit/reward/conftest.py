@@ -16,4 +16,4 @@ def nothing_is_left_behind(tmp_path, monkeypatch):
     yield
     assert list(folders.iterdir()) == []
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert not [pid for pid in children if b"reward.code_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert not [pid for pid in children if b"reward.programs.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]

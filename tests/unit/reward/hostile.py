@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
-from reward.code_sandbox import Sandbox
-from reward.code_tests import plan_tests
+from reward.programs.sandbox import Sandbox
+from reward.programs.unit_tests import plan_tests
 
 if not sys.platform.startswith("linux"):
     pytest.skip("programs are confined on Linux only", allow_module_level=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reward.accuracy import extract_boxed
 from reward.boxed import find_boxes
-from reward.format import format_reward
+from reward.style import format_reward
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hostile import DEFAULT, ONLY_NAMESPACES, WITHOUT_LANDLOCK, attempt, libc, needs, run
 
-from reward.code_sandbox import Limits, Sandbox
+from reward.programs.sandbox import Limits, Sandbox
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
@@ -57,7 +57,9 @@ def test_output_goes_nowhere():
 def test_files_are_bounded_in_size_and_number():
     needs("landlock")
     assert attempt("with open('a', 'wb') as file: file.write(bytes(2**21))") == "OSError"
-    assert attempt("files = [open('a' + str(i), 'w') for i in range(100)]") == "OSError"
+    open_at_once = attempt("files = [open('a' + str(i), 'w') for i in range(100)]")
+    # Whichever comes first: the limit of open files, or the judge, who counts what lies in the folder.
+    assert open_at_once == "OSError" or open_at_once.ended == "excess"
     many = "import itertools\nfor i in itertools.count(): open(str(i), 'w').close()"
     assert run(many).ended == "excess"
 

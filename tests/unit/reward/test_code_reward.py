@@ -14,12 +14,13 @@ from fractions import Fraction
 
 import pytest
 
-from reward import code, user
+from reward import user
 from reward.check import RewardError, check_reward_function
-from reward.code import code_reward, compute_score, extract_program, partial_score
-from reward.code_tests import plan_tests
-from reward.code_values import Opaque, Raised, decode, encode, encode_error
 from reward.mbpp import main, mbpp_row
+from reward.programs import reward
+from reward.programs.reward import code_reward, compute_score, extract_program, partial_score
+from reward.programs.unit_tests import plan_tests
+from reward.programs.values import Opaque, Raised, decode, encode, encode_error
 
 TESTS = ["assert square(2) == 4", "assert square(-3) == 9", "assert square(0) == 0"]
 RIGHT = "I multiply.\n```python\ndef square(x):\n    return x * x\n```\nDone."
@@ -212,17 +213,17 @@ def test_settings_that_do_not_exist_are_errors():
 @pytest.mark.parametrize("name", ["compute_score", "partial_score"])
 def test_a_recipe_can_name_the_file(name):
     sample = {"data_source": "mbpp", "solution_str": RIGHT, "ground_truth": json.dumps({"tests": TESTS})}
-    check_reward_function(code.__file__, name, sample)
+    check_reward_function(reward.__file__, name, sample)
     with pytest.raises(RewardError, match="not valid JSON"):
-        check_reward_function(code.__file__, name, sample | {"ground_truth": "{"})
-    result = asyncio.run(user.compute_score(**sample, user_path=code.__file__, user_name=name))
+        check_reward_function(reward.__file__, name, sample | {"ground_truth": "{"})
+    result = asyncio.run(user.compute_score(**sample, user_path=reward.__file__, user_name=name))
     assert result == keys(1.0, acc=1.0, passed=1.0, reward_error=0.0)
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_slots():
     script = (
         "import os, threading, time\n"
-        "from reward.code import code_reward\n"
+        "from reward.programs.reward import code_reward\n"
         "slow = '```python\\nimport time; time.sleep(3)\\n```'\n"
         "ask = lambda text: code_reward(text, 'assert f() == 1', workers=1)\n"
         "threading.Thread(target=ask, args=(slow,), daemon=True).start()\n"

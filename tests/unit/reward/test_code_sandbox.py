@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from hostile import DEFAULT, ONE, run
 
-from reward import code_sandbox
-from reward.code_sandbox import Limits, Sandbox
-from reward.code_seccomp import assemble
-from reward.code_tests import plan_tests
+from reward.programs import sandbox
+from reward.programs.sandbox import Limits, Sandbox
+from reward.programs.seccomp import assemble
+from reward.programs.unit_tests import plan_tests
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
@@ -125,13 +125,13 @@ def test_programs_at_a_time_are_bounded():
 
 
 def test_children_that_do_not_start_are_an_error_and_no_zero(monkeypatch):
-    monkeypatch.setattr(code_sandbox, "_BOOT", "raise SystemExit('no such thing')")
+    monkeypatch.setattr(sandbox, "_BOOT", "raise SystemExit('no such thing')")
     with pytest.raises(RuntimeError, match=r"did not start \(exit status 1.*no such thing"):
         DEFAULT.run("", ONE)
 
 
 def test_a_judge_that_hangs_is_killed(monkeypatch):
-    monkeypatch.setattr(code_sandbox, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(sandbox, "_GRACE_SECONDS", 0.0)
     setup = "def endless():\n  while True: pass"
     endless = plan_tests(json.dumps({"tests": ["assert f() == endless()"], "setup": setup}))
     assert run("def f(): return 1", endless, Sandbox(Limits(wall_seconds=4))).ended in ("died", "timeout")
@@ -139,8 +139,8 @@ def test_a_judge_that_hangs_is_killed(monkeypatch):
 
 PARENT = """
 import sys, tempfile, threading
-from reward.code_sandbox import Sandbox
-from reward.code_tests import plan_tests
+from reward.programs.sandbox import Sandbox
+from reward.programs.unit_tests import plan_tests
 tempfile.tempdir = sys.argv[1]
 print(flush=True)
 Sandbox().run("import time; time.sleep(60)", plan_tests("assert f() == 1"))

@@ -69,7 +69,7 @@ def test_a_misspelt_setting_is_refused_and_verls_own_arguments_are_not():
 
 
 @pytest.mark.parametrize(
-    "module", ["accuracy", "boxed", "check", "combine", "compute_score", "format", "guard", "load", "user"]
+    "module", ["accuracy", "boxed", "check", "combine", "compute_score", "style", "guard", "load", "user"]
 )
 def test_each_file_imports_alone_and_without_the_stack(module):
     script = (

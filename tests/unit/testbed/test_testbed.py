@@ -13,7 +13,7 @@ from ptl_rl.models import resolve_model
 from ptl_rl.testbed import programs, shipped_checkpoint, word_problems
 from ptl_rl.testbed.problem import LEVELS, SPLITS, split_of
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
-from reward.code import code_reward
+from reward.programs.reward import code_reward
 
 GENERATORS = pytest.mark.parametrize("generator", [word_problems, programs], ids=["words", "programs"])
 

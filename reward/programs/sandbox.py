@@ -1,6 +1,6 @@
 """Run a policy's program against unit tests, in limited processes, from any thread.
 
-The parent neither executes nor even parses the program: it starts `reward.code_child`, hands it the request and
+The parent neither executes nor even parses the program: it starts `reward.programs.child`, hands it the request and
 waits. Every program gets processes and a folder of its own, which are gone when the call returns. That costs tens
 of milliseconds, which is less than a warm server would be worth: a server has to be kept clean.
 """
@@ -17,11 +17,13 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reward.code_tests import Plan
+from reward.programs.unit_tests import Plan
 
 # The child gets the folder of this package for as long as it imports, and no other path beside the standard library.
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from reward.code_child import main; sys.path.pop(0); main()"
-_ROOT = str(Path(__file__).resolve().parent.parent)
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from reward.programs.child import main; sys.path.pop(0); main()"
+)
+_ROOT = str(Path(__file__).resolve().parents[2])
 # On top of `wall_seconds`, for the judge to start and to end by itself.
 _GRACE_SECONDS = 20.0
 _END_SECONDS = 2.0

@@ -1,14 +1,14 @@
 r"""Code reward: does the Python program in the response pass unit tests?
 
-    reward: {path: .../reward/code.py}                       # all tests or nothing
-    reward: {path: .../reward/code.py, name: partial_score}  # the share of tests passed
+    reward: {path: code}                       # all tests or nothing
+    reward: {path: code, name: partial_score}  # the share of tests passed
 
 The program is what stands in the last closed fenced block (three backticks, `python` or nothing behind them). A
 response without one earns 0: paying for bare text would teach a policy to drop the fences that tell its program
 from its prose, and a block that was cut short is no program.
 
-The program runs in limited processes (`reward.code_sandbox`), which never hold the values that the tests expect
-(`reward.code_tests`).
+The program runs in limited processes (`reward.programs.sandbox`), which never hold the values that the tests expect
+(`reward.programs.unit_tests`).
 """
 
 import functools
@@ -16,9 +16,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from reward.code_sandbox import Limits, Outcome, Sandbox
-from reward.code_tests import GroundTruth, plan_tests
 from reward.compute_score import FROM_VERL
+from reward.programs.sandbox import Limits, Outcome, Sandbox
+from reward.programs.unit_tests import GroundTruth, plan_tests
 
 _LANGUAGES = ("", "python", "python3", "py")
 # Longer than any answer to such a test: degenerate text.
@@ -63,7 +63,7 @@ def code_reward(
     """Return 1.0 if the response's program passes all `tests` (see `code_tests.plan_tests`), else 0.0.
 
     With `partial` the result is the share of tests passed, even if the program then ran into a limit. With
-    `raw_code` a response without any fence is taken for a program. `limits` are those of `code_sandbox.Limits`, and
+    `raw_code` a response without any fence is taken for a program. `limits` are those of `sandbox.Limits`, and
     `allow_weaker_limits`. Safe in any thread. Raises ValueError for malformed tests, and RuntimeError if programs
     cannot be run or confined on this machine.
     """

@@ -1,8 +1,8 @@
-"""The two processes behind `reward.code_sandbox`: a judge that knows the tests, and a confined program.
+"""The two processes behind `reward.programs.sandbox`: a judge that knows the tests, and a confined program.
 
 The judge forks the program's process first and reads its request afterwards, so that no expected value was ever
 in the memory of the process that runs the program. That process confines itself, executes the program and then
-answers questions: it evaluates calls and returns plain data (`reward.code_values`). The judge alone holds the
+answers questions: it evaluates calls and returns plain data (`reward.programs.values`). The judge alone holds the
 pipe to the parent. Hence nothing that a program does to itself, an early exit included, can report a success.
 
 Requests and replies are JSON. Nothing is imported that costs time, for this starts once per program.
@@ -17,8 +17,8 @@ import signal
 import sys
 import time
 
-from reward import code_limits
-from reward.code_values import Raised, decode, encode, encode_error
+from reward.programs import limits
+from reward.programs.values import Raised, decode, encode, encode_error
 
 TYPE_CHECKING = False  # importing typing would cost a fifth of the child's start
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def _run_program(channel: _Channel, settings: dict[str, Any]) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    code_limits.limit_resources(
+    limits.limit_resources(
         settings["cpu_seconds"], settings["memory_bytes"], settings["file_bytes"], settings["open_files"]
     )
-    channel.send(code_limits.confine(settings["folder"], settings["without"]))
+    channel.send(limits.confine(settings["folder"], settings["without"]))
     os.dup2(null, 2)
     os.close(null)
     request = channel.receive()
@@ -278,10 +278,10 @@ def main() -> None:
     program = None
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        namespaces = "namespaces" not in settings["without"] and code_limits.enter_namespaces()
-        if code_limits.guard_judge(settings["parent"]):
+        namespaces = "namespaces" not in settings["without"] and limits.enter_namespaces()
+        if limits.guard_judge(settings["parent"]):
             program = _Program(settings)
-            code_limits.limit_resources(settings["cpu_seconds"] + 5, _JUDGE_MEMORY_BYTES, 2**20, 64)
+            limits.limit_resources(settings["cpu_seconds"] + 5, _JUDGE_MEMORY_BYTES, 2**20, 64)
             _answer(program, namespaces, settings)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
