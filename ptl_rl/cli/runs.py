@@ -100,7 +100,7 @@ def run(
         from ptl_rl.reporting.data_table import reading_bars
 
         with reading_bars(Console(stderr=True)) as progress:
-            notes = check(config, run_dir.resolve(), progress).notes
+            notes = check(config, run_dir.resolve(), progress)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         start_run(config, run_dir)

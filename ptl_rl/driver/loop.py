@@ -57,7 +57,7 @@ class Driver:
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
         check_gpus(self.config, self.device)
-        self.original, self.shape = check_model(self.config)
+        self.original, _ = check_model(self.config)
         self.attention = check_attention(self.config, self.device, self.original)
         self.parent = check_parent(self.config) or self.original
         self.reward_errors_noted = 0
