@@ -270,9 +270,10 @@ class Driver:
 
     def _clean_up_after_earlier_driver(self) -> None:
         """A driver ended by SIGKILL could not end its processes; the lock says that it is gone."""
-        owner = self.folder.path / ".owner"
+        earlier = None
         with contextlib.suppress(FileNotFoundError, ValueError):  # cut short: that driver had not started anything yet
-            earlier = json.loads(owner.read_text())
+            earlier = json.loads((self.folder.path / ".owner").read_text())
+        if earlier:
             end_processes("PTL_RUN_ID", earlier["run_id"], grace_seconds=0)
             remove_orphaned_segments(since=earlier["since"])
         for path in self.folder.path.glob("cycles/*/.*.tmp"):

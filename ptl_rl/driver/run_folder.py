@@ -91,8 +91,9 @@ class RunFolder:
         """``manifest.json`` of one cycle: its journal entries and what they were made with."""
         stages = [e.model_dump(mode="json") for e in entries if e.cycle == cycle]
         manifest, temporary = self.cycle(cycle) / "manifest.json", self.cycle(cycle) / ".manifest.tmp"
-        if manifest.exists() and json.loads(manifest.read_text())["stages"] == stages:
-            return  # they were made with what it says, whatever is installed by now
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if len(json.loads(manifest.read_text())["stages"]) == len(stages):
+                return  # they were made with what it says, whatever is installed by now
         text = json.dumps({"cycle": cycle, **facts, "stages": stages}, indent=1) + "\n"
         temporary.write_text(text)
         temporary.replace(manifest)
