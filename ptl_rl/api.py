@@ -86,7 +86,7 @@ def start(
     from ptl_rl.driver.preflight import check
 
     place = Path(folder or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    notes = check(recipe, place.resolve(), progress or no_progress).notes
+    notes = check(recipe, place.resolve(), progress or no_progress)
     start_run(recipe, place)
     return place, notes
 

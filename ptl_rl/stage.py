@@ -54,7 +54,6 @@ class StageSpec(BaseModel):
     steps: int
     alignment: int
     scores: Path | None = None
-    plan: Path | None = None
 
 
 @dataclass

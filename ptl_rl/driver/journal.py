@@ -89,8 +89,8 @@ class Journal:
             file.truncate(size)
             os.fsync(file.fileno())
 
-    def append(self, entry: Entry) -> None:
-        """Write one line and wait until it is on disk."""
+    def append(self, entry: Entry) -> Entry:
+        """Write one line and wait until it is on disk; returns the entry as it is written, with its time."""
         stamped = entry.model_copy(update={"time": entry.time or time.time()})
         line = json.dumps(stamped.model_dump(mode="json"), allow_nan=True) + "\n"
         created = not self.path.exists()
@@ -100,3 +100,4 @@ class Journal:
             os.fsync(file.fileno())
         if created:
             sync_folder(self.path.parent)
+        return stamped

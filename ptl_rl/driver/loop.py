@@ -25,8 +25,8 @@ from ptl_rl.driver.node_facts import versions
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
-from ptl_rl.driver.run_folder import RunFolder
-from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage
+from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
 from ptl_rl.planning.schedule import halved
 from ptl_rl.stage import StageSpec
@@ -57,7 +57,7 @@ class Driver:
         self.run_id = uuid.uuid4().hex
         self.device = detect_device(self.config)
         check_gpus(self.config, self.device)
-        self.original, self.shape = check_model(self.config)
+        self.original, _ = check_model(self.config)
         self.attention = check_attention(self.config, self.device, self.original)
         self.parent = check_parent(self.config) or self.original
         self.reward_errors_noted = 0
@@ -74,6 +74,8 @@ class Driver:
             state = fold(self.config, entries)
             self.display.start(entries, state)
             try:
+                if entries:  # its driver may have ended right after writing the last one
+                    self._after(stage_of(entries[-1]), state, entries)
                 if next_stage(state) is not None:
                     state = self._loop(entries, state)
             finally:
@@ -93,7 +95,7 @@ class Driver:
             while (stage := next_stage(state)) is not None:
                 self.display.stage_started(stage, state)
                 entry = self._gate(stage, state) if stage.name == "gate" else self._stage(stage, state, session)
-                self.journal.append(entry)
+                entry = self.journal.append(entry)
                 entries.append(entry)
                 state = fold(self.config, entries)
                 self._after(stage, state, entries)
@@ -197,8 +199,14 @@ class Driver:
             remove_orphaned_segments(since=started)
         if status or not spec.result.exists():
             raise StageFailed(self._failure(stage, log, f"failed (exit status {status})"))
-        metrics = json.loads(spec.result.read_text())
-        artefact = folder.commit(stage)
+        try:
+            metrics = json.loads(spec.result.read_text())
+        except ValueError:  # cut short, by a full disk say
+            raise StageFailed(self._failure(stage, log, f"left a result that cannot be read ({spec.result})")) from None
+        try:
+            artefact = folder.commit(stage)
+        except MissingArtefact as error:
+            raise StageFailed(self._failure(stage, log, f"left too little ({error})")) from None
         return Entry(
             cycle=stage.cycle,
             stage=stage.name,
@@ -262,17 +270,14 @@ class Driver:
 
     def _clean_up_after_earlier_driver(self) -> None:
         """A driver ended by SIGKILL could not end its processes; the lock says that it is gone."""
-        owner = self.folder.path / ".owner"
-        if owner.exists():
-            earlier = json.loads(owner.read_text())
+        earlier = None
+        with contextlib.suppress(FileNotFoundError, ValueError):  # cut short: that driver had not started anything yet
+            earlier = json.loads((self.folder.path / ".owner").read_text())
+        if earlier:
             end_processes("PTL_RUN_ID", earlier["run_id"], grace_seconds=0)
             remove_orphaned_segments(since=earlier["since"])
         for path in self.folder.path.glob("cycles/*/.*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
-        for entry in self.journal.entries():
-            if entry.stage == "recover":  # journaled, but its driver was killed before it could tidy up
-                stage = Stage(entry.cycle, entry.stage, entry.round, entry.part)
-                shutil.rmtree(self.folder.work(stage), ignore_errors=True)
 
 
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from ptl_rl.attention import Attention, resolve_attention
@@ -18,15 +17,6 @@ from ptl_rl.models import resolve_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.model import weight_bytes
 from ptl_rl.planning.schedule import check_schedule, planned_cuts
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks found out."""
-
-    model: Path
-    shape: ModelShape
-    notes: list[str]
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
@@ -186,8 +176,8 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
         )
 
 
-def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> Checked:
-    """All checks; raises :class:`ConfigError` with one clear sentence on the first problem."""
+def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> list[str]:
+    """All checks; returns notes for the user, or raises :class:`ConfigError` with one sentence on the first problem."""
     check_gpus(config, config.resources.device)  # before anything is downloaded
     device = detect_device(config)
     check_layout(config, device)
@@ -199,4 +189,4 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
-    return Checked(model, shape, [*([attention.note] if attention.note else []), *data.notes()])
+    return [*([attention.note] if attention.note else []), *data.notes()]

@@ -16,13 +16,15 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_PREFIXES = ("psm_", "verl_weights_")
+STAGE_MODULE = "ptl_rl.driver.stage_main"
+"""What a stage's process runs; tests of the driver put a quick stand-in here."""
 
 
 def start_stage(spec: Path, log: Path, env: dict[str, str]) -> subprocess.Popen:
     """Start ``spec``'s stage in a session of its own (a Ctrl-C reaches the driver only), output to ``log``."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "ptl_rl.driver.stage_main", str(spec)],
+            [sys.executable, "-m", STAGE_MODULE, str(spec)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -90,10 +90,13 @@ class RunFolder:
     def write_manifest(self, cycle: int, entries: list[Entry], facts: dict) -> None:
         """``manifest.json`` of one cycle: its journal entries and what they were made with."""
         stages = [e.model_dump(mode="json") for e in entries if e.cycle == cycle]
+        manifest, temporary = self.cycle(cycle) / "manifest.json", self.cycle(cycle) / ".manifest.tmp"
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if len(json.loads(manifest.read_text())["stages"]) == len(stages):
+                return  # they were made with what it says, whatever is installed by now
         text = json.dumps({"cycle": cycle, **facts, "stages": stages}, indent=1) + "\n"
-        temporary = self.cycle(cycle) / ".manifest.tmp"
         temporary.write_text(text)
-        temporary.replace(self.cycle(cycle) / "manifest.json")
+        temporary.replace(manifest)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -36,6 +36,11 @@ class Stage:
         return f"{self.cycle:03d}-{self.name}{self.suffix}"
 
 
+def stage_of(entry: Entry) -> Stage:
+    """What ``entry`` says is finished."""
+    return Stage(entry.cycle, entry.stage, entry.round, entry.part)
+
+
 @dataclass
 class State:
     """What the journal amounts to."""
@@ -56,9 +61,7 @@ class State:
     baseline: float | None = None
     accuracy: float | None = None
     retries: int = 0
-    removed_channels: int = 0
     removed_layers: int = 0
-    accepted: list[int] = field(default_factory=list)
     stopped: bool = False
 
 
@@ -69,9 +72,7 @@ def _apply_gate(state: State, decision: str) -> None:
     cut = state.cuts.pop(0)
     if decision in ("accept", "accept_below"):
         state.source = state.recovered or state.source
-        state.removed_channels += cut.channels
         state.removed_layers += cut.layers
-        state.accepted.append(state.cycle)
     elif decision == "retry":
         state.retries += 1
         state.cuts = (halved(cut, state.alignment) or []) + state.cuts
@@ -87,7 +88,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
     state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
     state.parts_of = lambda planned: len(config.recoveries(planned))
     for entry in entries:
-        state.done.add(Stage(entry.cycle, entry.stage, entry.round, entry.part))
+        state.done.add(stage_of(entry))
         if entry.stage == "recover":
             state.recovered = entry.artefact
         elif entry.stage == "evaluate":

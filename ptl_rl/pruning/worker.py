@@ -1,6 +1,5 @@
 """The pruning actor: one verl worker per GPU that scores, slices and verifies its shard of the model."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -175,7 +174,3 @@ class PruningWorker(Worker):
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def process_id(self) -> int:
-        return os.getpid()

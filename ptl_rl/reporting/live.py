@@ -79,7 +79,7 @@ class LiveDisplay:
             self.live = None
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     def stage_started(self, stage: Stage, state: State) -> None:
         self.stage, self.state, self.stage_start = stage, state, time.monotonic()

@@ -98,7 +98,7 @@ def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refu
     monkeypatch.setattr(attention, "flash_problem", lambda: "the package flash-attn is not installed")
     values = run_config(tmp_path).model_dump()
     values["recovery"] = [{"method": "cpt", "sequences_per_step": 1}]
-    notes = preflight.check(parse_config(values), tmp_path / "run").notes
+    notes = preflight.check(parse_config(values), tmp_path / "run")
     assert any(note.startswith("model.attention is sdpa, as the package flash-attn is not installed") for note in notes)
     values["model"]["attention"] = "flash_attention_2"
     with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2, but the package flash-attn"):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from driven_runs import Told
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config
@@ -53,19 +54,12 @@ class Session:
         raise WorkersHeld(f"held, and not by {namespaces}")
 
 
-class Silent:
-    """In place of a display."""
-
-    def __getattr__(self, name: str):
-        return lambda *_: None
-
-
 @pytest.fixture
 def driver(repository, tmp_path, monkeypatch) -> Driver:
     monkeypatch.setenv("PTL_RUN_ID", "before")  # what the driver sets goes with the test
     monkeypatch.setattr(loop, "RaySession", Session)
     config = load_config(repository / "recipes/demo_grpo_cpu.yaml", ["resources.device=cpu"])
-    return Driver(start_run(config, tmp_path / "run"), lambda config: Silent())
+    return Driver(start_run(config, tmp_path / "run"), lambda config: Told())
 
 
 def test_the_nodes_of_a_joined_cluster_are_asked_before_the_first_stage(driver, monkeypatch):
@@ -79,14 +73,11 @@ def test_the_nodes_of_a_joined_cluster_are_asked_before_the_first_stage(driver, 
 
 
 def test_what_could_not_be_looked_at_is_shown(driver, monkeypatch):
-    shown = []
-    display = Silent()
-    display.note = shown.append
-    driver.display = display
+    driver.display = told = Told()
     monkeypatch.setattr(loop, "check_nodes", lambda *_: ["gpu-2: all its GPUs are held now"])
     with pytest.raises(StageFailed):
         driver.run()
-    assert shown == ["gpu-2: all its GPUs are held now"]
+    assert told.notes == ["gpu-2: all its GPUs are held now"]
 
 
 def test_a_stage_whose_gpus_stay_held_fails_with_a_sentence(driver, monkeypatch):

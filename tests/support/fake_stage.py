@@ -1,0 +1,99 @@
+"""Stands in for a stage's process in tests of the driver: reads its spec, leaves plausible files, or fails on demand.
+
+Nothing but the standard library is imported, so that it starts in a moment. ``acts.json`` in the run's folder says what
+is special: the key is a stage's label (``001-recover``) or one start of it (``001-recover.2``); the value is the
+accuracy of an evaluation, or the name of a way to fail. Unlike the real stage it does not end with its driver.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FILES = {
+    "score": ["scores.safetensors"],
+    "slice": ["plan.json", "model.safetensors"],
+    "recover": ["model.safetensors"],
+    "evaluate": ["eval.json", "samples.parquet"],
+}
+SIZES = {"intermediate_size": 800, "num_hidden_layers": 4}
+COUNTS = {
+    "problems": 10,
+    "parameters": 1000,
+    "flops_per_token": 2000,
+    "tokens_per_second": 9.0,
+    "tokens_per_answer": 5.0,
+}
+METRICS: dict[str, dict] = {
+    "score": {},
+    "slice": SIZES,
+    "recover": {"method": "grpo", "steps": 2, "curve": []},
+    "evaluate": {**SIZES, **COUNTS},
+}
+PATIENCE = 60
+"""Seconds that a stalled stage lives at most."""
+
+
+def _report(spec: dict, done: int) -> None:
+    line = json.dumps({"time": time.time(), "done": done, "total": 2, "metrics": {"reward": done / 2}})
+    with Path(spec["progress"]).open("a") as file:
+        file.write(line + "\n")
+
+
+def _stall(spec: dict) -> None:
+    """One step, then silence, here and in a process that is in a session of its own, as Ray's and vLLM's are."""
+    subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({PATIENCE})"], start_new_session=True)
+    _report(spec, 1)
+    time.sleep(PATIENCE)
+
+
+def _raise() -> None:
+    try:
+        raise ValueError("of a worker")
+    except ValueError:
+        raise RuntimeError("planted: no rows left") from None
+
+
+def _work(spec: dict, act: object) -> dict:
+    """Fill ``out``; ``config.json`` says who made it of what."""
+    out, work = Path(spec["out"]), Path(spec["work"])
+    assert not list(out.iterdir()), f"{out} is not empty"
+    source = json.loads((Path(spec["source"]) / "config.json").read_text())
+    made = {"made_by": spec["stage_id"], "made_of": source.get("made_by", "original")}
+    if spec["name"] == "recover":
+        made["went_on"] = work.exists()
+        work.mkdir(exist_ok=True)
+        (work / "checkpoint").write_text("half of it")
+    if act == "stall":
+        _stall(spec)
+    if act == "silence":
+        time.sleep(PATIENCE)
+    if act == "raise":
+        _raise()
+    if act != "no files":
+        (out / "config.json").write_text(json.dumps(made))
+        for name in FILES[spec["name"]]:
+            (out / name).write_text("{}")
+    accuracy = act if isinstance(act, float) else 0.8
+    return {"stage_seconds": 1.0, "made_by": spec["stage_id"], **METRICS[spec["name"]], "accuracy": accuracy}
+
+
+def main() -> None:
+    spec_path = Path(sys.argv[1])
+    spec = json.loads(spec_path.read_text())
+    acts = json.loads((spec_path.parent.parent / "acts.json").read_text())
+    start = spec_path.name.removesuffix(".spec.json")
+    act = acts.get(start, acts.get(start.rpartition(".")[0]))
+    print(f"{start} is at work", flush=True)
+    metrics, result = json.dumps(_work(spec, act)), Path(spec["result"])
+    if act == "cut short":
+        result.write_text(metrics[:-9])
+    elif act != "no result":
+        result.write_text(metrics)
+    _report(spec, 1)
+    _report(spec, 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The real driver from the first stage to the last with stand-ins for stages: what it tells them, and what it keeps."""
+
+import json
+
+import pytest
+from driven_runs import DrivenRun, Session, Told, labels_of
+
+from ptl_rl.driver import loop, ray_session
+from ptl_rl.driver.loop import StageFailed
+from ptl_rl.stage import StageContext
+
+TWO_CYCLES = {"schedule": {"channels_per_cycle": [480, 224], "alignment": 16}, "recovery": {"grpo": {"steps": [3, 5]}}}
+
+
+def test_two_cycles(make_driven, monkeypatch):
+    run, told = make_driven(**TWO_CYCLES), Told()
+    state = run.drive(told)
+    run.check_complete(cycles=2)
+    assert state.source == "cycles/002/recovered" and not state.stopped
+    entries = run.journal.entries()
+    assert [entry.time for entry in entries] == sorted(entry.time for entry in entries)
+    assert all((entry.seconds > 0) == (entry.stage != "gate") for entry in entries)
+    assert run.decisions() == ["accept", "accept"]
+    assert told.began == told.finished == labels_of(2)
+    assert told.steps == 9 * [(1, 2), (2, 2)] and told.notes == []
+    manifest = json.loads((run.path / "cycles/002/manifest.json").read_text())
+    assert manifest["stages"] == [entry.model_dump(mode="json") for entry in entries[6:]]
+    assert manifest["config"] == run.config.model_dump(mode="json") and "torch" in manifest["versions"]
+    check_what_stages_were_told(run)
+    monkeypatch.setattr(loop, "package_versions", lambda: {"torch": "later"})
+    run.drive()  # nothing is left to do, and what the last cycle was made with stays
+    assert json.loads((run.path / "cycles/002/manifest.json").read_text()) == manifest
+
+
+def check_what_stages_were_told(run: DrivenRun) -> None:
+    """Sources, cuts, steps, subsets and seeds of :func:`test_two_cycles`."""
+    specs = run.specs()
+    assert list(specs) == [f"{label}.1" for label in labels_of(2) if "gate" not in label]
+    original = specs["000-evaluate.1"].source
+    assert (original / "config.json").exists() and {spec.parent for spec in specs.values()} == {original}
+    of = {label.removesuffix(".1"): spec for label, spec in specs.items()}
+    places = {label: spec.source.relative_to(run.path) for label, spec in of.items() if spec.source != original}
+    assert {label: str(place) for label, place in places.items()} == {
+        "001-recover": "cycles/001/sliced",
+        "001-evaluate": "cycles/001/recovered",
+        "002-score": "cycles/001/recovered",
+        "002-slice": "cycles/001/recovered",
+        "002-recover": "cycles/002/sliced",
+        "002-evaluate": "cycles/002/recovered",
+    }
+    for cycle, cut, steps in ((1, 480, 3), (2, 224, 5)):
+        for name in ("score", "slice", "recover", "evaluate"):
+            spec = of[f"{cycle:03d}-{name}"]
+            assert (spec.subset, spec.subsets) == (cycle - 1, 2)
+            assert (spec.planned, spec.remove_channels, spec.steps) == (cycle - 1, cut, steps)
+            scores = run.path / f"cycles/{cycle:03d}/scores" if name == "slice" else None
+            assert (spec.scores, spec.alignment) == (scores, 16)
+    assert len({StageContext(run.config, spec).seed for spec in of.values()}) == 3  # one for every cycle
+    assert len({spec.stage_id for spec in of.values()}) == len(of)
+
+
+def test_several_recoveries_go_on_from_one_another(make_driven):
+    run = make_driven(recovery=[{"cpt": {"steps": 2}}, {"grpo": {"steps": 3}}])
+    run.drive()
+    assert run.labels() == ["000-evaluate", *(f"001-{s}" for s in ("score", "slice", "recover", "recover-part2")),
+                            "001-evaluate", "001-gate"]  # fmt: skip
+    first, second = (run.specs()[f"001-recover{part}.1"] for part in ("", "-part2"))
+    assert (first.source.name, second.source.name) == ("sliced", "recovered")
+    assert (first.part, first.steps, second.part, second.steps) == (0, 2, 1, 3)
+    assert (run.path / "best").resolve() == run.path / "cycles/001/recovered-part2"
+
+
+def test_a_cycle_is_extended_then_halved_then_accepted_below(make_driven):
+    run = make_driven(gate={"max_extensions": 1, "max_retries": 1, "on_failure": "continue"})
+    low = ["001-evaluate", "001-evaluate-1", "003-evaluate", "003-evaluate-1"]
+    run.act({"000-evaluate": 0.8, **dict.fromkeys(low, 0.5)})
+    assert not run.drive().stopped
+    assert run.decisions() == ["extend", "retry", "accept", "extend", "accept_below"]
+    gate = run.journal.entries()[5].metrics
+    assert (gate["accuracy"], gate["baseline"], gate["ratio"]) == (0.5, 0.8, 0.625)
+    once, again = labels_of(3), ["recover-1", "evaluate-1", "gate-1"]
+    assert run.labels() == [
+        *once[:6], *(f"001-{stage}" for stage in again), *once[6:], *(f"003-{stage}" for stage in again)
+    ]  # fmt: skip
+    specs = run.specs()
+    told = {(spec.cycle, spec.remove_channels, spec.subset) for spec in specs.values() if spec.cycle}
+    assert told == {(1, 480, 0), (2, 240, 1), (3, 240, 2)}  # every cycle has its own subset, half a cut is a new one
+    assert {(spec.planned, spec.subsets) for spec in specs.values()} == {(0, 3)}
+    assert specs["001-recover-1.1"].source == run.path / "cycles/001/recovered"  # on from the first round
+    assert specs["002-score.1"].source == specs["000-evaluate.1"].source  # the first cycle is taken back
+    assert specs["003-score.1"].source == run.path / "cycles/002/recovered"
+    assert (run.path / "best").resolve() == run.path / "cycles/003/recovered-1"
+    manifest = json.loads((run.path / "cycles/001/manifest.json").read_text())
+    assert len(manifest["stages"]) == 8  # of both rounds
+
+
+def test_a_run_that_the_gate_stops_stays_stopped(make_driven):
+    run = make_driven(gate={"max_extensions": 1, "on_failure": "stop"})
+    run.act({"001-evaluate": 0.1, "001-evaluate-1": 0.1})
+    assert run.drive().stopped and run.decisions() == ["extend", "stop"]
+    assert not (run.path / "best").exists()  # nothing was accepted
+    before = list(run.specs())
+    assert run.drive().stopped and list(run.specs()) == before
+
+
+def test_workers_that_become_free_late_are_waited_for(make_driven, monkeypatch):
+    run, asked = make_driven(), []
+    monkeypatch.setattr(ray_session, "_end_leftovers", lambda namespaces: None)
+
+    def is_free() -> bool:
+        asked.append(run.processes())
+        return len(asked) > 3 or not run.labels()  # after the first stage, not at once
+
+    monkeypatch.setattr(Session, "is_free", staticmethod(is_free))
+    run.drive()
+    run.check_complete()
+    assert len(asked) == 5 + 2 and asked == 7 * [[]]  # asked when no stage is at work
+
+
+def test_workers_that_stay_held_end_the_run_in_a_sentence(make_driven, monkeypatch):
+    run, ended = make_driven(), []
+    monkeypatch.setattr(ray_session, "_end_leftovers", ended.append)
+    monkeypatch.setattr(ray_session, "_holders", lambda: ", by actor scorer (process 7 on 10.0.0.1, job 01000000)")
+    monkeypatch.setattr(Session, "is_free", staticmethod(lambda: "001-score" not in run.labels()))
+    with pytest.raises(StageFailed) as failure:
+        run.drive()
+    assert "stage 001-slice cannot start: of 1 x 1 GPUs some are still held after 0.5 s" in str(failure.value)
+    assert "by actor scorer (process 7 on 10.0.0.1, job 01000000)" in str(failure.value)
+    assert f"continue with: ptl resume {run.path}" in str(failure.value)
+    run_id = json.loads((run.path / ".owner").read_text())["run_id"]
+    assert ended == [run_id]  # this run's own leftovers, once
+    assert run.labels() == ["000-evaluate", "001-score"]
+    monkeypatch.setattr(Session, "is_free", staticmethod(lambda: True))
+    run.drive()
+    run.check_complete()
+    assert run.starts("001-score") == 1
