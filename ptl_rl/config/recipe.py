@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptl_rl.config import ConfigError, RunConfig, ScoreConfig
+from ptl_rl.config import ConfigError, FieldMap, RunConfig, ScoreConfig
 
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
@@ -80,6 +80,19 @@ def score_config(values: dict[str, Any], overrides: list[str]) -> ScoreConfig:
     for override in overrides:
         _apply_override(values, override)
     return _parse(ScoreConfig, values, "settings")
+
+
+def field_map(text: str, where: str) -> FieldMap:
+    """A source's ``fields`` as a recipe has them; raises :class:`ConfigError` that calls them ``where``."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where} {text!r}: write a mapping, as {{question: problem, solution: solution, answer: final}}"
+        )
+    return _parse(FieldMap, values, where)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
