@@ -74,7 +74,8 @@ def first_schedule(shape: ModelShape, remove: str, parallel: int) -> ScheduleCon
     if units < 2:
         raise ConfigError(f"{width} FFN channels per layer are too few to remove any in multiples of {unit}")
     total = min(max(1, round(wanted / unit)), units - 1)
-    step = min(max(1, round(SHARE_PER_CYCLE * units)), total)
+    step = max(1, round(SHARE_PER_CYCLE * units))
+    step = math.ceil(total / max(1, round(total / step)))  # rather a little more than one cycle for a small rest
     schedule = ScheduleConfig(channels_per_cycle=step * unit, channels_total=total * unit, alignment=alignment)
     check_schedule(schedule, shape, unit)
     return schedule

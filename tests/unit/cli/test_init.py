@@ -216,6 +216,12 @@ def test_any_number_of_gpus_shares_a_step_equally(gpus, recovery, share, tmp_pat
     assert config.resources.workers == gpus
 
 
+def test_no_cycle_is_spent_on_a_small_rest(tmp_path):
+    write(tmp_path / "mine.jsonl", [row(i) for i in range(400)])
+    config, _ = init("meta-llama/Llama-3.1-8B", "mine.jsonl", "--gpus", "4")  # 14336 wide: a tenth is 11.2 x 128
+    assert [cut.channels for cut in planned_cuts(config.schedule)] == [1536] * 4 + [1024]
+
+
 def test_a_large_model_gets_engines_of_several_gpus(tmp_path):
     write(tmp_path / "mine.jsonl", [row(i) for i in range(400)])
     config, _ = init("Qwen/Qwen2.5-32B", "mine.jsonl", "--gpus", "4")
