@@ -12,8 +12,9 @@ from typing import Any
 from ptl_rl.config import FieldMap, SourceConfig
 from ptl_rl.data.known import known_layout
 from ptl_rl.data.records import DataError
-from ptl_rl.data.sources import TESTBED, open_source
+from ptl_rl.data.sources import open_source
 
+TESTBED = "testbed:"
 FIRST_ROWS = 200
 MOSTLY = 0.5
 """Share of the first rows from which on a column counts as filled, or a mark as the corpus's habit."""

@@ -14,12 +14,12 @@ import yaml
 
 from ptl_rl.config import ConfigError, DataConfig, FieldMap, RewardConfig, RunConfig, SourceConfig
 from ptl_rl.config.recipe import load_config, parse_config
-from ptl_rl.data.columns import MBPP, Reading, read_columns
+from ptl_rl.data.columns import MBPP, TESTBED, Reading, read_columns
 from ptl_rl.data.corpora import check_bad_rows
+from ptl_rl.data.known import HUB
 from ptl_rl.data.partition import partition
 from ptl_rl.data.prepare import training_data
 from ptl_rl.data.records import DataError, Progress, Record, no_progress
-from ptl_rl.data.sources import HUB, TESTBED
 from ptl_rl.data.store import Store, open_store
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.first_settings import (
@@ -48,6 +48,9 @@ CPT_TOKENS = 1024
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEXT_LENGTHS = Lengths(prompt=512, response=1024)
 """Of the problems that a model is judged by while it reads plain text."""
+TESTBED_LENGTHS = Lengths(prompt=128, response=96)
+"""Of the test bed's own problems, with its own models."""
+CALIBRATION_TOKENS = 2048
 PROGRAMS = TESTBED + "programs-"
 
 
@@ -155,7 +158,7 @@ def _facts(wishes: Wishes, model: PlannedModel, workers: Workers, progress: Prog
     programs = reward is not None and reward.path == "code"
     is_testbed = shipped_checkpoint(wishes.model) is not None
     evaluation, why = _evaluation(wishes.data, answered)
-    positions = model.values.get("max_position_embeddings") or CPT_TOKENS
+    positions = model.values.get("max_position_embeddings") or CALIBRATION_TOKENS
     return Facts(
         name=_name(wishes),
         model=wishes.model if is_testbed else _absolute(wishes.model),
@@ -170,6 +173,7 @@ def _facts(wishes: Wishes, model: PlannedModel, workers: Workers, progress: Prog
         evaluation_why=why,
         recovery=wishes.recovery,
         max_tokens=min(CPT_TOKENS, positions),
+        calibration_tokens=positions if positions < CALIBRATION_TOKENS else None,
         suffix="" if is_testbed or programs else BOXED,
         reward=reward,
         workers=workers.count,
@@ -262,12 +266,13 @@ def _try_reward(reward: RewardConfig, sample: Record | None) -> None:
         raise ConfigError(f"reward: {error}") from None
 
 
-def _lengths(wishes: Wishes, model: PlannedModel, facts: Facts, sample: list[Record]) -> Lengths | None:
-    """Tokens of questions and responses; None where the defaults are right."""
-    if wishes.data.startswith(TESTBED) and facts.is_testbed:
-        return None
-    if not sample[0].question:
-        return None if facts.is_testbed else TEXT_LENGTHS
+def _lengths(wishes: Wishes, model: PlannedModel, facts: Facts, sample: list[Record]) -> Lengths:
+    """Tokens of questions and responses."""
+    is_text = not sample[0].question
+    if facts.is_testbed and (is_text or wishes.data.startswith(TESTBED)):
+        return TESTBED_LENGTHS
+    if is_text:
+        return TEXT_LENGTHS
     per_token = TESTBED_CHARACTERS_PER_TOKEN if facts.is_testbed else CHARACTERS_PER_TOKEN
     return lengths(sample, per_token, facts.suffix, model.values.get("max_position_embeddings"))
 

@@ -42,6 +42,8 @@ class Facts:
     recovery: Method
     max_tokens: int
     """Of a sequence of continued pre-training."""
+    calibration_tokens: int | None
+    """All that the model can read, where that is little."""
     suffix: str
     reward: RewardConfig | None
     workers: int
@@ -51,8 +53,7 @@ class Facts:
     subset: int = 0
     """Rows of the smallest cycle's part."""
     batches: Batches = field(default_factory=lambda: Batches(1, 1, 1))
-    lengths: Lengths | None = None
-    """None: the defaults, which are the test bed's."""
+    lengths: Lengths = field(default_factory=lambda: Lengths(128, 128))
 
 
 def recipe_text(facts: Facts) -> str:
@@ -120,18 +121,22 @@ def _data(facts: Facts) -> list[str]:
             _comment("validation: {path: my_validation.jsonl} # followed during RL", 1),
             _comment("test: {path: my_test.jsonl} # its accuracy is reported, and the gate decides by it", 1),
         ]
+    programs = facts.reward is not None and facts.reward.path == "code"
+    if facts.is_testbed and not programs:
+        lines.append(_line(1, 'prompt_suffix: ""', "said after every question; this model has learnt to do without"))
     if facts.suffix:
         lines.append(_comment("Said after every question, as answers are looked for in the box:", 1))
         lines.append(_line(1, f"prompt_suffix: {json.dumps(facts.suffix)}"))
-    if facts.lengths is None:
-        return lines
-    return [
-        *lines,
+    lines += [
         _line(1, f"max_prompt_tokens: {facts.lengths.prompt}", "room for the longest; RL leaves longer questions out"),
         _line(
             1, f"max_response_tokens: {facts.lengths.response}", "longer ones are cut off: as much as your model thinks"
         ),
     ]
+    if facts.calibration_tokens is not None:
+        what = f"calibration: {{max_tokens: {facts.calibration_tokens}}}"
+        lines.append(_line(0, what, "of a sequence that is scored: as much as the model can read"))
+    return lines
 
 
 def _schedule(facts: Facts) -> list[str]:

@@ -75,7 +75,7 @@ def test_the_usual_names(tmp_path):
     assert (config.schedule.channels_per_cycle, config.schedule.channels_total) == (1920, 9472)  # of 18944
     (recovery,) = config.recovery
     assert recovery.method == "grpo" and recovery.prompts_per_step == 8
-    assert recovery.steps in (9, 10)  # one pass over a fifth of the rows, less what is held out
+    assert recovery.steps in (8, 10)  # one pass over a fifth of the rows, less what is held out
     assert "\\boxed{}" in config.data.prompt_suffix
     assert "# test: {path: my_test.jsonl}" in text and "rows of train are held out" in text
 
@@ -121,7 +121,7 @@ def test_answers_within_the_solutions(columns, layout, tmp_path):
 
 def test_answers_beside_worked_ones(tmp_path):
     worked = "Step by step, and then another step. " * 5
-    rows = [{"question": f"q{i}?", "answer": f"{worked}{i}", "final_answer": i} for i in range(100)]
+    rows = [{"question": f"q{i}?", "answer": f"{worked}{i}", "final_answer": i} for i in range(400)]
     write(tmp_path / "mine.jsonl", rows)
     config, _ = init("testbed", "mine.jsonl")
     assert config.data.train_sources[0].fields == FieldMap(solution="answer", answer="final_answer")
@@ -130,12 +130,12 @@ def test_answers_beside_worked_ones(tmp_path):
 def test_programs_are_run(tmp_path):
     rows = [
         {"text": f"Add {i}.", "code": f"def f(x):\n    return x + {i}", "test_list": [f"assert f(1) == {i + 1}"] * 3}
-        for i in range(60)
+        for i in range(400)
     ]
     write(tmp_path / "mine.jsonl", [{**r, "test_setup_code": ""} for r in rows])
     config, _ = init(QWEN, "mine.jsonl", "--gpus", "4")
     assert config.data.train_sources[0].layout == "google-research-datasets/mbpp"
-    assert config.reward.path == "code" and config.evaluation.judge == "reward" and config.data.prompt_suffix == ""
+    assert config.reward.path == "code" and config.evaluation.judge == "reward" and not config.data.prompt_suffix
 
 
 @pytest.mark.parametrize("row", [{"text": "Words number {}."}, {"body": "Words number {}.", "id": "r{}"}])
