@@ -76,10 +76,11 @@ def command(name: str | None = None) -> Callable[[Function], Function]:
 def in_options(message: str, options: list[str]) -> str:
     """An error's words for a parameter as an option of the command: ``run_dir`` becomes ``--run-dir``.
 
-    A name of one word (``data``) is one only where the message begins with it.
+    A name of one word (``data``) is one only in backticks, or where the message begins with it.
     """
     for name in [name for name in options if name != "settings"]:
         pattern = rf"(?<![\w./-]){name}(?![\w.=/])" if "_" in name else rf"^{name}(?=[ :])"
+        message = message.replace(f"`{name}`", f"--{name.replace('_', '-')}")
         message = re.sub(pattern, f"--{name.replace('_', '-')}", message)
     return re.sub(r"^settings?(?=[ :])", "--set", message) if "settings" in options else message
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptl_rl.config import ConfigError, EvalConfig, RunConfig, ScoreConfig
+from ptl_rl.config import ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig
 
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
@@ -90,6 +90,19 @@ def eval_config(values: dict[str, Any]) -> EvalConfig:
 def override_text(key: str, value: Any) -> str:
     """``key=value`` with the value as YAML, as overrides are written."""
     return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).strip().removesuffix('...').strip()}"
+
+
+def field_map(text: str, where: str) -> FieldMap:
+    """A source's ``fields`` as a recipe has them; raises :class:`ConfigError` that calls them ``where``."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where} {text!r}: write a mapping, as {{question: problem, solution: solution, answer: final}}"
+        )
+    return _parse(FieldMap, values, where)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -1,5 +1,6 @@
 """What a plan counts with: the memory and the speed of GPUs, and of this machine where there is none."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -78,3 +79,20 @@ def this_machine(workers: int) -> Device:
         CPU_GIGABYTES_PER_SECOND / 1000,
         is_cpu=True,
     )
+
+
+def gpus_of_this_machine() -> int:
+    """How many GPUs ``nvidia-smi`` reports, as far as ``CUDA_VISIBLE_DEVICES`` shows them to this process."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    try:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    count = sum(bool(line.strip()) for line in lines)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    shown = [part for part in visible.split(",") if part.strip() not in ("", "-1", "NoDevFiles")]
+    return min(count, len(shown))

@@ -36,12 +36,19 @@ class PlannedModel:
 
 
 def planned_model(config: RunConfig) -> PlannedModel:
-    """The model of ``model.path``: a folder's own configuration first, then the published ones, then the hub's.
+    """The model of ``model.path``, as :func:`model_named` finds it."""
+    return model_named(config.model.path, baselines=config.schedule.recover_only)
+
+
+def model_named(name: str, *, baselines: bool = False) -> PlannedModel:
+    """The model called ``name``: a folder's own configuration first, then the published ones, then the hub's.
+
+    Args:
+        baselines: also take models that other methods made, which are not pruned any further.
 
     Raises:
         ConfigError: it is none of these, or no model that can be pruned.
     """
-    name = config.model.path
     known = None if Path(name).expanduser().is_dir() else published_config(name)
     if known is not None:
         values, where, size = known, f"{name} (published sizes; nothing was read)", 2
@@ -52,7 +59,7 @@ def planned_model(config: RunConfig) -> PlannedModel:
         except UnsupportedModelError as error:
             raise ConfigError(f"model.path: {error}") from None
         where, size = str(folder), weight_bytes(folder)
-    families = BASELINES if config.schedule.recover_only and values.get("model_type") in BASELINES else FAMILIES
+    families = BASELINES if baselines and values.get("model_type") in BASELINES else FAMILIES
     try:
         return PlannedModel(where, shape_from_config(values, families, where), values, size)
     except UnsupportedModelError as error:

@@ -69,6 +69,7 @@ def test_a_full_disk_is_neither(monkeypatch, tmp_path):
         ("data.train: no rows", ["data"], "data.train: no rows"),
         ("setting 'a': write it as key", ["settings"], "--set 'a': write it as key"),
         ("settings change a recipe", ["settings"], "--set change a recipe"),
+        ("a.yaml: exists; set `force`, or take force", ["force"], "a.yaml: exists; set --force, or take force"),
         ("data x=y: the data are bad", [], "data x=y: the data are bad"),
     ],
 )
