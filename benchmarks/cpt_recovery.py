@@ -200,7 +200,12 @@ def main(
         {
             "seed": seed,
             "model": {"path": str(folder), "dtype": "float32"},
-            "data": {"train": {"path": str(Path(data).absolute())}, "decontaminate": "off"},
+            "data": {
+                "train": {"path": str(Path(data).absolute())},
+                "validation": {"path": "testbed:validation", "rows": 128},  # nobody reads them; all of data is train
+                "test": {"path": "testbed:test", "rows": 500},
+                "decontaminate": "off",
+            },
             "calibration": {"prompt_weight": 1.0},
             "schedule": {"channels_per_cycle": [64]},
             "recovery": [

@@ -114,7 +114,7 @@ class FirstLight:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         read = ["--data", "testbed:rl", "--set=data.rows=256", "--set=calibration.max_tokens=160"]
-        read += [f"--set=calibration.sequences={16 if self.smoke else 128}"]
+        read += [f"--set=calibration.sequences={16 if self.smoke else 128}", "--set=calibration.batch_size=16"]
         cut = ["score", "testbed", "--out", folder / "scores", "--remove-channels", "25%", "--alignment", "64", *read]
         self.ptl("score", cut, ends - time.monotonic())
         slicing = ["slice", "testbed", folder / "scores", folder / "sliced"]

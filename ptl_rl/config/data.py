@@ -6,6 +6,12 @@ from pydantic import Field, TypeAdapter, ValidationInfo, WrapValidator, field_va
 
 from ptl_rl.config.section import Section
 
+TESTBED = "testbed:"
+"""Begins the path of a source whose problems are made."""
+EvaluationSet = Literal["validation", "test"]
+MOST_HELD_OUT: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
+"""Rows of evaluation sets that no recipe names."""
+
 
 class FieldMap(Section):
     """Names of the columns that hold each part of a record."""
@@ -37,6 +43,15 @@ class SourceConfig(Section):
             raise ValueError("fields and layout both say how rows are read; set one of them")
         return self
 
+    @property
+    def is_made(self) -> bool:
+        """Whether its problems are the test bed's."""
+        return self.path.startswith(TESTBED)
+
+    @property
+    def may_have_answers(self) -> bool:
+        return self.fields is None or (self.fields.text is None and self.fields.answer is not None)
+
 
 def _one_or_more(value: Any, _handler: Any) -> Any:
     """Not a plain union, whose errors would name both alternatives."""
@@ -59,18 +74,48 @@ class DecontaminateConfig(Section):
     )
 
 
+TESTBED_TRAIN = SourceConfig(path="testbed:rl", rows=4096)
+
+
+def held_out_rows(total: int, share: float) -> dict[EvaluationSet, int]:
+    """Rows of each evaluation set where ``share`` of ``total`` are held out: three quarters are test's."""
+    return {
+        "validation": min(MOST_HELD_OUT["validation"], int(total * share / 4 + 1e-6)),
+        "test": min(MOST_HELD_OUT["test"], int(total * share * 3 / 4 + 1e-6)),
+    }
+
+
 class DataConfig(Section):
-    train: Sources = Field(
-        SourceConfig(path="testbed:rl", rows=4096), description="Problems; one source, or a list that is merged."
+    train: Sources | None = Field(
+        None,
+        description="Problems; one source, or a list that is merged. Default: 4096 problems of the test bed, for its "
+        "own models alone.",
     )
     corpus: Sources | None = Field(
         None, description="Worked solutions or text for scoring and continued pre-training; default: train."
     )
-    validation: SourceConfig = SourceConfig(path="testbed:validation", rows=128)
-    test: SourceConfig = SourceConfig(path="testbed:test", rows=500)
-    prompt_suffix: str = Field("", description="Appended to every question, e.g. the instruction to box the answer.")
-    max_prompt_tokens: int = Field(128, ge=1)
-    max_response_tokens: int = Field(96, ge=1)
+    validation: SourceConfig | None = Field(
+        None, description="Problems that RL is measured on before its first step; default: held out, as test."
+    )
+    test: SourceConfig | None = Field(
+        None,
+        description="Problems that every cycle is judged on. Default: rows held out of train (of corpus, where no "
+        "recovery answers prompts); the test bed's own where all of that is the test bed's.",
+    )
+    held_out: float = Field(
+        0.2,
+        gt=0,
+        le=0.5,
+        description="Where test or validation is not set, most of the rows that go there: three quarters to test, at "
+        "most 500, a quarter to validation, at most 128.",
+    )
+    prompt_suffix: str | None = Field(
+        None,
+        description="Appended to every question. Default: the instruction to reason and to box the answer, where "
+        "answers are judged by their box; none for problems of the test bed.",
+    )
+    max_prompt_tokens: int = Field(1024, ge=1, description="Longer questions lose their beginning.")
+    max_response_tokens: int = Field(3072, ge=1, description="Longer responses are cut, and so mostly wrong.")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
     deduplicate: Literal["question", "exact", "off"] = Field(
         "question",
@@ -90,6 +135,8 @@ class DataConfig(Section):
 
     @property
     def train_sources(self) -> list[SourceConfig]:
+        if self.train is None:
+            return [TESTBED_TRAIN]
         return self.train if isinstance(self.train, list) else [self.train]
 
     @property
@@ -99,6 +146,24 @@ class DataConfig(Section):
             return self.train_sources
         return self.corpus if isinstance(self.corpus, list) else [self.corpus]
 
+    def learnt(self, train: bool) -> tuple[Literal["train", "corpus"], list[SourceConfig]]:
+        """Name and sources of what evaluation sets are held out of where none are named; ``train``: train is read."""
+        return ("train", self.train_sources) if train or self.corpus is None else ("corpus", self.corpus_sources)
+
+    def evaluation_set(self, name: EvaluationSet, train: bool) -> SourceConfig | None:
+        """The source of an evaluation set; None: rows held out of :meth:`learnt`."""
+        named: SourceConfig | None = getattr(self, name)
+        sources = self.learnt(train)[1]
+        if named is not None or not all(source.is_made for source in sources):
+            return named
+        kind = "programs-" if sources[0].path.startswith(f"{TESTBED}programs-") else ""
+        return SourceConfig(path=f"{TESTBED}{kind}{name}", rows=MOST_HELD_OUT[name])
+
+    def unnamed_sets(self, train: bool) -> list[EvaluationSet]:
+        """Those that are held out."""
+        names: tuple[EvaluationSet, ...] = ("test", "validation")
+        return [name for name in names if self.evaluation_set(name, train) is None]
+
     def check_prompts(self, train: bool) -> None:
         """Raise ValueError for sources of problems that cannot be answered or judged; ``train``: those of train too."""
         named = {"data.validation": self.validation, "data.test": self.test}
@@ -107,7 +172,16 @@ class DataConfig(Section):
         elif train:
             named["data.train"] = self.train_sources[0]
         for name, source in named.items():
-            if source.fields is not None and source.fields.text is not None:
+            if source is None or source.fields is None:
+                continue
+            if source.fields.text is not None:
                 raise ValueError(f"{name}.fields.text: plain text has no questions to be answered")
-            if source.fields is not None and source.fields.answer is None:
+            if source.fields.answer is None:
                 raise ValueError(f"{name}.fields.answer: null, but responses are judged by the answer")
+        unnamed, (name, sources) = self.unnamed_sets(train), self.learnt(train)
+        if unnamed and not any(source.may_have_answers for source in sources):
+            raise ValueError(
+                f"{' and '.join(f'data.{unset}' for unset in unnamed)}: not set, and data.{name} has no answers to be "
+                "judged by (plain text, or fields.answer: null), so that no rows can be held out of it; set data.test "
+                "and data.validation to problems with answers"
+            )

@@ -15,9 +15,9 @@ class CalibrationConfig(Section):
         "corpus",
         description="Worked solutions of the cycle's subset, the last recovery's rewarded rollouts, half each.",
     )
-    sequences: int = Field(256, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
-    max_tokens: int = Field(512, ge=8, description="Longer sequences are cut.")
-    batch_size: int = Field(16, ge=1, description="Sequences per forward pass on each rank.")
+    sequences: int = Field(512, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
+    max_tokens: int = Field(2048, ge=8, description="Longer sequences are cut.")
+    batch_size: int = Field(4, ge=1, description="Sequences per forward pass on each rank.")
     token_weights: Literal["uniform", "sensitivity"] = Field(
         "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
     )

@@ -51,7 +51,7 @@ class GrpoConfig(RecoveryConfig):
     clip_high: float = Field(0.3, gt=0)
     mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
     micro_batch_sequences: int = Field(
-        8, ge=1, description="Most sequences of full length per backward pass on each worker."
+        4, ge=1, description="Most sequences of full length per backward pass on each worker."
     )
     dynamic_batches: bool | None = Field(
         None,
@@ -84,7 +84,7 @@ class CptConfig(RecoveryConfig):
     tokens_per_step: int | None = Field(
         None, ge=1, description="Global batch in tokens, on average; takes the place of sequences_per_step."
     )
-    max_tokens: int = Field(1024, ge=8, description="A longer solution is cut, a longer text is several sequences.")
+    max_tokens: int = Field(4096, ge=8, description="A longer solution is cut, a longer text is several sequences.")
     micro_batch_tokens: int = Field(
         16384, ge=8, description="Tokens per backward pass on each worker: as many whole sequences as fit."
     )

@@ -4,11 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptl_rl.config.data import DataConfig
+from ptl_rl.config.data import TESTBED, DataConfig, EvaluationSet, SourceConfig
 from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
 from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
 from ptl_rl.config.reward import RewardConfig
 from ptl_rl.config.section import Section
+
+BOX_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 class ModelConfig(Section):
@@ -74,8 +76,8 @@ class ResourcesConfig(Section):
 
 
 class WatchdogConfig(Section):
-    startup_seconds: int = Field(900, ge=10, description="A stage without first progress for so long is ended.")
-    stall_seconds: int = Field(1800, ge=5, description="A stage without further progress for so long is ended.")
+    startup_seconds: int = Field(1800, ge=10, description="A stage without first progress for so long is ended.")
+    stall_seconds: int = Field(3600, ge=5, description="A stage without further progress for so long is ended.")
     attempts: int = Field(2, ge=1, description="Starts of a stage that stalls; one that fails is not started again.")
 
 
@@ -124,6 +126,23 @@ class RunConfig(Section):
     def needs_answers(self) -> bool:
         """Whether training prompts are answered and judged, as in every kind of RL."""
         return any(recovery.needs_answers for recovery in self.all_recoveries)
+
+    @property
+    def is_of_the_test_bed(self) -> bool:
+        """Whether the model is one that is shipped."""
+        return self.model.path.partition(":")[0] == TESTBED.removesuffix(":")
+
+    def evaluation_set(self, name: EvaluationSet) -> SourceConfig | None:
+        """The source of an evaluation set; None: its rows are held out of what the run learns from."""
+        return self.data.evaluation_set(name, self.needs_answers)
+
+    @property
+    def prompt_suffix(self) -> str:
+        """What follows every question: ``data.prompt_suffix``, or what judging by boxes needs where it is not set."""
+        if self.data.prompt_suffix is not None:
+            return self.data.prompt_suffix
+        test = self.evaluation_set("test")
+        return "" if (test is not None and test.is_made) or self.evaluation.judge != "boxed" else BOX_SUFFIX
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
 from ptl_rl.config import SourceConfig
+from ptl_rl.config.data import TESTBED
 from ptl_rl.data.records import DataError, Progress, Record, RowError, no_progress
-from ptl_rl.data.sources import TESTBED
 from ptl_rl.data.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class SourceUse:
     used: int
     """Those within the source's ``rows``."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
-    """By reason: bad, unanswered, duplicate, contaminated."""
+    """By reason: bad, unanswered, held_out, duplicate, contaminated."""
 
 
 class Corpus(Sequence[Record]):
@@ -113,16 +113,20 @@ def check_bad_rows(store: Store, max_bad_fraction: float) -> None:
         )
 
 
-def chosen_rows(source: SourceConfig, kept: "numpy.ndarray", seed: int) -> "numpy.ndarray":
-    """The rows of a source that are used, in their order: those of a file are shuffled, then the first ones taken."""
+def chosen_rows(source: SourceConfig, kept: "numpy.ndarray", seed: int, spared: int = 0) -> "numpy.ndarray":
+    """The rows of a source that are used, in their order: those of a file are shuffled, then the first ones taken.
+
+    Args:
+        spared: how many may be missing from the source's ``rows``, as they are held out.
+    """
     import numpy
 
     if source.path.startswith(TESTBED):
         return kept
     order = shuffled(len(kept), seed)
     if source.rows is not None:
-        if source.rows > len(kept):
-            raise DataError(f"{source.path}: rows is {source.rows}, but there are only {len(kept)}")
+        if source.rows > len(kept) + spared:
+            raise DataError(f"{source.path}: rows is {source.rows}, but there are only {len(kept) + spared}")
         order = order[: source.rows]
     return numpy.asarray(kept)[order]
 

@@ -5,9 +5,11 @@ those of sources named before theirs, so the first of several copies stays; only
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ptl_rl.config import RunConfig, SourceConfig
+from ptl_rl.config.data import TESTBED, EvaluationSet
 from ptl_rl.data.contamination import Evaluation, Question, word_hits
 from ptl_rl.data.corpora import (
     Corpus,
@@ -20,9 +22,9 @@ from ptl_rl.data.corpora import (
     shuffled,
     with_answer,
 )
+from ptl_rl.data.held_out import EVALUATION_SEED, HeldOut, hold_out, spared
 from ptl_rl.data.partition import partition
 from ptl_rl.data.records import DataError, Progress, no_progress, question_key
-from ptl_rl.data.sources import TESTBED
 from ptl_rl.data.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 REASONS = {
     "unanswered": "rows without an answer",
+    "held_out": "rows held out for evaluation",
     "duplicate": "rows whose question came before",
     "contaminated": "rows that hold an evaluation question",
 }
-EVALUATION_SEED = 0
-EVALUATION_SETS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
+EVALUATION_SETS: tuple[EvaluationSet, ...] = ("validation", "test")
 
 
 def training_data(config: RunConfig, progress: Progress = no_progress) -> Corpus:
@@ -44,21 +46,18 @@ def training_data(config: RunConfig, progress: Progress = no_progress) -> Corpus
     Raises:
         DataError: a source that cannot be read, holds too many malformed rows, or nothing that is left.
     """
-    return _merged(config, config.data.train_sources, config.needs_answers, progress)
+    return _Reading(config, progress).training()
 
 
 def worked_solutions(config: RunConfig, progress: Progress = no_progress) -> Corpus:
     """What scoring and continued pre-training read: ``data.corpus``, or where there is none the training data."""
-    if config.data.corpus is None:
-        return training_data(config, progress)
-    return _merged(config, config.data.corpus_sources, False, progress)
+    return _Reading(config, progress).worked_solutions()
 
 
-def evaluation_data(config: RunConfig, name: Literal["validation", "test"], progress: Progress = no_progress) -> Corpus:
-    """An evaluation set, as it is but for malformed rows and those without an answer; the same whatever the run's seed,
-    for runs that are compared."""
-    source: SourceConfig = getattr(config.data, name)
-    return load_corpus(source, EVALUATION_SEED, config.data.max_bad_fraction, answers=True, progress=progress)
+def evaluation_data(config: RunConfig, name: EvaluationSet, progress: Progress = no_progress) -> Corpus:
+    """An evaluation set, the same whatever the run's seed, for runs that are compared: as it is but for malformed rows
+    and those without an answer, or held out of the training data where the recipe names none."""
+    return _Reading(config, progress).evaluation(name)
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,16 @@ class RunData:
     sets: dict[str, Corpus]
     subsets: dict[str, list[Corpus]]
     """Of train and corpus, one per cycle."""
+    unnamed: str | None = None
+    """What stands in for evaluation sets that the recipe does not name."""
 
     def notes(self) -> list[str]:
         """What was left out and where it stands, for people."""
-        notes = []
+        notes = [self.unnamed] if self.unnamed is not None else []
         for name, corpus in self.sets.items():
             for reason, dropped in corpus.dropped.items():
+                if reason == "held_out":
+                    continue
                 if reason == "bad":
                     notes += [f"data.{name}: dropped {example}" for example in dropped.examples]
                     more = dropped.count - len(dropped.examples)
@@ -103,63 +106,134 @@ def run_data(config: RunConfig, subsets: int, progress: Progress = no_progress) 
     """
     sets: dict[str, Corpus] = {}
     parts: dict[str, list[Corpus]] = {}
+    reading = _Reading(config, progress)
+    held = reading.held  # before all else: what it cannot use it names itself
     name = ""
     try:
         for name in EVALUATION_SETS:
-            sets[name] = evaluation_data(config, name, progress)
+            sets[name] = reading.evaluation(name)
         if config.data.corpus is None or config.needs_answers:
             name = "train"
-            sets[name] = training_data(config, progress)
+            sets[name] = reading.training()
             parts[name] = partition(sets[name], subsets)
         if config.data.corpus is not None:
             name = "corpus"
-            sets[name] = worked_solutions(config, progress)
+            sets[name] = reading.worked_solutions()
             parts[name] = partition(sets[name], subsets)
     except DataError as error:
         raise DataError(f"data.{name}: {error}") from None
     order = [name for name in ("train", "corpus", *EVALUATION_SETS) if name in sets]
-    return RunData({name: sets[name] for name in order}, parts)
+    return RunData({name: sets[name] for name in order}, parts, held.note if held else _made_note(config))
 
 
-def _evaluation(config: RunConfig, progress: Progress) -> Evaluation:
-    questions: list[Question] = []
-    for name in EVALUATION_SETS:
-        made = getattr(config.data, name).path.startswith(TESTBED)
-        for record in evaluation_data(config, name, progress):
-            key = question_key(record.question, record.solution)
-            questions.append(Question(f"data.{name} {record.id}", record.question, key, made))
-    return Evaluation(questions)
+def _made_note(config: RunConfig) -> str | None:
+    """That problems of the test bed stand in where the recipe names none."""
+    made = {name: config.evaluation_set(name) for name in EVALUATION_SETS if getattr(config.data, name) is None}
+    if not made:
+        return None
+    paths = " and ".join(f"data.{name}: {source.rows} of {source.path}" for name, source in made.items() if source)
+    return f"problems of the test bed stand in for sets that are not named: {paths}"
 
 
-def _merged(config: RunConfig, sources: list[SourceConfig], answers: bool, progress: Progress) -> Corpus:
-    import numpy
+class _Reading:
+    """One reading of a run's data, which opens every source once, however many sets it is for."""
 
-    evaluation = _evaluation(config, progress) if config.data.decontaminate is not None else Evaluation([])
-    stores: list[Store] = []
-    rows: list[numpy.ndarray] = []
-    uses: list[SourceUse] = []
-    seen = numpy.empty(0, numpy.uint64)
-    start = 0
-    for source in sources:
-        store = open_store(source, config.seed, progress)
-        check_bad_rows(store, config.data.max_bad_fraction)
-        dropped = bad_rows(store)
-        kept = numpy.arange(len(store))
-        if answers:
-            kept = with_answer(store, kept, dropped)
-        kept = _without_repeats(config, store, kept, seen, dropped)
-        kept = _without_copies(config, store, kept, evaluation, dropped, progress)
-        used = chosen_rows(source, kept, config.seed)
-        if config.data.deduplicate != "off":
-            seen = numpy.concatenate([seen, _keys(config, store)[used]])
-        uses.append(SourceUse(source.path, store.read, len(kept), len(used), dropped))
-        stores.append(store)
-        rows.append(used + start)
-        start += len(store)
-    merged = numpy.concatenate(rows)
-    if len(sources) > 1:
-        merged = merged[shuffled(len(merged), config.seed)]
-    return Corpus(stores, merged, uses)
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self._stores: dict[SourceConfig, Store] = {}
+        self._sets: dict[EvaluationSet, Corpus] = {}
+
+    def _open(self, source: SourceConfig) -> Store:
+        if not source.is_made:
+            source = source.model_copy(update={"rows": None})
+        if source not in self._stores:
+            self._stores[source] = open_store(source, self._config.seed, self._progress)
+        return self._stores[source]
+
+    @cached_property
+    def held(self) -> HeldOut | None:
+        """What is held out; None where both evaluation sets have a source."""
+        config = self._config
+        if config.needs_answers or config.data.corpus is None:
+            self._check_train()
+        if not (unnamed := config.data.unnamed_sets(config.needs_answers)):
+            return None
+        named = []
+        for name in EVALUATION_SETS:
+            if name not in unnamed:
+                try:
+                    named.append(self.evaluation(name).question_keys())
+                except DataError as error:
+                    raise DataError(f"data.{name}: {error}") from None
+        return hold_out(config, self._open, named)
+
+    def _check_train(self) -> None:
+        if self._config.data.train is None and not self._config.is_of_the_test_bed:
+            raise DataError(
+                f"data.train: not set, and {self._config.model.path} is none of the test bed's models, which alone "
+                "learn from its problems by default; set data.train to your problems: {path: FILE}"
+            )
+
+    def evaluation(self, name: EvaluationSet) -> Corpus:
+        if name not in self._sets:
+            source, most_bad = self._config.evaluation_set(name), self._config.data.max_bad_fraction
+            if source is None:
+                assert self.held is not None
+                return self.held.sets[name]
+            self._sets[name] = load_corpus(source, EVALUATION_SEED, most_bad, answers=True, progress=self._progress)
+        return self._sets[name]
+
+    def training(self) -> Corpus:
+        return self._merged(self._config.data.train_sources, self._config.needs_answers)
+
+    def worked_solutions(self) -> Corpus:
+        if self._config.data.corpus is None:
+            return self.training()
+        return self._merged(self._config.data.corpus_sources, False)
+
+    @cached_property
+    def _questions(self) -> Evaluation:
+        """Those that rows are compared with."""
+        questions: list[Question] = []
+        for name in EVALUATION_SETS if self._config.data.decontaminate is not None else ():
+            source = self._config.evaluation_set(name)
+            made = source is not None and source.is_made
+            for record in self.evaluation(name):
+                key = question_key(record.question, record.solution)
+                questions.append(Question(f"data.{name} {record.id}", record.question, key, made))
+        return Evaluation(questions)
+
+    def _merged(self, sources: list[SourceConfig], answers: bool) -> Corpus:
+        import numpy
+
+        config, held = self._config, self.held
+        stores: list[Store] = []
+        rows: list[numpy.ndarray] = []
+        uses: list[SourceUse] = []
+        seen = numpy.empty(0, numpy.uint64)
+        start = 0
+        for source in sources:
+            store = self._open(source)
+            check_bad_rows(store, config.data.max_bad_fraction)
+            dropped = bad_rows(store)
+            kept = numpy.arange(len(store))
+            if answers:
+                kept = with_answer(store, kept, dropped)
+            if held is not None:
+                kept = held.without(store, kept, dropped)
+            kept = _without_repeats(config, store, kept, seen, dropped)
+            kept = _without_copies(config, store, kept, self._questions, dropped, self._progress)
+            used = chosen_rows(source, kept, config.seed, spared(held, dropped))
+            if config.data.deduplicate != "off":
+                seen = numpy.concatenate([seen, _keys(config, store)[used]])
+            uses.append(SourceUse(source.path, store.read, len(kept), len(used), dropped))
+            stores.append(store)
+            rows.append(used + start)
+            start += len(store)
+        merged = numpy.concatenate(rows)
+        if len(sources) > 1:
+            merged = merged[shuffled(len(merged), config.seed)]
+        return Corpus(stores, merged, uses)
 
 
 def _keys(config: RunConfig, store: Store) -> "numpy.ndarray":

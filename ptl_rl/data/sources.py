@@ -11,7 +11,6 @@ from ptl_rl.config import SourceConfig
 from ptl_rl.data.known import HUB, Layout, known_layout, layout_of
 from ptl_rl.data.records import DataError, RowError
 
-TESTBED = "testbed:"
 BATCH_ROWS = 2048
 Row = tuple[int, Any]
 """Its number from 1 (a line, in a text file), and a mapping or the :class:`RowError` that it is."""

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ptl_rl.config import SourceConfig
+from ptl_rl.config.data import TESTBED
 from ptl_rl.data.cache import cached, key_of
 from ptl_rl.data.known import Layout
 from ptl_rl.data.records import (
@@ -20,7 +21,7 @@ from ptl_rl.data.records import (
     no_progress,
     question_key,
 )
-from ptl_rl.data.sources import BATCH_ROWS, TESTBED, Opened, open_source
+from ptl_rl.data.sources import BATCH_ROWS, Opened, open_source
 
 if TYPE_CHECKING:
     import numpy

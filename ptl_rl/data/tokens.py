@@ -30,11 +30,12 @@ def local_tokenizer(model: ModelConfig) -> Any | None:
 
     try:
         folder = shipped_checkpoint(model.path) or Path(model.path).expanduser()
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder if folder.is_dir() else model.path,
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
         )
+        return tokenizer if _lengths(tokenizer, ["1 + 1 = 2"]) else None  # of a config.json alone: one without a word
     except Exception:  # of many kinds, and each means that there is none to be had here
         return None
 

@@ -4,14 +4,14 @@ from dataclasses import asdict
 from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config.data import TESTBED
 from ptl_rl.data.cache import cache_folder
 from ptl_rl.data.corpora import Corpus, Record, SourceUse
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.data.prepare import REASONS, RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
-from ptl_rl.data.sources import TESTBED
 from ptl_rl.data.tokens import count_tokens, local_tokenizer
-from ptl_rl.driver.preflight import too_few
+from ptl_rl.driver.preflight import calibration_notes, suffix_notes, too_few
 from ptl_rl.driver.state import data_subsets
 
 SHOWN_CHARACTERS = 300
@@ -45,7 +45,7 @@ def _short(record: Record) -> dict[str, str]:
 
 
 def _notes(config: RunConfig, data: RunData) -> list[str]:
-    notes = data.notes()
+    notes = [*data.notes(), *calibration_notes(config, data), *suffix_notes(config)]
     made = [use.path for corpus in data.sets.values() for use in corpus.sources if use.path.startswith(TESTBED)]
     if config.data.decontaminate is not None and made:
         notes.append(
@@ -78,7 +78,7 @@ def data_report(
         tokens = None
         if tokenizer is not None:
             tokens = asdict(
-                count_tokens(tokenizer, corpus, config.data.prompt_suffix, name, exact=exact_tokens, progress=progress)
+                count_tokens(tokenizer, corpus, config.prompt_suffix, name, exact=exact_tokens, progress=progress)
             )
         sets[name] = {
             "rows": len(corpus),

@@ -15,6 +15,7 @@ from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import resolve_model
 from ptl_rl.planning.disk import disk_use
+from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
 from ptl_rl.planning.schedule import check_schedule, planned_cuts
 
@@ -87,9 +88,31 @@ def too_few(config: RunConfig, data: RunData) -> str | None:
             continue  # a text may become several sequences
         return (
             f"data.{name}: {len(data.sets[name])} rows in {len(parts)} subsets leave {len(smallest)} in a subset, "
-            f"but recovery.{setting} is {wanted}; give more rows or a smaller {setting}"
+            f"but recovery.{setting} is {wanted}; give more rows, a smaller {setting} or fewer cycles"
         )
     return None
+
+
+def calibration_notes(config: RunConfig, data: RunData) -> list[str]:
+    """That cycles are scored on fewer sequences than asked for, where that is so."""
+    name = "corpus" if "corpus" in data.subsets else "train"
+    smallest = min(map(len, data.subsets[name]))
+    if config.schedule.recover_only or config.calibration.source == "rollouts":
+        return []
+    wanted = config.calibration.sequences
+    if smallest >= wanted:
+        return []
+    return [f"calibration.sequences is {wanted}, but a cycle's subset of data.{name} has {smallest} rows: all are read"]
+
+
+def suffix_notes(config: RunConfig) -> list[str]:
+    """What questions are given that the recipe does not say."""
+    if config.data.prompt_suffix is not None or not config.prompt_suffix:
+        return []
+    return [
+        f"data.prompt_suffix is not set: every question is followed by {config.prompt_suffix.strip()!r}, as the "
+        "answer is looked for in its box"
+    ]
 
 
 def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
@@ -133,6 +156,14 @@ def check_chat_template(config: RunConfig, model: Path) -> None:
             f"model.path: {model} has no chat template, which grpo and distill need; put a chat_template.jinja beside "
             "its weights, or recover with cpt alone"
         )
+
+
+def check_lengths(config: RunConfig, model: Path) -> list[str]:
+    """Refuse prompts and responses that are together more than the model can read; gives notes on other lengths."""
+    values = read_config_json(model)
+    if (problem := too_long(config, values, config.model.path)) is not None:
+        raise ConfigError(problem)
+    return length_notes(config, values)
 
 
 def check_criterion(config: RunConfig, shape: ModelShape, progress: Progress = no_progress) -> None:
@@ -182,6 +213,7 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     device = detect_device(config)
     check_layout(config, device)
     model, shape = check_model(config)
+    lengths = check_lengths(config, model)
     attention = check_attention(config, device, model)
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
@@ -189,4 +221,10 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
-    return [*([attention.note] if attention.note else []), *data.notes()]
+    return [
+        *([attention.note] if attention.note else []),
+        *lengths,
+        *data.notes(),
+        *calibration_notes(config, data),
+        *suffix_notes(config),
+    ]

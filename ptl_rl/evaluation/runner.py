@@ -104,7 +104,7 @@ def _prompt_ids(config: RunConfig, source: Path, questions: list[str]) -> list[l
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     prompts = []
     for question in questions:
-        ids = prompt_ids(tokenizer, question + config.data.prompt_suffix)
+        ids = prompt_ids(tokenizer, question + config.prompt_suffix)
         prompts.append(ids[-config.data.max_prompt_tokens :])
     return prompts
 

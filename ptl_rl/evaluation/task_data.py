@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl_rl.config import SourceConfig
+from ptl_rl.config.data import TESTBED
 from ptl_rl.data.records import DataError, RowError
-from ptl_rl.data.sources import TESTBED, open_source
+from ptl_rl.data.sources import open_source
 
 Document = dict[str, Any]
 ToDocument = Callable[[dict[str, Any]], Document | None]

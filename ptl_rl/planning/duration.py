@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig, SourceConfig
+from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
 from ptl_rl.families import ModelShape
-from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS, Assumptions
+from ptl_rl.planning.assumptions import Assumptions
 from ptl_rl.planning.disk import RESUMABLE_BYTES, WEIGHT_BYTES, saves
 from ptl_rl.planning.memory import EVALUATION_SHARE, ROLLOUT_SEQUENCES, Planned
 from ptl_rl.planning.pruning_memory import Pruner
+from ptl_rl.planning.rows import evaluation_rows
 from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.serving_memory import Engine
 
@@ -28,16 +29,6 @@ class StageTime:
     stage: str
     cycle: int
     seconds: float
-
-
-def known_rows(sources: SourceConfig | list[SourceConfig] | None) -> int:
-    """Rows of a set, as far as they are known without reading it."""
-    if sources is None:
-        return UNKNOWN_ROWS
-    found = 0
-    for source in sources if isinstance(sources, list) else [sources]:
-        found += source.rows or KNOWN_ROWS.get(source.path.removeprefix("hub:"), UNKNOWN_ROWS)
-    return found
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class Clock:
         engine = planned.engine(shape, config.evaluation.batch_size, planned.evaluated_length)
         room = self._room(engine, EVALUATION_SHARE)
         engines = max(1, config.resources.workers // config.resources.tensor_parallel_size)
-        seconds = self.generate(engine, room, engines, known_rows(config.data.test), longest)
+        seconds = self.generate(engine, room, engines, evaluation_rows(config, "test"), longest)
         loading = self.disk(planned.value_bytes * shape.parameters)
         return self.assumed.start_seconds + self.assumed.engine_start_seconds + loading + seconds
 
@@ -194,7 +185,7 @@ class Clock:
             engine = self.planned.engine(shape, ROLLOUT_SEQUENCES)
             room = self._room(engine, self.config.resources.gpu_memory_utilization)
             engines = max(1, self.planned.trainers(recovery) // self.config.resources.tensor_parallel_size)
-            rows = known_rows(self.config.data.validation)
+            rows = evaluation_rows(self.config, "validation")
             seconds += self.generate(engine, room, engines, rows, self.config.data.max_response_tokens)
         return self._recovery(shape, recovery, steps, seconds)
 

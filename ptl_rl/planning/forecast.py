@@ -11,8 +11,10 @@ from ptl_rl.planning.disk import DiskUse, disk_use
 from ptl_rl.planning.duration import Clock, StageTime
 from ptl_rl.planning.findings import findings
 from ptl_rl.planning.hardware import GIB, Device, gpu_of_this_machine, known_gpu, this_machine
+from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.memory import Phase, Planned, phases
 from ptl_rl.planning.model import PlannedModel
+from ptl_rl.planning.rows import unnamed_notes
 from ptl_rl.planning.schedule import Cut, planned_cuts
 
 DEFAULT_GPU = "h200"
@@ -187,6 +189,9 @@ def forecast(
     planned, cuts = Planned(config, device, attention), planned_cuts(config.schedule)
     found = phases(planned, model.shape, cuts)
     problems, notes = findings(planned, model.shape, found, cuts)
+    if (problem := too_long(config, model.values, "the model")) is not None:
+        problems.insert(0, problem)
+    notes += [*unnamed_notes(config), *length_notes(config, model.values)]
     if attention == FLASH and config.model.attention == "auto":
         notes.insert(
             0, "flash attention 2 is taken to be installed; without it batches are padded and this plan is low"

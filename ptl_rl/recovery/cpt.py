@@ -80,7 +80,7 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
         records,
         tokenizer,
         path,
-        suffix=config.data.prompt_suffix,
+        suffix=config.prompt_suffix,
         max_tokens=recovery.max_tokens,
         response_only=recovery.loss == "response",
     )

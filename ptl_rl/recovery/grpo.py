@@ -65,8 +65,8 @@ def _prepare(context: StageContext) -> tuple[Sequence[Record], Path]:
     if not context.recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
-    write_prompts(records, config.data.prompt_suffix, spec.work / "train.parquet")
-    write_prompts(validation, config.data.prompt_suffix, spec.work / "validation.parquet")
+    write_prompts(records, config.prompt_suffix, spec.work / "train.parquet")
+    write_prompts(validation, config.prompt_suffix, spec.work / "validation.parquet")
     return records, spec.work / "metrics.jsonl"
 
 
@@ -92,7 +92,7 @@ def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
 
     def prompt_of(record: Record) -> str:
-        ids = prompt_ids(tokenizer, record.question + config.data.prompt_suffix)
+        ids = prompt_ids(tokenizer, record.question + config.prompt_suffix)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def is_whole(response: str) -> bool:

@@ -40,9 +40,11 @@ def sources_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"data of {report['name']}, seed {report['seed']}", title_justify="left")
     table.add_column("set")
     table.add_column("source", overflow="fold")
-    headings = ("read", "bad", "unanswered", "duplicate", "contaminated", "kept", "used")
+    is_held_out = any(source["held_out"] for found in report["sets"].values() for source in found["sources"])
+    held_out = ("held_out",) if is_held_out else ()
+    headings = ("read", "bad", "unanswered", *held_out, "duplicate", "contaminated", "kept", "used")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace("_", " "), justify="right")
     for name, found in report["sets"].items():
         for source in found["sources"]:
             table.add_row(name, source["path"], *(f"{source[heading]:,}" for heading in headings))

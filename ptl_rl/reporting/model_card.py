@@ -90,7 +90,15 @@ def card(run: RunData, name: str, licence: dict[str, str]) -> str:
 
 
 def _test_name(run: RunData) -> str:
-    path = run.config.data.test.path
+    """What the model was judged on, in Markdown."""
+    source = run.config.evaluation_set("test")
+    if source is not None:
+        return f"`{_short(source.path)}`"
+    _, sources = run.config.data.learnt(run.config.needs_answers)
+    return f"{', '.join(f'`{_short(own.path)}`' for own in sources if not own.is_made)}, held out of training,"
+
+
+def _short(path: str) -> str:
     return path if ":" in path else Path(path).name
 
 

@@ -15,7 +15,7 @@ from ptl_rl.config.recipe import read_saved_config, save_config
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.state import fold, next_stage
 from ptl_rl.studies.design import Row, Study
-from ptl_rl.studies.slicegpt_model import MADE_FROM, made_from
+from ptl_rl.studies.slicegpt_model import MADE_FROM, was_made_from
 
 MODELS, RUNS, LOGS, STUDY = "models", "runs", "logs", "study.json"
 
@@ -98,7 +98,7 @@ def check_folder(study: Study, out: Path, seeds: int) -> None:
         note = run.model_folder(out) / NOTE
         if run.row.slicegpt_size and note.exists():
             found_note = json.loads(note.read_text()).get(MADE_FROM)
-            if found_note != made_from(run.row.config(run.seed), run.row.slicegpt_size):
+            if not was_made_from(found_note, run.row.config(run.seed), run.row.slicegpt_size):
                 raise ConfigError(
                     f"{note.parent}: was made of another model, size or calibration; name another out, or remove it "
                     f"and {run.folder}"

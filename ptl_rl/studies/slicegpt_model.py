@@ -20,6 +20,19 @@ def made_from(config: RunConfig, size: int) -> dict:
     return {"size": size, **{name: values[name] for name in ("model", "data", "calibration", "seed")}}
 
 
+def was_made_from(note: dict | None, config: RunConfig, size: int) -> bool:
+    """Whether a note says :func:`made_from` of this; settings that are newer than the note are as they were then."""
+    if note is None:
+        return False
+    try:
+        then = config.model_copy(
+            update={name: getattr(config, name).model_validate(note[name]) for name in ("model", "data", "calibration")}
+        )
+        return made_from(then, note["size"]) | {"seed": note["seed"]} == made_from(config, size)
+    except (KeyError, ValueError):
+        return False
+
+
 def main(config_path: Path, out: Path, size: int) -> None:
     from ptl_rl.baselines.slicegpt.command import slice_records
     from ptl_rl.data.prepare import run_data
@@ -34,7 +47,7 @@ def main(config_path: Path, out: Path, size: int) -> None:
         config.calibration.model_copy(update={"source": "corpus"}),
         hidden_size=size,
         dtype=config.model.dtype,
-        prompt_suffix=config.data.prompt_suffix,
+        prompt_suffix=config.prompt_suffix,
         note={MADE_FROM: made_from(config, size)},
     )
 

@@ -1,6 +1,7 @@
 """First light's own logic, with made-up stages and commands: ``tests/e2e/test_first_light.py`` runs the real ones."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -245,7 +246,10 @@ def runs_on_gpus(folder: Path) -> dict[str, light_runs.Run]:
     data = folder / "gsm8k.jsonl"
     rows = [{"question": f"What is {n} + 1, and why?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(120)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    real = FirstLight(folder, "cuda", model=str(LLAMA), data=str(data))._real_run()
+    model = shutil.copytree(LLAMA, folder / "model")
+    values = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 2048}  # as real ones read
+    (model / "config.json").write_text(json.dumps(values))
+    real = FirstLight(folder, "cuda", model=str(model), data=str(data))._real_run()
     return {
         "grpo": light_runs.grpo("cuda"),
         "cpt": light_runs.cpt("cuda"),

@@ -37,9 +37,9 @@ def calibration_texts(config: RunConfig, spec: StageSpec, records: Sequence[Reco
     count, source = config.calibration.sequences, config.calibration.source
     wanted = {"corpus": 0, "rollouts": count, "both": count // 2}[source]
     own = rollouts.load(spec.source)[:wanted] if wanted else []
-    corpus = texts_of(records[: count - len(own)], config.data.prompt_suffix)
+    corpus = texts_of(records[: count - len(own)], config.prompt_suffix)
     of_corpus = list(zip(corpus.questions, corpus.solutions, corpus.weights, strict=True))
-    of_policy = [(r.question + config.data.prompt_suffix, r.response, r.reward) for r in own]
+    of_policy = [(r.question + config.prompt_suffix, r.response, r.reward) for r in own]
     # In turns, so that whoever reads only the first few reads both.
     pairs = itertools.chain.from_iterable(itertools.zip_longest(of_policy, of_corpus))
     questions, solutions, weights = zip(*(pair for pair in pairs if pair is not None), strict=True)

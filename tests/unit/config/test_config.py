@@ -1,5 +1,7 @@
 """The configuration refuses what cannot run, and says what was meant."""
 
+import json
+
 import pytest
 
 from ptl_rl.config import ConfigError
@@ -83,6 +85,46 @@ def test_recipe_files(tmp_path):
     recipe.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match=r"r\.yaml: a recipe is a YAML mapping of sections, this is list"):
         load_config(recipe)
+
+
+def test_a_saved_run_of_before_reads_as_it_was(tmp_path):
+    """Its settings all stand in its file, those that have another default now, too."""
+    values = parse_config(MINIMAL).model_dump(mode="json")
+    made = {"config": None, "split": None, "fields": None, "layout": None}
+    values["data"] = {
+        "train": {"path": "testbed:rl", "rows": 4096, **made},
+        "corpus": {"path": "mine.jsonl", "rows": None, **made},
+        "validation": {"path": "testbed:validation", "rows": 128, **made},
+        "test": {"path": "testbed:test", "rows": 500, **made},
+        "prompt_suffix": "",
+        "max_prompt_tokens": 128,
+        "max_response_tokens": 96,
+        "max_bad_fraction": 0.001,
+        "deduplicate": "question",
+        "decontaminate": {"ngram": 13, "min_overlap": 0.1},
+    }
+    values["calibration"] |= {"sequences": 256, "max_tokens": 512, "batch_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_saved_config(tmp_path / "config.json")
+    again = config.model_dump(mode="json")
+    assert {name: value for name, value in again["data"].items() if name != "held_out"} == values["data"]
+    assert {**again, "data": None} == {**values, "data": None}
+    assert config.evaluation_set("test").path == "testbed:test" and config.evaluation_set("test").rows == 500
+    assert config.prompt_suffix == "" and config.data.unnamed_sets(config.needs_answers) == []
+
+
+def test_defaults_that_depend_on_others():
+    def suffix(**values) -> str:
+        return parse_config({**MINIMAL, **values}).prompt_suffix
+
+    own = {"train": {"path": "mine.jsonl"}}
+    assert suffix(data=own).endswith("put your final answer within \\boxed{}.")
+    assert suffix(data=own | {"prompt_suffix": ""}) == "" and suffix(data=own | {"prompt_suffix": "!"}) == "!"
+    assert suffix(data=own, evaluation={"judge": "reward"}) == "" and suffix() == ""
+    config = parse_config({**MINIMAL, "data": own})
+    assert config.evaluation_set("test") is None and config.data.unnamed_sets(True) == ["test", "validation"]
+    assert "unknown key; did you mean 'held_out'" in refused({"data": {"heldout": 0.3}})
+    assert "data.held_out" in refused({"data": {"held_out": 0.6}})
 
 
 def test_overrides(tmp_path):

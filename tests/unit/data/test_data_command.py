@@ -104,6 +104,13 @@ def test_without_a_tokenizer(recipe, monkeypatch):
     assert "tokens are not counted: nobody/has-this-model has no tokenizer on this machine" in found["notes"]
 
 
+def test_a_folder_without_a_tokenizer_has_no_tokens(recipe, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "qwen2"}')
+    status, output, _ = ptl_data(recipe, "--json", "--set", f"model.path={tmp_path}/model")
+    assert status == 0 and json.loads(output)["sets"]["train"]["tokens"] is None
+
+
 def test_tokens_of_nothing(tmp_path):
     config = run_config(tmp_path)
     tokenizer = local_tokenizer(config.model)

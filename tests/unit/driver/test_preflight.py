@@ -83,6 +83,38 @@ def test_the_reward_is_tried_on_what_grpo_validates_on(tmp_path):
     preflight.check_reward(config, preflight.check_data(config))
 
 
+def test_what_the_model_cannot_read_is_refused(tmp_path):
+    """vLLM would say so once it has started, minutes later."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+
+    def lengths(**values):
+        recipe = {"schedule": {"channels_per_cycle": [16], "alignment": 16}, **values}
+        return preflight.check_lengths(parse_config(recipe | {"model": {"path": "my/model"}}), tmp_path)
+
+    with pytest.raises(
+        ConfigError, match=r"max_prompt_tokens 1024 and data\.max_response_tokens 3072 .* 2048 tokens that my"
+    ):
+        lengths()
+    fitting = {"max_prompt_tokens": 1024, "max_response_tokens": 1024}
+    assert lengths(data=fitting) == []
+    with pytest.raises(ConfigError, match=r"evaluation\.max_response_tokens 1025 are more than the 2048"):
+        lengths(data=fitting, evaluation={"max_response_tokens": 1025})
+    long = fitting | {"max_response_tokens": 4000}
+    evaluated = {"evaluation": {"max_response_tokens": 512}}
+    with pytest.raises(ConfigError, match=r"data\.max_response_tokens 4000"):
+        lengths(data=long, **evaluated)
+    notes = lengths(data=long, recovery=[{"cpt": {}}], **evaluated)  # only evaluation writes
+    assert [note.split(";")[0] for note in notes] == [
+        "recovery.max_tokens 4096 is more than the 2048 tokens that the model can read at once"
+    ]
+    (tmp_path / "config.json").write_text(
+        '{"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}'
+    )
+    assert lengths() == []
+    (tmp_path / "config.json").write_text("{}")
+    assert lengths() == []
+
+
 def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):
     values = {"schedule": {"channels_per_cycle": [16], "alignment": 16}}
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
@@ -98,6 +130,7 @@ def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refu
     monkeypatch.setattr(attention, "flash_problem", lambda: "the package flash-attn is not installed")
     values = run_config(tmp_path).model_dump()
     values["recovery"] = [{"method": "cpt", "sequences_per_step": 1}]
+    values["data"] |= {"max_prompt_tokens": 256, "max_response_tokens": 256}
     notes = preflight.check(parse_config(values), tmp_path / "run")
     assert any(note.startswith("model.attention is sdpa, as the package flash-attn is not installed") for note in notes)
     values["model"]["attention"] = "flash_attention_2"

@@ -39,6 +39,7 @@ def test_compensated_weights_and_rollouts_pass_through():
         "schedule": {"channels_per_cycle": [1024]},
         "recovery": {"steps": 2, "prompts_per_step": 8, "rollouts_per_prompt": 4},
         "calibration": {"source": "rollouts"},
+        "data": {"max_response_tokens": 96},
     }
     plain = {**values, "criterion": {"channels": "activation", "compensate": "none"}}
     cut = QWEN.sliced(channels=1024)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -11,9 +12,10 @@ from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES, read_shape, shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.planning.assumptions import CPU, Assumptions
-from ptl_rl.planning.duration import FINALISTS, REFERENCE_LINES, REFERENCE_PROMPTS, Clock, known_rows, score_passes
+from ptl_rl.planning.duration import FINALISTS, REFERENCE_LINES, REFERENCE_PROMPTS, Clock, score_passes
 from ptl_rl.planning.hardware import GPUS, this_machine
 from ptl_rl.planning.memory import Planned
+from ptl_rl.planning.rows import evaluation_rows, known_rows, unnamed_notes
 from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.serving_memory import Engine
 from ptl_rl.pruning import engine
@@ -146,6 +148,33 @@ def test_rows_that_nothing_says_are_assumed(repository):
     config = load_config(repository / "recipes/cpt_llama3-8b_4xa100.yaml")
     assert known_rows(config.data.test) == 1319 and known_rows(config.data.validation) == 128
     assert known_rows(config.data.corpus) == 2000
+
+
+def test_rows_of_sets_that_are_not_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "q", "solution": "s", "answer": "a"}\n' * 400)
+    values = {"schedule": {"channels_per_cycle": [1024]}, "model": {"path": "x/y"}}
+
+    def planned(**source):
+        return parse_config(values | {"data": {"train": {"path": str(path)} | source}})
+
+    config = planned()
+    assert (evaluation_rows(config, "test"), evaluation_rows(config, "validation")) == (60, 20)
+    assert unnamed_notes(config) == [
+        "data.test and data.validation are not set: some 60 and 20 rows of data.train are held out (data.held_out 0.2)"
+    ]
+    assert unnamed_notes(planned(rows=100))[0].endswith("; ptl run refuses so few")
+    assert evaluation_rows(planned(path="not/here.jsonl"), "test") == 150
+    assert unnamed_notes(parse_config(values)) == [
+        "data.train is not set, and ptl run refuses that; sizes, memory and disk do not depend on it"
+    ]
+    assert evaluation_rows(parse_config(values), "test") == 500
+    path.write_text(path.read_text() * 100)  # 2 MB, of which the beginning is read
+    assert known_rows(config.data.train) == pytest.approx(40_000, rel=0.001)
+    assert known_rows(planned(rows=4096).data.train) == 4096
+    parquet = tmp_path / "mine.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["q"] * 800}), parquet)
+    assert evaluation_rows(planned(path=str(parquet)), "test") == 120
 
 
 def test_the_demo_takes_minutes_on_cpus(repository):

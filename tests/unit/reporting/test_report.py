@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
-from ptl_rl.config import ConfigError, ModelConfig, ScheduleConfig
+from ptl_rl.config import ConfigError, DataConfig, ModelConfig, ScheduleConfig, SourceConfig
 from ptl_rl.config.recipe import save_config
 from ptl_rl.errors import OutputError
 from ptl_rl.reporting import figures
@@ -164,6 +164,14 @@ def test_a_model_that_was_cut_before_is_not_said_to_be_cut_here(run, tmp_path):
     assert metadata["base_model"] == "some/parent" and metadata["tags"] == ["ptl-rl", "reasoning"]
     assert "cut by another method" in text and "chosen by" not in text and "before recovery 90.0 %" in text
     assert "start (cut before)" in page([RunData(tmp_path / "other")])
+
+
+def test_a_card_says_what_the_model_was_judged_on(run, tmp_path):
+    assert "problems of `testbed:test` are solved greedily" in card(run, "small", {})
+    data = DataConfig(train=SourceConfig(path="/far/away/mine.jsonl"))
+    changed = run.config.model_copy(update={"data": data})
+    text = card(RunData(make_run(tmp_path / "other", config=changed)), "small", {})
+    assert "problems of `mine.jsonl`, held out of training, are solved greedily" in text
 
 
 def test_a_wide_model_shows_every_cycles_share():

@@ -159,6 +159,9 @@ def test_a_sliced_model_of_another_size_is_not_used_again(tmp_path):
     run.model_folder(tmp_path).mkdir(parents=True)
     (run.model_folder(tmp_path) / "slicegpt.json").write_text(json.dumps(note))
     runner.check_folder(made.whole, tmp_path, 1)
+    del note[MADE_FROM]["data"]["held_out"]  # of before there was such a setting
+    (run.model_folder(tmp_path) / "slicegpt.json").write_text(json.dumps(note))
+    runner.check_folder(made.whole, tmp_path, 1)
     other = prepare("table1", [recipe], ["schedule.channels_per_cycle=[64, 64]"], tmp_path)[0]
     with pytest.raises(ConfigError, match="was made of another model, size or calibration"):
         runner.check_folder(other.whole, tmp_path, 1)
