@@ -10,9 +10,11 @@ from ptl_rl.config.section import Section
 class FieldMap(Section):
     """Names of the columns that hold each part of a record."""
 
-    question: str = "question"
-    solution: str = "solution"
-    answer: str | None = Field("answer", description="null: there is none, for data that no reward is computed on.")
+    question: str = Field("question", description="Column of the question.")
+    solution: str = Field("solution", description="Column of the worked solution.")
+    answer: str | None = Field(
+        "answer", description="Column of the answer; null: there is none, for data without rewards."
+    )
     text: str | None = Field(
         None, description="Column of plain text, for data without questions; the others are not read."
     )
@@ -24,9 +26,11 @@ class SourceConfig(Section):
         "'hub:NAME' of a hub data set."
     )
     config: str | None = Field(None, description="Configuration of a hub data set that has several.")
-    split: str | None = Field(None, description="Of a hub data set or a saved folder; default: train.")
+    split: str | None = Field(None, description="Split of a hub data set or a saved folder; default: train.")
     rows: int | None = Field(None, ge=1, description="Use the first so many rows (after a seeded shuffle).")
-    fields: FieldMap | None = Field(None, description="Default: those of the known corpus, or the names of FieldMap.")
+    fields: FieldMap | None = Field(
+        None, description="Names of the columns; default: those of the known corpus, or question, solution and answer."
+    )
     layout: str | None = Field(
         None, description="Hub name of the known corpus that this is a copy of, to be read as that is."
     )
@@ -66,11 +70,16 @@ class DataConfig(Section):
     corpus: Sources | None = Field(
         None, description="Worked solutions or text for scoring and continued pre-training; default: train."
     )
-    validation: SourceConfig = SourceConfig(path="testbed:validation", rows=128)
-    test: SourceConfig = SourceConfig(path="testbed:test", rows=500)
+    validation: SourceConfig = Field(
+        SourceConfig(path="testbed:validation", rows=128), description="Problems that verl measures accuracy on in RL."
+    )
+    test: SourceConfig = Field(
+        SourceConfig(path="testbed:test", rows=500),
+        description="Problems that a run's accuracy, and so the gate, is of.",
+    )
     prompt_suffix: str = Field("", description="Appended to every question, e.g. the instruction to box the answer.")
-    max_prompt_tokens: int = Field(128, ge=1)
-    max_response_tokens: int = Field(96, ge=1)
+    max_prompt_tokens: int = Field(128, ge=1, description="Longest prompt, in tokens; RL leaves longer ones out.")
+    max_response_tokens: int = Field(96, ge=1, description="Longest response, in tokens; generation ends there.")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
     deduplicate: Literal["question", "exact", "off"] = Field(
         "question",
