@@ -159,6 +159,8 @@ def plan(
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
     try:
+        if resolved and as_json:
+            raise ConfigError("--json and --resolved print different things; give one of them")
         config = load_config(recipe, settings)
         if resolved:
             print(as_recipe(config), end="")

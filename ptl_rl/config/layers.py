@@ -70,7 +70,7 @@ class Layers:
         if not isinstance(named, str):
             raise ConfigError(f"{recipe}: base: name one other recipe by its path, relative to this one's folder")
         path = recipe.parent / Path(named).expanduser()
-        base = read_yaml(path, f" (the base of {recipe})")
+        base = read_yaml(path, f" (the base of {recipe}; copy both)")
         if "base" in base:
             raise ConfigError(
                 f"{recipe}: base: {path} has a base itself; a recipe has one at most, so name one that stands alone"
@@ -81,18 +81,20 @@ class Layers:
         """Apply one ``key.sub_key=value`` of the command line."""
         self.set.append(apply_override(self.values, override))
 
-    def sources(self, location: Location) -> list[str]:
-        """Names of the files that say something at or below a place; the recipe's, if none does."""
-        found: list[str] = []
+    def source(self, location: Location) -> str:
+        """Names what says something at or below a place: files, else an override; the recipe's file if nothing does."""
         for length in range(len(location), 0, -1):
             part = location[:length]
+            found = [self.name] if _states(self.own, part) else []
             if self.base and _states(self.base, part) and not _replaces(self.own, self.base, part):
                 found.append(self.base_name)
-            if _states(self.own, part):
-                found.append(self.name)
             if found:
-                break
-        return found or [self.name]
+                return " on ".join(found)
+            told = tuple(map(str, part))
+            for key, place in reversed(self.set):
+                if place[:length] == told:
+                    return f"--set {key}"
+        return self.name
 
     def override_at(self, location: Location) -> tuple[str, Location] | None:
         """The last override that gave the value at a place, or all that it stands in."""

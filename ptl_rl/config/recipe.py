@@ -64,8 +64,9 @@ def _explain(error: ValidationError, layers: Layers, root: type[BaseModel]) -> s
         location, message = item["loc"], _message(item, root)
         override = layers.override_at(location)
         if override is None:
-            where = " on ".join(reversed(layers.sources(location)))
-            by_place.setdefault(where, []).append(f"{_key(location, layers.base | layers.own)}: {message}")
+            by_place.setdefault(layers.source(location), []).append(
+                f"{_key(location, layers.base | layers.own)}: {message}"
+            )
         else:
             key, place = override
             below = "".join(f".{part}" for part in location[len(place) :])

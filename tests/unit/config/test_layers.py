@@ -68,7 +68,9 @@ def test_a_base_stands_alone(on_base, tmp_path):
     with pytest.raises(ConfigError, match=r"r\.yaml: base: .*b\.yaml has a base itself; a recipe has one at most"):
         load_config(recipe)
     base.unlink()
-    with pytest.raises(ConfigError, match=r"b\.yaml: cannot read the recipe \(the base of .*r\.yaml\): No such file"):
+    with pytest.raises(
+        ConfigError, match=r"b\.yaml: cannot read the recipe \(the base of .*r\.yaml; copy both\): No such file"
+    ):
         load_config(recipe)
     recipe.write_text("base: [a.yaml]\n")
     with pytest.raises(ConfigError, match=r"r\.yaml: base: name one other recipe"):
@@ -92,6 +94,13 @@ def test_a_base_stands_alone(on_base, tmp_path):
         ("recovery: {kl_los: 0}\n", BASE, [], "{recipe}: recovery.kl_los: "),
         ("", BASE, ["recovery.stpes=3"], "--set recovery.stpes: unknown key; did you mean 'steps'?"),
         ("", BASE, ["recovery={cpt: {stpes: 3}}"], "--set recovery.0.cpt.stpes: unknown key"),
+        ("", BASE, ["recovry.steps=3"], "--set recovry.steps: recovry: unknown key; did you mean 'recovery'?"),
+        (
+            "criterion: {channels: wanda}\n",
+            BASE,
+            ["criterion.contrast.weight=1"],
+            "--set criterion.contrast.weight: criterion.contrast.data: Field req",
+        ),
         ("", BASE, ["data.corpus.1.rowz=3"], "--set data.corpus.1.rowz: unknown key"),
         ("", BASE, ["data.corpus=[{path: x, rowz: 3}]"], "--set data.corpus.0.rowz: unknown key"),
         ("schedule: {layers_total: 1, recover_only: true}\n", BASE, [], "{recipe} on {base}: schedule: recover_only"),
