@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import as_recipe, load_config, parse_config, read_recipe, save_config
@@ -208,3 +209,11 @@ def test_plan_prints_the_resolved_recipe_and_a_saved_run_is_whole(on_base, tmp_p
     assert load_config(tmp_path / "one.yaml") == config and "base" not in done.stdout
     save_config(config, tmp_path / "config.json")
     assert '"path": "a.jsonl"' in (tmp_path / "config.json").read_text()
+
+
+def test_the_readme_of_the_recipes_names_every_base(repository):
+    stated = {recipe.name: yaml.safe_load(recipe.read_text()).get("base") for recipe in shipped(repository)}
+    bases = {name: base for name, base in stated.items() if base}
+    table = (repository / "recipes" / "README.md").read_text().split("| recipe | its base |\n|---|---|\n")[1]
+    rows = [line.split("`") for line in table.split("\n\n")[0].splitlines()]
+    assert {row[1]: row[3] for row in rows} == bases and len(bases) > 3
