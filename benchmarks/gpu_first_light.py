@@ -53,6 +53,7 @@ from light_runner import (
     verdict,
 )
 
+from ptl_rl.config.recipe import read_recipe
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.watchdog import interrupt
 
@@ -139,7 +140,8 @@ class FirstLight:
         """
         options = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
         options += [f"--set={setting}" for setting in self.settings]
-        digest = hashlib.sha256("\n".join([recipe.read_text(), *options]).encode()).hexdigest()[:8]
+        told = json.dumps(read_recipe(recipe), default=str)
+        digest = hashlib.sha256("\n".join([told, *options]).encode()).hexdigest()[:8]
         folder = self.work / name / f"run-{digest}"
         if folder in self.made:
             return folder, self.made[folder]

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ptl_rl.config.recipe import read_recipe
 from ptl_rl.driver.journal import Entry
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -43,7 +42,7 @@ def _tiny(device: str) -> dict[str, Any]:
 
 def _recovery(recipe: Path, method: str) -> dict[str, Any]:
     """The settings of ``method`` in a recipe."""
-    return next(entry[method] for entry in yaml.safe_load(recipe.read_text())["recovery"] if method in entry)
+    return next(entry[method] for entry in read_recipe(recipe)["recovery"] if method in entry)
 
 
 def grpo(device: str) -> Run:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from criteria import table
 from rich.console import Console
+
+from ptl_rl.config.recipe import read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 console = Console(stderr=True)
@@ -25,7 +26,7 @@ SEQUENCES_PER_STEP = {"cpt": 32, "grpo": 256, "distill": 64}
 
 def demo(name: str, method: str) -> dict[str, Any]:
     """The settings of ``method`` in the demo recipe ``name``."""
-    recovery = yaml.safe_load((RECIPES / f"demo_{name}_cpu.yaml").read_text())["recovery"]
+    recovery = read_recipe(RECIPES / f"demo_{name}_cpu.yaml")["recovery"]
     return next(entry[method] for entry in recovery if method in entry)
 
 

@@ -3,6 +3,8 @@
 #   RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 bash launch/submit.sh RECIPE [ptl run options]
 # "No available agent" means that another Ray on the head's machine, such as a run of this project's own, has the port of
 # the agent that starts jobs: start the head with --dashboard-agent-listen-port=0.
+# The recipe and its base are read on the head's machine, at the paths that they have here; `ptl plan RECIPE --resolved` prints
+# one that needs no base.
 # The cluster's nodes need this project installed; put the run folder (--run-dir) on storage that all of them share.
 set -euo pipefail
 if [ $# -lt 1 ]; then

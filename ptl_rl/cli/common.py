@@ -82,7 +82,9 @@ def in_options(message: str, options: list[str]) -> str:
         pattern = rf"(?<![\w./-]){name}(?![\w.=/])" if "_" in name else rf"^{name}(?=[ :])"
         message = message.replace(f"`{name}`", f"--{name.replace('_', '-')}")
         message = re.sub(pattern, f"--{name.replace('_', '-')}", message)
-    return re.sub(r"^settings?(?=[ :])", "--set", message) if "settings" in options else message
+    if "settings" in options:
+        message = re.sub(r"(?<![\w.])settings? (?='|[\w.]+[:=])", "--set ", re.sub(r"^settings(?= )", "--set", message))
+    return message
 
 
 def refuse(message: str) -> NoReturn:

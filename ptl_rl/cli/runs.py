@@ -104,18 +104,33 @@ def plan(
         float | None, typer.Option(min=0.001, max=1, help="Mean length of a response as a share of the longest.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    resolved: Annotated[
+        bool,
+        typer.Option(
+            "--resolved",
+            help="Print the recipe instead, with its base and --set put in: a recipe that stands alone. It states "
+            "what differs from the defaults; a run's config.json has every setting.",
+        ),
+    ] = False,
 ) -> None:
     """Show sizes, memory, disk, hours and price of a run, and what will not fit; without weights or torch, offline."""
     import json
 
     from ptl_rl.api import load_recipe
+    from ptl_rl.config import ConfigError
+    from ptl_rl.config.recipe import as_recipe
     from ptl_rl.driver.preflight import check_cuts
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
+    if resolved and as_json:
+        raise ConfigError("json and resolved print different things; give one of them")
     config = load_recipe(recipe, settings or [])
+    if resolved:
+        print(as_recipe(config), end="")
+        return
     model, device = planned_model(config), device_of(config, gpu)
     check_cuts(config, model.shape)
     found = forecast(

@@ -1,8 +1,8 @@
 """Everything that a recipe may say, typed and validated; no other room defines settings.
 
 ``recipe.py`` reads them from YAML. Imports neither torch nor ray, so that ``ptl plan`` and ``ptl --help`` start at once
-and a bad recipe is refused before anything heavy begins. verl's own keys appear nowhere here except verbatim under
-``verl:``; ``ptl_rl/recovery/verl_config.py`` renders the rest.
+and a bad recipe is refused before anything heavy begins. ``verl_keys.py`` is the table from fields to verl's own keys,
+which ``ptl_rl/recovery/verl_config.py`` renders and ``reference.py`` documents; other verl keys stand under ``verl:``.
 """
 
 from ptl_rl.config.data import DataConfig, DecontaminateConfig, FieldMap, SourceConfig

@@ -16,9 +16,11 @@ MOST_HELD_OUT: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
 class FieldMap(Section):
     """Names of the columns that hold each part of a record."""
 
-    question: str = "question"
-    solution: str = "solution"
-    answer: str | None = Field("answer", description="null: there is none, for data that no reward is computed on.")
+    question: str = Field("question", description="Column of the question.")
+    solution: str = Field("solution", description="Column of the worked solution.")
+    answer: str | None = Field(
+        "answer", description="Column of the answer; null: there is none, for data without rewards."
+    )
     text: str | None = Field(
         None, description="Column of plain text, for data without questions; the others are not read."
     )
@@ -30,9 +32,11 @@ class SourceConfig(Section):
         "'hub:NAME' of a hub data set."
     )
     config: str | None = Field(None, description="Configuration of a hub data set that has several.")
-    split: str | None = Field(None, description="Of a hub data set or a saved folder; default: train.")
+    split: str | None = Field(None, description="Split of a hub data set or a saved folder; default: train.")
     rows: int | None = Field(None, ge=1, description="Use the first so many rows (after a seeded shuffle).")
-    fields: FieldMap | None = Field(None, description="Default: those of the known corpus, or the names of FieldMap.")
+    fields: FieldMap | None = Field(
+        None, description="Names of the columns; default: those of the known corpus, or question, solution and answer."
+    )
     layout: str | None = Field(
         None, description="Hub name of the known corpus that this is a copy of, to be read as that is."
     )

@@ -13,24 +13,28 @@ from ptl_rl.config.section import Section
 class CalibrationConfig(Section):
     source: Literal["corpus", "rollouts", "both"] = Field(
         "corpus",
-        description="Worked solutions of the cycle's subset, the last recovery's rewarded rollouts, half each.",
+        description="corpus: worked solutions of the cycle's subset; rollouts: those of the last recovery that were "
+        "rewarded; both: half each.",
     )
     sequences: int = Field(512, ge=1, description="Reasoning sequences (question and solution) scored per cycle.")
-    max_tokens: int = Field(2048, ge=8, description="Longer sequences are cut.")
+    max_tokens: int = Field(2048, ge=8, description="Longest sequence, in tokens; longer ones are cut.")
     batch_size: int = Field(4, ge=1, description="Sequences per forward pass on each rank.")
     token_weights: Literal["uniform", "sensitivity"] = Field(
-        "uniform", description="sensitivity: by the gradient that reaches a token; costs a backward pass."
+        "uniform",
+        description="How tokens are weighed; sensitivity: by the gradient that reaches one, for a backward pass more.",
     )
     moments_gib: float | None = Field(
         None,
         gt=0,
-        description="Most memory of each worker for the matrices of obs and leave_one_out; little costs more passes.",
+        description="Most memory of each worker, in GiB, for the matrices of obs and leave_one_out; little costs more "
+        "passes.",
     )
     prompt_weight: float = Field(
         0.2,
         ge=0,
         le=1,
-        description="How much a question's token counts: 0 response only, 1 all alike; channels if uniform.",
+        description="Weight of a question's token, where the solution's have 1: 0 the solution only, 1 all alike. Of "
+        "channels, where token_weights is uniform.",
     )
 
 
@@ -51,7 +55,11 @@ class ContrastConfig(Section):
     """General text whose importance is taken off that for reasoning."""
 
     data: SourceConfig = Field(description="Plain text: set fields.text to its column.")
-    weight: float = Field(0.5, ge=0, description="Importance is taken relative to its block's mean.")
+    weight: float = Field(
+        0.5,
+        ge=0,
+        description="Weight of this importance; it is taken relative to its block's mean, as that for reasoning is.",
+    )
     sequences: int = Field(256, ge=1, description="Texts read per cycle.")
 
 
@@ -61,8 +69,12 @@ class CriterionConfig(Section):
     threshold: float | None = Field(
         None, gt=0, description="Only channels below this share of their block's mean importance go; the rest stays."
     )
-    contrast: ContrastConfig | None = None
-    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = "leave_one_out"
+    contrast: ContrastConfig | None = Field(
+        None, description="General text whose importance is taken off; null: none is read."
+    )
+    layers: Literal["block_influence", "cosine", "leave_one_out", "explicit"] = Field(
+        "leave_one_out", description="How blocks to remove are chosen; leave_one_out: by the loss without each."
+    )
     layer_ids: list[int] = Field(
         [], description="explicit: blocks of the original model, in the order in which they go."
     )
@@ -75,12 +87,15 @@ class CriterionConfig(Section):
         "least_squares", description="What stays takes over, in closed form, what goes; channels and blocks."
     )
     ridge: float = Field(
-        1e-3, gt=0, description="Of compensation and obs, relative to the mean square activation; holds changes small."
+        1e-3,
+        gt=0,
+        description="Ridge of compensation and obs, relative to the mean square activation; it holds changes small.",
     )
     stream_ridge: float = Field(
         0.5,
         gt=0,
-        description="Of what follows the original's residual stream, relative to its median square; little overfits.",
+        description="Ridge of what follows the original's residual stream, relative to its median square; a small one "
+        "overfits.",
     )
 
     @field_validator("path")
@@ -125,12 +140,15 @@ def check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) 
 class ScheduleConfig(Section):
     """What is removed, cycle by cycle. Every layer loses the same number of channels."""
 
-    channels_per_cycle: int | list[int] = Field(0, description="Channels each layer loses in a cycle, or one by one.")
+    channels_per_cycle: int | list[int] = Field(
+        0, description="Channels each layer loses in a cycle, or a list with one number per cycle."
+    )
     channels_total: int | None = Field(None, ge=0, description="Channels each layer loses in all.")
-    layers_per_cycle: int = Field(1, ge=1)
-    layers_total: int = Field(0, ge=0)
+    layers_per_cycle: int = Field(1, ge=1, description="Blocks removed in a cycle.")
+    layers_total: int = Field(0, ge=0, description="Blocks removed in all.")
     order: Literal["channels_then_layers", "layers_then_channels", "alternating", "together"] = Field(
-        "channels_then_layers", description="together: a cycle removes channels and blocks in the same cut."
+        "channels_then_layers",
+        description="Which go first; together: a cycle removes channels and blocks in the same cut.",
     )
     alignment: int = Field(
         128,

@@ -1,4 +1,7 @@
-"""Read a configuration from a YAML recipe, overrides and saved runs, and explain in one line what is wrong with it."""
+"""Read a configuration from a YAML recipe, overrides and saved runs, explain in one line what is wrong, and write it.
+
+``layers.py`` puts a recipe's values together.
+"""
 
 import difflib
 import json
@@ -10,7 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptl_rl.config import ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig
+from ptl_rl.config import AnyRecovery, ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig
+from ptl_rl.config.layers import Layers, Location
 
 
 def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
@@ -37,54 +41,65 @@ def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[Base
     return models[0]
 
 
-def _key(path: tuple[int | str, ...], values: dict[str, Any]) -> str:
-    """Where in the recipe a value stands; a single recovery is written without a list and a method."""
+def _key(path: Location, values: dict[str, Any]) -> str:
+    """Where in the recipe a value stands; a single recovery may be written without a list and a method."""
     if path[:1] == ("recovery",) and not isinstance(values.get("recovery"), list):
         path = path[:1] + path[3:]
     return ".".join(str(part) for part in path) or "recipe"
 
 
-def _explain(error: ValidationError, where: str, root: type[BaseModel], values: dict[str, Any]) -> str:
-    lines = []
+def _message(item: Any, root: type[BaseModel]) -> str:
+    if item["type"] != "extra_forbidden":
+        return str(item["msg"]).removeprefix("Value error, ")
+    section = _section_at(root, item["loc"][:-1])
+    names = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
+    return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; there are {', '.join(names)}"
+
+
+def _explain(error: ValidationError, layers: Layers, root: type[BaseModel]) -> str:
+    """One line: each file with what is wrong in it, and each wrong override."""
+    by_place: dict[str, list[str]] = {}
     for item in error.errors():
-        key = _key(item["loc"], values)
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            section = _section_at(root, item["loc"][:-1])
-            names = list(section.model_fields) if section else []
-            close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
-            message = (
-                f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; there are {', '.join(names)}"
+        location, message = item["loc"], _message(item, root)
+        override = layers.override_at(location)
+        if override is None:
+            by_place.setdefault(layers.source(location), []).append(
+                f"{_key(location, layers.base | layers.own)}: {message}"
             )
-        lines.append(f"{key}: {message}")
-    return f"{where}: " + "; ".join(lines)
+        else:
+            key, place = override
+            below = "".join(f".{part}" for part in location[len(place) :])
+            by_place.setdefault(f"setting {key}{below}", []).append(message)
+    return "; ".join(f"{where}: {'; '.join(lines)}" for where, lines in by_place.items())
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
+def _parse(model: type[Model], layers: Layers) -> Model:
     try:
-        return model.model_validate(values)
+        return model.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where, model, values)) from None
+        raise ConfigError(_explain(error, layers, model)) from None
 
 
 def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     """Validate ``values``; raises :class:`ConfigError` whose one message names every wrong key in ``where``."""
-    return _parse(RunConfig, values, where)
+    return _parse(RunConfig, Layers(where, values, values))
 
 
 def score_config(values: dict[str, Any], overrides: list[str]) -> ScoreConfig:
     """Settings of ``ptl score``; raises :class:`ConfigError` as :func:`parse_config` does."""
+    layers = Layers("settings", values, values)
     for override in overrides:
-        _apply_override(values, override)
-    return _parse(ScoreConfig, values, "settings")
+        layers.override(override)
+    return _parse(ScoreConfig, layers)
 
 
 def eval_config(values: dict[str, Any]) -> EvalConfig:
     """Settings of ``ptl eval``; raises :class:`ConfigError` as :func:`parse_config` does."""
-    return _parse(EvalConfig, values, "settings")
+    return _parse(EvalConfig, Layers("settings", values, values))
 
 
 def override_text(key: str, value: Any) -> str:
@@ -102,57 +117,60 @@ def field_map(text: str, where: str) -> FieldMap:
         raise ConfigError(
             f"{where} {text!r}: write a mapping, as {{question: problem, solution: solution, answer: final}}"
         )
-    return _parse(FieldMap, values, where)
+    return _parse(FieldMap, Layers(where, values, values))
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"setting {override!r}: write it as key.sub_key=value")
-    *sections, last = key.split(".")
-    if sections and sections[0] == "verl":
-        sections, last = ["verl"], key.removeprefix("verl.")
-    container: Any = values
-    for depth, section in enumerate(sections):
-        container = _within(container, ".".join(sections[:depth]), section, override)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"setting {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
-    _within(container, ".".join(sections), last, override)
-    container[int(last) if isinstance(container, list) else last] = value
+def read_recipe(recipe: Path) -> dict[str, Any]:
+    """A recipe's values over those of its base, not yet validated.
 
-
-def _within(container: Any, where: str, name: str, override: str) -> Any:
-    """What stands at ``name`` in a section, a new section if nothing does, or in a list."""
-    if isinstance(container, list):
-        if not name.isdecimal() or int(name) >= len(container):
-            raise ConfigError(f"setting {override!r}: {where} is a list of {len(container)}; write its place, from 0")
-        return container[int(name)]
-    if not isinstance(container, dict):
-        raise ConfigError(f"setting {override!r}: {where} is a single value, not a section")
-    if container.get(name) is None:
-        container[name] = {}
-    return container[name]
+    Raises:
+        ConfigError: unreadable file, YAML error (with line), a base that has a base.
+    """
+    return Layers.read(recipe).values
 
 
 def load_config(recipe: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML recipe and apply ``key.sub=value`` overrides.
+    """Read a YAML recipe, with its base, and apply ``key.sub=value`` overrides.
 
     Raises:
-        ConfigError: unreadable file, YAML error (with line), unknown key (with what was meant), value out of bounds.
+        ConfigError: as :func:`read_recipe`, or an unknown key (with what was meant), or a value out of bounds; the
+            message names the file, or the override, that the wrong key stands in.
     """
-    try:
-        values = yaml.safe_load(recipe.read_text())
-    except OSError as error:
-        raise ConfigError(f"{recipe}: cannot read the recipe: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{recipe}: a recipe is a YAML mapping of sections, this is {type(values).__name__}")
+    layers = Layers.read(recipe)
     for override in overrides or []:
-        _apply_override(values, override)
-    return parse_config(values, str(recipe))
+        layers.override(override)
+    return _parse(RunConfig, layers)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines in quotes with ``\\n``, as people write it."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def as_recipe(config: RunConfig) -> str:
+    """YAML without a base that loads to an equal configuration; it states what differs from the defaults.
+
+    Recoveries are always there, as how a cut is recovered is what a reader looks for first.
+    """
+
+    def named(entries: list[AnyRecovery]) -> list[dict[str, Any]]:
+        return [{entry.method: entry.model_dump(exclude_defaults=True, exclude={"method"})} for entry in entries]
+
+    told = config.model_dump(exclude_defaults=True)
+    values: dict[str, Any] = {}
+    for section in RunConfig.model_fields:  # in the order of the code
+        if section == "recovery":
+            values[section] = named(config.recovery)
+        elif section == "recovery_of_cycle" and config.recovery_of_cycle:
+            values[section] = {cycle: named(entries) for cycle, entries in config.recovery_of_cycle.items()}
+        elif section in told:
+            values[section] = told[section]
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

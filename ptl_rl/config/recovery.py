@@ -10,16 +10,20 @@ from ptl_rl.config.section import Section
 class RecoveryConfig(Section):
     """What every way of recovery has."""
 
-    steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or one number per cycle.")
-    learning_rate: float = Field(1e-6, gt=0)
+    steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or a list with one number per cycle.")
+    learning_rate: float = Field(1e-6, gt=0, description="Learning rate of AdamW, after the warm-up.")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="After the warm-up; cosine: to 0."
+        "constant", description="How the learning rate goes on after the warm-up; cosine: to 0."
     )
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    gradient_checkpointing: bool = True
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises from 0.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    gradient_checkpointing: bool = Field(
+        True, description="Compute activations again in the backward pass, which saves memory and costs time."
+    )
     offload: bool = Field(False, description="Keep parameters and optimizer in host memory when not in use.")
-    save_every_steps: int = Field(0, ge=0, description="verl checkpoint within a recovery; 0: at its end only.")
+    save_every_steps: int = Field(
+        0, ge=0, description="Optimizer steps between checkpoints of verl within a recovery; 0: at its end only."
+    )
     verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
 
     @model_validator(mode="after")
@@ -42,13 +46,17 @@ class RecoveryConfig(Section):
 class GrpoConfig(RecoveryConfig):
     """RL from rewards with verl's GRPO trainer and vLLM rollouts."""
 
-    method: Literal["grpo"] = "grpo"
-    prompts_per_step: int = Field(128, ge=1)
-    rollouts_per_prompt: int = Field(8, ge=2, description="Group size of GRPO.")
-    temperature: float = Field(1.0, gt=0)
+    method: Literal["grpo"] = Field("grpo", description="The name of the entry, as in `- grpo: {...}`.")
+    prompts_per_step: int = Field(128, ge=1, description="Prompts of an optimizer step, on all workers together.")
+    rollouts_per_prompt: int = Field(8, ge=2, description="Responses to a prompt; the group size of GRPO.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of rollouts.")
     kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.3, gt=0)
+    clip_low: float = Field(
+        0.2, gt=0, lt=1, description="The policy's probability ratio is clipped at 1 less this, from below."
+    )
+    clip_high: float = Field(
+        0.3, gt=0, description="The policy's probability ratio is clipped at 1 plus this, from above."
+    )
     mini_batch_prompts: int | None = Field(None, ge=1, description="Prompts per policy update; default: all.")
     micro_batch_sequences: int = Field(
         4, ge=1, description="Most sequences of full length per backward pass on each worker."
@@ -71,20 +79,26 @@ class GrpoConfig(RecoveryConfig):
 class CptConfig(RecoveryConfig):
     """Continued pre-training on worked solutions or plain text with verl's SFT trainer."""
 
-    method: Literal["cpt"] = "cpt"
-    learning_rate: float = Field(5e-6, gt=0)
+    method: Literal["cpt"] = Field("cpt", description="The name of the entry, as in `- cpt: {...}`.")
+    learning_rate: float = Field(5e-6, gt=0, description="Learning rate of AdamW, after the warm-up.")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="After the warm-up; cosine: to 0."
+        "cosine", description="How the learning rate goes on after the warm-up; cosine: to 0."
     )
-    warmup_ratio: float | None = Field(0.05, ge=0, lt=1, description="Share of the steps; null: warmup_steps.")
+    warmup_ratio: float | None = Field(
+        0.05, ge=0, lt=1, description="Warm-up as a share of the steps; null: warmup_steps."
+    )
     loss: Literal["all", "response"] = Field(
         "all", description="Tokens that count: question and solution, or the latter."
     )
-    sequences_per_step: int = Field(32, ge=1, description="Global batch; a longer document is several sequences.")
-    tokens_per_step: int | None = Field(
-        None, ge=1, description="Global batch in tokens, on average; takes the place of sequences_per_step."
+    sequences_per_step: int = Field(
+        32, ge=1, description="Sequences of an optimizer step, on all workers together; a longer text is several."
     )
-    max_tokens: int = Field(4096, ge=8, description="A longer solution is cut, a longer text is several sequences.")
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="Tokens of an optimizer step, on average; takes the place of sequences_per_step."
+    )
+    max_tokens: int = Field(
+        4096, ge=8, description="Longest sequence, in tokens; a longer solution is cut, a longer text becomes several."
+    )
     micro_batch_tokens: int = Field(
         16384, ge=8, description="Tokens per backward pass on each worker: as many whole sequences as fit."
     )
@@ -117,16 +131,18 @@ class DistillConfig(GrpoConfig):
     The parent is served by vLLM on GPUs of its own.
     """
 
-    method: Literal["distill"] = "distill"  # type: ignore[assignment]
+    method: Literal["distill"] = Field(  # type: ignore[assignment]
+        "distill", description="The name of the entry, as in `- distill: {...}`."
+    )
     rollouts_per_prompt: int = Field(1, ge=1, description="Responses to a prompt.")
     kl_loss: float = Field(0.0, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
     loss: Literal["forward_kl_topk", "k1"] = Field(
         "forward_kl_topk",
         description="KL over the parent's topk tokens, or (k1) the parent's log-probability as a reward of each token.",
     )
-    topk: int = Field(32, ge=1, description="Of forward_kl_topk.")
+    topk: int = Field(32, ge=1, description="Tokens at each place that forward_kl_topk compares.")
     rewards: bool = Field(False, description="Also learn from the reward function, as GRPO does.")
-    distillation_weight: float = Field(1.0, gt=0, description="Of the distillation loss beside that of rewards.")
+    distillation_weight: float = Field(1.0, gt=0, description="Weight of the distillation loss beside that of rewards.")
     teacher_workers_per_node: int = Field(
         1, ge=1, description="GPUs per node for the parent, taken from resources.workers_per_node; extra on CPU."
     )

@@ -27,9 +27,11 @@ class RewardConfig(Section):
         None, description="Your Python file, or 'code' for unit tests; default: 0.9 accuracy + 0.1 format."
     )
     name: str = Field("compute_score", description="The function in that file, in verl's signature.")
-    accuracy_weight: float = Field(0.9, ge=0, le=1)
-    format_weight: float = Field(0.1, ge=0, le=1)
-    format_style: Literal["boxed", "think_boxed"] = "boxed"
+    accuracy_weight: float = Field(0.9, ge=0, le=1, description="Reward of a right answer, by the shipped function.")
+    format_weight: float = Field(0.1, ge=0, le=1, description="Reward of the right format, by the shipped function.")
+    format_style: Literal["boxed", "think_boxed"] = Field(
+        "boxed", description="The right format: a boxed answer; think_boxed: after one pair of think tags."
+    )
 
     @field_validator("path")
     @classmethod

@@ -25,32 +25,38 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of forward passes and rollouts.")
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto",
-        description="Of scoring and training. auto: flash_attention_2 where it can be had, else sdpa (eager where the "
-        "model caps its attention logits) on padded rows.",
+        description="Attention of scoring and training. auto: flash_attention_2 where it can be had, else sdpa (eager "
+        "where the model caps its attention logits) on padded rows.",
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
 class EvaluationConfig(Section):
     judge: Literal["boxed", "reward"] = Field(
         "boxed", description="Right is a boxed answer that equals the known one, or what reward.path says ('acc')."
     )
-    max_response_tokens: int | None = Field(None, ge=1, description="Default: data.max_response_tokens.")
+    max_response_tokens: int | None = Field(
+        None, ge=1, description="Longest response in an evaluation, in tokens; default: data.max_response_tokens."
+    )
     batch_size: int = Field(128, ge=1, description="Concurrent sequences in vLLM.")
 
 
 class GateConfig(Section):
     """What happens when a cycle's accuracy falls below ``min_accuracy_ratio`` of the starting model's."""
 
-    min_accuracy_ratio: float = Field(0.95, ge=0, le=1)
+    min_accuracy_ratio: float = Field(
+        0.95, ge=0, le=1, description="Least accuracy of a cycle, as a share of the starting model's."
+    )
     max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before anything else.")
     max_retries: int = Field(0, ge=0, description="Cycles taken back and tried again with half the cut, per run.")
-    on_failure: Literal["continue", "stop"] = Field("continue", description="When both of these are used up.")
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue", description="What follows when both of these are used up."
+    )
 
 
 class ResourcesConfig(Section):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    nodes: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there are usable GPUs.")
+    nodes: int = Field(1, ge=1, description="Machines of the Ray cluster that train.")
     workers_per_node: int = Field(1, ge=1, description="GPUs per node; on CPU, worker processes.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine.")
     gpu_memory_utilization: float = Field(0.6, gt=0, lt=1, description="vLLM's share of a GPU during rollouts.")
@@ -76,30 +82,34 @@ class ResourcesConfig(Section):
 
 
 class WatchdogConfig(Section):
-    startup_seconds: int = Field(1800, ge=10, description="A stage without first progress for so long is ended.")
-    stall_seconds: int = Field(3600, ge=5, description="A stage without further progress for so long is ended.")
+    startup_seconds: int = Field(
+        1800, ge=10, description="A stage without first progress for so many seconds ends."
+    )
+    stall_seconds: int = Field(3600, ge=5, description="A stage without further progress for so many seconds ends.")
     attempts: int = Field(2, ge=1, description="Starts of a stage that stalls; one that fails is not started again.")
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(0, ge=0)
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
-    criterion: CriterionConfig = CriterionConfig()
-    schedule: ScheduleConfig
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="Names the run's folder, picture and reports.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is random in a run.")
+    model: ModelConfig = Field(ModelConfig(), description="What is compacted.")
+    data: DataConfig = Field(DataConfig(), description="What scoring, recovery and evaluation read.")
+    calibration: CalibrationConfig = Field(CalibrationConfig(), description="What importance is measured on.")
+    criterion: CriterionConfig = Field(
+        CriterionConfig(), description="How what goes is chosen, and what stays is refit."
+    )
+    schedule: ScheduleConfig = Field(description="How much goes in each cycle.")
     recovery: list[AnyRecovery] = Field(
         [GrpoConfig()], min_length=1, description="Made one after the other; a single one needs no list."
     )
     recovery_of_cycle: dict[int, list[AnyRecovery]] = Field(
         {}, description="Takes the place of recovery in these planned cycles, from 1."
     )
-    reward: RewardConfig = RewardConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    gate: GateConfig = GateConfig()
-    resources: ResourcesConfig = ResourcesConfig()
-    watchdog: WatchdogConfig = WatchdogConfig()
+    reward: RewardConfig = Field(RewardConfig(), description="What RL is paid for.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="How a cycle's accuracy is measured.")
+    gate: GateConfig = Field(GateConfig(), description="What follows when a cycle loses too much accuracy.")
+    resources: ResourcesConfig = Field(ResourcesConfig(), description="Machines, GPUs and their memory.")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="When a stage counts as hanging.")
     verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim, for all its RL trainers (not cpt).")
 
     @field_validator("recovery", mode="before")

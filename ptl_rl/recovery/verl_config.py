@@ -1,10 +1,26 @@
-"""Render a run's configuration into that of verl's RL trainer; ``sft_config.py`` does so for its SFT trainer."""
+"""Render a run's configuration into that of verl's RL trainer; ``sft_config.py`` does so for its SFT trainer.
+
+What one field of the recipe decides comes from the table ``config/verl_keys.py``. Here stands what is computed from
+several, and what is the same for every recipe.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
+from ptl_rl.config.verl_keys import (
+    ACTOR,
+    DYNAMIC,
+    MICRO_SEQUENCES,
+    MICRO_TOKENS,
+    MODEL,
+    REWARD,
+    ROLLOUT,
+    SEED,
+    TEACHER,
+    settings_of,
+)
 from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.families import ModelShape
 from ptl_rl.stage import StageSpec
@@ -13,33 +29,30 @@ ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
 SMALLEST_BUCKET_MIB = {"cpu": 64, "cuda": 2048}
 """On GPUs verl's own."""
-SAVE_ALL = ["hf_model", "model", "optimizer", "extra"]
-"""The first at the last step, the others, from which training can go on, before it."""
 
 
-def checkpoint_settings(recovery: RecoveryConfig, spec: StageSpec) -> dict[str, Any]:
-    """verl's section ``checkpoint``: what is written and read, and the last step, which is written otherwise."""
-    resumable = recovery.save_every_steps > 0
+def common_settings(recovery: RecoveryConfig, spec: StageSpec, checkpoint: str) -> dict[str, Any]:
+    """What both of verl's trainers take alike; ``checkpoint`` is the key of the section on checkpoints."""
     return {
-        "checkpoint._target_": f"{ENGINE_LIBRARY}.StepwiseCheckpointConfig",
-        "checkpoint.last_step": spec.steps,
-        "checkpoint.save_contents": SAVE_ALL if resumable else ["hf_model"],
-        "checkpoint.load_contents": SAVE_ALL[1:] if resumable else [],
+        f"{checkpoint}._target_": f"{ENGINE_LIBRARY}.StepwiseCheckpointConfig",
+        f"{checkpoint}.last_step": spec.steps,  # it is written otherwise than those before it
+        "trainer.device": spec.device,
+        "trainer.logger": ["console", "file"],
+        "trainer.project_name": "ptl-rl",
+        "trainer.total_training_steps": spec.steps,
+        "trainer.total_epochs": spec.steps,  # an epoch has at least one step
+        "trainer.test_freq": -1,
+        "trainer.save_freq": recovery.save_every_steps or spec.steps,
+        "trainer.default_local_dir": str(spec.work / "checkpoints"),
     }
 
 
-def _data(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
-    data = config.data
+def _data(spec: StageSpec) -> dict[str, Any]:
     return {
         "data.train_files": str(spec.work / "train.parquet"),
         "data.val_files": str(spec.work / "validation.parquet"),
-        "data.train_batch_size": recovery.prompts_per_step,
-        "data.max_prompt_length": data.max_prompt_tokens,
-        "data.max_response_length": data.max_response_tokens,
         "data.filter_overlong_prompts": True,
         "data.shuffle": True,
-        "data.seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
-        "data.trust_remote_code": config.model.trust_remote_code,
     }
 
 
@@ -48,7 +61,7 @@ def micro_batch(of_worker: int, most: int) -> int:
     return next(size for size in range(min(of_worker, most), 0, -1) if of_worker % size == 0)
 
 
-def _micro_batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
+def _batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     """How a worker's part of a batch is shared out, alike for updates and for log-probabilities."""
     workers = config.resources.nodes * _trainer_workers(config, recovery, spec.device)
     prompts = recovery.mini_batch_prompts or recovery.prompts_per_step
@@ -57,53 +70,29 @@ def _micro_batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> 
     is_dynamic = recovery.dynamic_batches
     if is_dynamic is None:
         is_dynamic = spec.attention == FLASH
-    tokens = recovery.micro_batch_sequences * (config.data.max_prompt_tokens + config.data.max_response_tokens)
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     return {
-        "actor_rollout_ref.actor.use_dynamic_bsz": is_dynamic,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": tokens,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": sequences,
-    } | {
-        f"actor_rollout_ref.{part}.{key}": value
-        for part in ("ref", "rollout")
-        for key, value in {
-            "log_prob_use_dynamic_bsz": is_dynamic,
-            "log_prob_max_token_len_per_gpu": tokens,
-            "log_prob_micro_batch_size_per_gpu": sequences,
-        }.items()
+        f"{ACTOR}.ppo_mini_batch_size": prompts,
+        f"{ROLLOUT}.max_model_len": longest,
+        **dict.fromkeys(DYNAMIC, is_dynamic),
+        **dict.fromkeys(MICRO_TOKENS, recovery.micro_batch_sequences * longest),
+        **dict.fromkeys(MICRO_SEQUENCES, sequences),
     }
 
 
-def _actor(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
-    seed = config.seed * 1009 + spec.cycle * 31 + spec.round
-    actor = {
-        "strategy": "fsdp2",
-        "optim.lr": recovery.learning_rate,
-        "optim.lr_scheduler_type": recovery.learning_rate_schedule,
-        "optim.lr_warmup_steps": recovery.warmup_steps,
-        "optim.weight_decay": recovery.weight_decay,
-        "ppo_mini_batch_size": recovery.mini_batch_prompts or recovery.prompts_per_step,
-        "clip_ratio": recovery.clip_low,
-        "clip_ratio_low": recovery.clip_low,
-        "clip_ratio_high": recovery.clip_high,
-        "use_kl_loss": recovery.kl_loss > 0,
-        "kl_loss_coef": recovery.kl_loss,
-        "kl_loss_type": "low_var_kl",
-        "data_loader_seed": seed,
-        **checkpoint_settings(recovery, spec),
-        "fsdp_config.seed": seed,
-        "fsdp_config.param_offload": recovery.offload,
-        "fsdp_config.optimizer_offload": recovery.offload,
-        "fsdp_config.dtype": config.model.dtype,
-    }
-    return {f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()} | {
-        "actor_rollout_ref.ref.fsdp_config.param_offload": recovery.offload,
-        "actor_rollout_ref.ref.fsdp_config.dtype": config.model.dtype,
-        "actor_rollout_ref.model.path": str(spec.source),
-        "actor_rollout_ref.model.trust_remote_code": config.model.trust_remote_code,
-        "actor_rollout_ref.model.external_lib": ENGINE_LIBRARY,
-        "actor_rollout_ref.model.enable_gradient_checkpointing": recovery.gradient_checkpointing,
-        "actor_rollout_ref.model.override_config.attn_implementation": spec.attention,
-        "actor_rollout_ref.model.use_remove_padding": spec.attention == FLASH,
+def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    return {
+        f"{ACTOR}.strategy": "fsdp2",
+        f"{ACTOR}.kl_loss_type": "low_var_kl",
+        f"{MODEL}.path": str(spec.source),
+        f"{MODEL}.external_lib": ENGINE_LIBRARY,
+        f"{MODEL}.override_config.attn_implementation": spec.attention,
+        f"{MODEL}.use_remove_padding": spec.attention == FLASH,
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.calculate_log_probs": True,
+        f"{ROLLOUT}.val_kwargs.do_sample": False,
+        f"{ROLLOUT}.val_kwargs.temperature": 0,
+        **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.round),
         **(_engines_in_float32() if config.model.dtype == "float32" else {}),
     }
 
@@ -113,30 +102,12 @@ def _engines_in_float32() -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _rollout(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
-    rollout = {
-        "name": "vllm",
-        "n": recovery.rollouts_per_prompt,
-        "temperature": recovery.temperature,
-        "dtype": config.model.dtype,
-        "tensor_model_parallel_size": config.resources.tensor_parallel_size,
-        "gpu_memory_utilization": config.resources.gpu_memory_utilization,
-        "max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens,
-        "calculate_log_probs": True,
-        "seed": config.seed * 1009 + spec.cycle * 31 + spec.round,
-        "val_kwargs.do_sample": False,
-        "val_kwargs.temperature": 0,
-    }
-    return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
-
-
 def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.file
     settings: dict[str, Any] = {
         "user_path": str(Path(user).resolve()) if user else None,
-        "user_name": config.reward.name,
         "user_keys": user_keys,
     }
     if user is None:
@@ -145,29 +116,16 @@ def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, An
             "format_weight": config.reward.format_weight,
             "format_style": config.reward.format_style,
         }
-    rendered = {f"reward.custom_reward_function.reward_kwargs.{key}": value for key, value in settings.items()}
-    return rendered | {
+    return {f"{REWARD}.{key}": value for key, value in settings.items()} | {
         "reward.custom_reward_function.path": reward.user.__file__,
         "reward.custom_reward_function.name": "compute_score",
     }
 
 
 def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
-    resources = config.resources
     return {
-        "trainer.device": spec.device,
-        "trainer.nnodes": resources.nodes,
+        **common_settings(recovery, spec, f"{ACTOR}.checkpoint"),
         "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
-        "trainer.logger": ["console", "file"],
-        "trainer.project_name": "ptl-rl",
-        "trainer.experiment_name": config.name,
-        "trainer.total_training_steps": spec.steps,
-        "trainer.total_epochs": spec.steps,
-        "trainer.val_before_train": recovery.validate_before,
-        "trainer.test_freq": -1,
-        "trainer.save_freq": recovery.save_every_steps or spec.steps,
-        "trainer.default_local_dir": str(spec.work / "checkpoints"),
-        "trainer.resume_mode": "auto" if recovery.save_every_steps else "disable",
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.rollout_data_dir": None if config.calibration.source == "corpus" else str(spec.work / ROLLOUTS),
         "algorithm.adv_estimator": "grpo",
@@ -180,31 +138,20 @@ def _trainer_workers(config: RunConfig, recovery: GrpoConfig, device: str) -> in
     return config.resources.workers_per_node - teachers
 
 
-def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -> dict[str, Any]:
-    teacher, length = "teacher_models.teacher_model", config.data.max_prompt_tokens + config.data.max_response_tokens
-    settings: dict[str, Any] = {
-        "enabled": True,
-        "n_gpus_per_node": recovery.teacher_workers_per_node,
-        "nnodes": config.resources.nodes,
-        f"{teacher}.model_path": str(spec.parent),
-        f"{teacher}.inference.dtype": config.model.dtype,
-        f"{teacher}.inference.tensor_model_parallel_size": recovery.teacher_tensor_parallel_size,
-        f"{teacher}.inference.gpu_memory_utilization": 0.8,
-        f"{teacher}.inference.max_model_len": length + 1,
-        f"{teacher}.inference.temperature": 1.0,
-        "distillation_loss.loss_mode": recovery.loss,
-        "distillation_loss.topk": recovery.topk,
-        "distillation_loss.use_task_rewards": recovery.rewards,
-        "distillation_loss.use_policy_gradient": recovery.loss == "k1",
-        "distillation_loss.distillation_loss_coef": recovery.distillation_weight,
+def _distillation(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    teacher = {
+        "model_path": str(spec.parent),
+        "inference.gpu_memory_utilization": 0.8,
+        "inference.max_model_len": config.data.max_prompt_tokens + config.data.max_response_tokens + 1,
+        "inference.temperature": 1.0,
     }
     if spec.device == "cpu":
-        settings |= {
-            f"{teacher}.inference.enable_sleep_mode": False,
-            f"{teacher}.inference.free_cache_engine": False,
-            f"{teacher}.inference.enforce_eager": True,
+        teacher |= {
+            "inference.enable_sleep_mode": False,
+            "inference.free_cache_engine": False,
+            "inference.enforce_eager": True,
         }
-    return {f"distillation.{key}": value for key, value in settings.items()}
+    return {"distillation.enabled": True} | {f"{TEACHER}.{key}": value for key, value in teacher.items()}
 
 
 def _bucket(shape: ModelShape, device: str) -> dict[str, Any]:
@@ -213,7 +160,7 @@ def _bucket(shape: ModelShape, device: str) -> dict[str, Any]:
     On CPUs, through shared memory, verl stops at a larger one; on GPUs it would go by a way of its own, seldom used.
     """
     largest = max(shape.vocab_size, shape.intermediate_size) * shape.hidden_size * 4
-    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    key = f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes"
     return {key: max(SMALLEST_BUCKET_MIB[device], -(-largest // 2**20))}
 
 
@@ -229,10 +176,10 @@ def render(
     recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
     settings = {
-        **_data(config, recovery, spec),
-        **_actor(config, recovery, spec),
-        **_micro_batches(config, recovery, spec),
-        **_rollout(config, recovery, spec),
+        **settings_of(config, recovery),
+        **_data(spec),
+        **_policy(config, spec),
+        **_batches(config, recovery, spec),
         **_reward(config, user_keys),
         **_trainer(config, recovery, spec),
     }
@@ -250,7 +197,7 @@ def render(
     if shape is not None:
         settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
-        settings |= _distillation(config, recovery, spec)
+        settings |= _distillation(config, spec)
     return {**settings, **config.verl, **recovery.verl}
 
 
