@@ -164,12 +164,12 @@ class DrivenRun:
         return json.loads((self.path / folder / "config.json").read_text())["made_by"].partition("-")[2]
 
     def processes(self) -> list[psutil.Process]:
-        """Living processes of all stages that this run ever started."""
-        ids = {spec.stage_id for spec in self.specs().values()}
+        """Living processes of all drivers that ever worked on this run, and so of all stages."""
+        ids = {spec.stage_id.partition("-")[0] for spec in self.specs().values()}
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("PTL_STAGE_ID") in ids and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get("PTL_RUN_ID") in ids and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 

@@ -6,6 +6,7 @@ accuracy of an evaluation, or the name of a way to fail. Unlike the real stage i
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,9 +42,14 @@ def _report(spec: dict, done: int) -> None:
         file.write(line + "\n")
 
 
+def _start_another(env: dict[str, str] | None = None) -> None:
+    sleep = [sys.executable, "-c", f"import time; time.sleep({PATIENCE})"]
+    subprocess.Popen(sleep, start_new_session=True, env=env)
+
+
 def _stall(spec: dict) -> None:
     """One step, then silence, here and in a process that is in a session of its own, as Ray's and vLLM's are."""
-    subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({PATIENCE})"], start_new_session=True)
+    _start_another()
     _report(spec, 1)
     time.sleep(PATIENCE)
 
@@ -71,6 +77,8 @@ def _work(spec: dict, act: object) -> dict:
         time.sleep(PATIENCE)
     if act == "raise":
         _raise()
+    if act == "daemon":  # of the run, not of this stage
+        _start_another({name: value for name, value in os.environ.items() if name != "PTL_STAGE_ID"})
     if act != "no files":
         (out / "config.json").write_text(json.dumps(made))
         for name in FILES[spec["name"]]:
@@ -93,6 +101,8 @@ def main() -> None:
         result.write_text(metrics)
     _report(spec, 1)
     _report(spec, 2)
+    if act == "status 3":
+        sys.exit(3)
 
 
 if __name__ == "__main__":

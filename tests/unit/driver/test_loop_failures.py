@@ -51,6 +51,7 @@ def test_a_stage_that_stalls_in_every_attempt_ends_the_run_which_resumes(make_dr
     ("act", "what", "reason"),
     [
         ("raise", "failed (exit status 1)", "RuntimeError: planted: no rows left"),
+        ("status 3", "failed (exit status 3)", "001-slice.1 is at work"),  # whatever it has written
         ("no result", "failed (exit status 0)", "001-slice.1 is at work"),
         (
             "cut short",

@@ -67,7 +67,10 @@ def test_ctrl_c_in_a_stage_leaves_a_run_that_resumes_and_no_process(make_driven,
     run.act({"001-slice.1": "stall"})
     child = start_child(resume_command, run.path, said)
     wait_until((run.folder.logs / "001-slice.1.progress.jsonl").exists, child)
-    assert len(run.processes()) == 2
+    at_work = run.processes()
+    assert len(at_work) == 2
+    sessions = {os.getsid(process.pid) for process in at_work}
+    assert os.getsid(child.pid) not in sessions  # so that a terminal's Ctrl-C reaches the driver alone
     os.kill(child.pid, number)
     child.join(PATIENCE)
     assert child.exitcode == 130

@@ -103,6 +103,17 @@ def test_a_run_that_the_gate_stops_stays_stopped(make_driven):
     assert run.drive().stopped and list(run.specs()) == before
 
 
+def test_what_a_run_started_beside_its_stages_ends_with_it(make_driven):
+    """As the processes of Ray's that no stage owns."""
+    run, seen = make_driven(), []
+    run.act({"001-evaluate": "daemon"})
+    told = Told()
+    told.stop = lambda: seen.extend(run.processes())
+    run.drive(told)
+    assert len(seen) == 1
+    run.check_complete()
+
+
 def test_workers_that_become_free_late_are_waited_for(make_driven, monkeypatch):
     run, asked = make_driven(), []
     monkeypatch.setattr(ray_session, "_end_leftovers", lambda namespaces: None)
