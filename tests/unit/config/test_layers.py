@@ -162,7 +162,7 @@ def test_overrides_know_the_method_of_each_recovery(tmp_path):
     assert load_config(recipe, ["recovery.method=cpt", "recovery.steps=5"]).recovery[0].steps == 5
     assert load_config(recipe, ["recovery={cpt: {steps: 5}}", "recovery.steps=6"]).recovery[0].steps == 6
     recipe.write_text(f"schedule: {{layers_total: 1}}\n{LISTED}\n")
-    with pytest.raises(ConfigError, match=r"the recipe has grpo there, .* setting 'recovery={METHOD"):
+    with pytest.raises(ConfigError, match=r"the recipe has grpo there, .* write 'recovery={METHOD"):
         load_config(recipe, ["recovery.cpt.steps=5"])
     assert load_config(recipe, ["recovery.method=cpt"]).recovery[0].method == "cpt"
 
