@@ -27,6 +27,7 @@ from ptl_rl.config.recipe import parse_config, save_config
 from ptl_rl.cpu.checks import cpu_env_vars
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
+from ptl_rl.data.frozen import freeze
 from ptl_rl.driver.processes import start_stage
 from ptl_rl.driver.ray_session import RaySession
 from ptl_rl.families import read_shape
@@ -131,6 +132,7 @@ class Work:
             work=work / "work",
             progress=work / "progress",
             result=work / "result",
+            data=freeze(self.config, parts, work / "data").folder,
             subset=part,
             subsets=parts,
             remove_channels=64,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ptl_rl.config import AnyRecovery, RunConfig
+from ptl_rl.data.frozen import FrozenData
 
 
 class StageSpec(BaseModel):
@@ -45,7 +46,10 @@ class StageSpec(BaseModel):
     """Folder that outlives a killed stage, for checkpoints within a recovery."""
     progress: Path
     result: Path
+    data: Path
+    """Folder of the run's data, as :func:`ptl_rl.data.frozen.freeze` wrote it."""
     subset: int
+    """Which of the subsets is this cycle's own, from 0."""
     subsets: int
     remove_channels: int
     remove_layers: int
@@ -73,6 +77,11 @@ class StageContext:
     def recovery(self) -> AnyRecovery:
         """What the recipe says of this recovery."""
         return self.config.recoveries(self.spec.planned)[self.spec.part]
+
+    @property
+    def data(self) -> FrozenData:
+        """The run's data; not kept, as the context goes to workers."""
+        return FrozenData(self.spec.data)
 
     @property
     def seed(self) -> int:

@@ -51,6 +51,10 @@ CHANNEL_CRITERIA = (
 )
 
 
+REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
+"""How many reasoning sequences and lines of general text the released code of the paper reads."""
+
+
 class ContrastConfig(Section):
     """General text whose importance is taken off that for reasoning."""
 
@@ -110,6 +114,13 @@ class CriterionConfig(Section):
     @property
     def is_ptl_reference(self) -> bool:
         return self.channels == "ptl_reference" and self.path is None
+
+    @property
+    def contrast_sequences(self) -> int:
+        """How many general texts are read in a cycle."""
+        if self.contrast is None:
+            return 0
+        return REFERENCE_LINES if self.is_ptl_reference else self.contrast.sequences
 
     @model_validator(mode="after")
     def _check(self) -> "CriterionConfig":

@@ -82,9 +82,7 @@ class ResourcesConfig(Section):
 
 
 class WatchdogConfig(Section):
-    startup_seconds: int = Field(
-        1800, ge=10, description="A stage without first progress for so many seconds ends."
-    )
+    startup_seconds: int = Field(1800, ge=10, description="A stage without first progress for so many seconds ends.")
     stall_seconds: int = Field(3600, ge=5, description="A stage without further progress for so many seconds ends.")
     attempts: int = Field(2, ge=1, description="Starts of a stage that stalls; one that fails is not started again.")
 

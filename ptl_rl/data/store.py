@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 BAD_EXAMPLES = 20
+SOURCE = "source"
+"""Column of tables whose records come from several sources; the records of others have the store's name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Store:
 
     @cached_property
     def _columns(self) -> list[tuple[Any, ...]]:
-        names = ("question", "solution", "answer", "id")
+        names = [name for name in ("question", "solution", "answer", "id", SOURCE) if name in self.table.column_names]
         return [tuple(batch.column(name) for name in names) for batch in self.table.to_batches()]
 
     @cached_property
@@ -61,8 +63,8 @@ class Store:
         """The record at a place from 0."""
         batch = bisect.bisect_right(self._starts, row) - 1
         place = row - self._starts[batch]
-        question, solution, answer, identity = (column[place].as_py() for column in self._columns[batch])
-        return Record(question, solution, answer, self.name, identity)
+        question, solution, answer, identity, *source = (column[place].as_py() for column in self._columns[batch])
+        return Record(question, solution, answer, source[0] if source else self.name, identity)
 
     def numbers(self, column: str) -> "numpy.ndarray":
         """A column of numbers, whole."""
@@ -86,15 +88,28 @@ def _schema() -> "pyarrow.Schema":
     return pyarrow.schema([*texts, *numbers])
 
 
+def frozen_schema() -> "pyarrow.Schema":
+    """Of records that come from several sources."""
+    import pyarrow
+
+    return _schema().append(pyarrow.field(SOURCE, pyarrow.string()))
+
+
+def frozen_batch(records: "list[tuple[int, Record]]") -> "pyarrow.RecordBatch":
+    """Numbered records as a batch of :func:`frozen_schema`."""
+    rows = [(*_entry(number, r.question, r.solution, r.answer, r.id), r.source) for number, r in records]
+    return _batch(rows, frozen_schema())
+
+
 def _entry(number: int, question: str, solution: str, answer: str, identity: str) -> tuple[Any, ...]:
     keys = question_key(question, solution), content_key(question, solution)
     return question, solution, answer, identity, number, *keys
 
 
-def _batch(rows: list[tuple[Any, ...]]) -> "pyarrow.RecordBatch":
+def _batch(rows: list[tuple[Any, ...]], schema: "pyarrow.Schema | None" = None) -> "pyarrow.RecordBatch":
     import pyarrow
 
-    schema = _schema()
+    schema = schema or _schema()
     columns = [pyarrow.array(column, f.type) for column, f in zip(zip(*rows, strict=True), schema, strict=True)]
     return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
 

@@ -25,6 +25,7 @@ from ptl_rl.driver.node_facts import versions
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
 from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
+from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
@@ -77,6 +78,7 @@ class Driver:
                 if entries:  # its driver may have ended right after writing the last one
                     self._after(stage_of(entries[-1]), state, entries)
                 if next_stage(state) is not None:
+                    prepare_data(self.config, self.folder, entries)
                     state = self._loop(entries, state)
             finally:
                 self.display.stop()
@@ -146,6 +148,7 @@ class Driver:
             work=folder.work(stage),
             progress=folder.logs / f"{label}.progress.jsonl",
             result=folder.logs / f"{label}.result.json",
+            data=folder.data,
             subset=max(0, stage.cycle - 1),
             subsets=data_subsets(self.config),
             remove_channels=cut.channels,

@@ -33,6 +33,7 @@ class RunFolder:
         self.path = path.resolve()
         self.config = self.path / "config.json"
         self.journal = self.path / "journal.jsonl"
+        self.data = self.path / "data"
         self.logs = self.path / "logs"
         self.reward_errors = self.logs / "reward_errors.jsonl"
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ptl_rl.config import RunConfig
-from ptl_rl.data.prepare import evaluation_data
 from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.evaluation.judge import judge
 from ptl_rl.families import read_shape
@@ -147,7 +146,7 @@ def evaluate(context: StageContext) -> dict:
 
     config, spec = context.config, context.spec
     context.connect_ray()
-    records = list(evaluation_data(config, "test"))
+    records = list(context.data.evaluation("test"))
     max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
     prompts = _prompt_ids(config, spec.source, [record.question for record in records])
     answers, seconds = _generate(context, prompts, max_tokens)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config.pruning import REFERENCE_PROMPTS
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.assumptions import Assumptions
 from ptl_rl.planning.disk import RESUMABLE_BYTES, WEIGHT_BYTES, saves
@@ -15,7 +16,6 @@ from ptl_rl.planning.serving_memory import Engine
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 """verl key with which rollouts' own log-probabilities are taken, so that none are computed again."""
 MEASURED_CHANNELS = 18944
-REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
 """Of the criterion ``ptl_reference``, as in ``pruning/score/criteria.py``."""
 FINALISTS = 4
 """Of ``leave_one_out``, as in ``pruning/absorption.py``."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ptl_rl.config import CriterionConfig
+from ptl_rl.config.pruning import REFERENCE_LINES, REFERENCE_PROMPTS
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.choose import blocks
 from ptl_rl.pruning.choose.absorption import FINALISTS, LeaveOneOut, groups
@@ -21,8 +22,6 @@ from ptl_rl.pruning.model import PrunableModel, barrier
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.criteria import (
     LAYER_CRITERIA,
-    REFERENCE_LINES,
-    REFERENCE_PROMPTS,
     channel_importance,
     load_criterion,
     needs_of,

@@ -6,17 +6,16 @@ from safetensors.torch import load_file
 
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.engine import Losses
-from ptl_rl.pruning.score.texts import calibration_texts, general_texts
+from ptl_rl.pruning.score.texts import calibration_texts, texts_of
 from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.stage import StageContext
 
 
 def subset_records(context: StageContext) -> Sequence[Record]:
     """The records of this cycle's own subset of what is scored on."""
-    return partition(worked_solutions(context.config), context.spec.subsets)[context.spec.subset]
+    return partition(context.data.worked_solutions(), context.spec.subsets)[context.spec.subset]
 
 
 def _worker_group(context: StageContext):
@@ -36,7 +35,7 @@ def score(context: StageContext) -> dict:
     context.connect_ray()
     records = subset_records(context)
     texts = calibration_texts(context.config, context.spec, records)
-    general = general_texts(context.config.criterion, context.config.seed, context.config.data.max_bad_fraction)
+    general = texts_of(context.data.contrast(), "")
     workers = _worker_group(context)
     metrics = workers.score(texts, general)[0]
     return {

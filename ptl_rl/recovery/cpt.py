@@ -8,7 +8,6 @@ from typing import Any
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prepare import worked_solutions
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
@@ -73,7 +72,7 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
     if not recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
-    records = partition(worked_solutions(config), spec.subsets)[spec.subset]
+    records = partition(context.data.worked_solutions(), spec.subsets)[spec.subset]
     tokenizer = AutoTokenizer.from_pretrained(spec.source, trust_remote_code=config.model.trust_remote_code)
     path = spec.work / "sequences.arrow"
     counts = write_sequences(

@@ -9,7 +9,6 @@ from typing import Any
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prepare import evaluation_data, training_data
 from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.families import read_shape
 from ptl_rl.recovery.checkpoints import Checkpoints
@@ -60,8 +59,8 @@ def _select(data: dict[str, Any]) -> dict[str, float]:
 
 def _prepare(context: StageContext) -> tuple[Sequence[Record], Path]:
     config, spec = context.config, context.spec
-    records = partition(training_data(config), spec.subsets)[spec.subset]
-    validation = evaluation_data(config, "validation")
+    records = partition(context.data.training(), spec.subsets)[spec.subset]
+    validation = context.data.evaluation("validation")
     if not context.recovery.save_every_steps:
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ def small_config(**sections: Any) -> RunConfig:
     values = {
         "name": "driven",
         "model": {"path": "testbed"},
+        "data": {"train": {"path": "testbed:rl", "rows": 64}},
         "schedule": {"channels_per_cycle": [480], "alignment": 16},
         "gate": {"max_extensions": 0},
         "resources": {"device": "cpu"},

@@ -25,10 +25,6 @@ class CriterionError(UserError, ValueError):
     """A criterion that cannot be had, or that returned something else than importances; names file and function."""
 
 
-REFERENCE_PROMPTS, REFERENCE_LINES = 10, 1000
-"""How many reasoning sequences and lines of general text the released code of the paper reads."""
-
-
 def reads(
     *, sums: tuple[str, ...] = tuple(CHANNEL_SUMS), gradients: bool = False, last_tokens: bool = False
 ) -> Callable[[ChannelCriterion], ChannelCriterion]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from ptl_rl.config import CriterionConfig, RunConfig
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record, load_corpus
-from ptl_rl.pruning.score.criteria import REFERENCE_LINES
 from ptl_rl.stage import StageSpec
 
 
@@ -54,5 +53,5 @@ def general_texts(criterion: CriterionConfig, seed: int, max_bad_fraction: float
     """
     if criterion.contrast is None:
         return Texts()
-    count = REFERENCE_LINES if criterion.is_ptl_reference else criterion.contrast.sequences
-    return texts_of(load_corpus(criterion.contrast.data, seed, max_bad_fraction)[:count], "")
+    corpus = load_corpus(criterion.contrast.data, seed, max_bad_fraction)
+    return texts_of(corpus[: criterion.contrast_sequences], "")

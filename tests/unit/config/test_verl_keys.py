@@ -69,7 +69,7 @@ def rendered(config):
     spec = StageSpec(
         name="recover", cycle=1, round=0, device="cuda", attention="sdpa", ray_address="x", stage_id="x", subset=0,
         subsets=1, remove_channels=64, remove_layers=0, removed_layers=0, steps=5, alignment=64,
-        **{part: folder / part for part in ("source", "parent", "out", "work", "progress", "result")},
+        **{part: folder / part for part in ("source", "parent", "out", "work", "progress", "result", "data")},
     )  # fmt: skip
     if recovery.method == "cpt":
         return render_sft(config, recovery, spec, folder / "s.arrow", recovery.sequences_per_step)

@@ -5,6 +5,7 @@ import json
 import pytest
 from driven_runs import DrivenRun, Session, Told, labels_of
 
+from ptl_rl.config import ConfigError
 from ptl_rl.driver import loop, ray_session
 from ptl_rl.driver.loop import StageFailed
 from ptl_rl.stage import StageContext
@@ -145,3 +146,23 @@ def test_workers_that_stay_held_end_the_run_in_a_sentence(make_driven, monkeypat
     run.drive()
     run.check_complete()
     assert run.starts("001-score") == 1
+
+
+def test_the_data_is_frozen_before_the_first_stage_and_a_change_is_refused(make_driven):
+    run = make_driven()
+    run.act({"001-slice": "raise"})
+    with pytest.raises(StageFailed):
+        run.drive()
+    assert {spec.data for spec in run.specs().values()} == {run.path / "data"}
+    before = {path.name: path.read_bytes() for path in (run.path / "data").iterdir()}
+    assert set(before) == {"data.json", "train.arrow", "validation.arrow", "test.arrow"}
+    run.act({})
+    test = run.path / "data/test.arrow"
+    test.write_bytes(before["test.arrow"].replace(b"marbles", b"Marbles") + b" ")
+    with pytest.raises(ConfigError, match=r"test\.arrow: the run's data was changed; put it back as it was"):
+        run.drive()
+    assert run.starts("001-slice") == 1
+    test.write_bytes(before["test.arrow"])
+    run.drive()
+    run.check_complete()
+    assert {path.name: path.read_bytes() for path in (run.path / "data").iterdir()} == before

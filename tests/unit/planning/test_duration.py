@@ -12,7 +12,7 @@ from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES, read_shape, shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.planning.assumptions import CPU, Assumptions
-from ptl_rl.planning.duration import FINALISTS, REFERENCE_LINES, REFERENCE_PROMPTS, Clock, score_passes
+from ptl_rl.planning.duration import FINALISTS, Clock, score_passes
 from ptl_rl.planning.hardware import GPUS, this_machine
 from ptl_rl.planning.memory import Planned
 from ptl_rl.planning.rows import evaluation_rows, known_rows, unnamed_notes
@@ -20,7 +20,6 @@ from ptl_rl.planning.schedule import Cut, planned_cuts
 from ptl_rl.planning.serving_memory import Engine
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose import absorption
-from ptl_rl.pruning.score import criteria
 
 QWEN, LLAMA = (
     shape_from_config(PUBLISHED[name], FAMILIES, name) for name in ("Qwen/Qwen2.5-7B", "meta-llama/Meta-Llama-3-8B")
@@ -140,7 +139,6 @@ def test_scoring_makes_as_many_passes_as_the_engine_does(
 
 
 def test_constants_are_the_engine_s():
-    assert (REFERENCE_PROMPTS, REFERENCE_LINES) == (criteria.REFERENCE_PROMPTS, criteria.REFERENCE_LINES)
     assert FINALISTS == absorption.FINALISTS
 
 

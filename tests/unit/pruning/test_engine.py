@@ -17,6 +17,7 @@ from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose import blocks
 from ptl_rl.pruning.choose.absorption import absorb, lookup
 from ptl_rl.pruning.choose.choice import make_plan
+from ptl_rl.pruning.compensate import block_moments
 from ptl_rl.pruning.masking import masked, skipped
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.calibration import batches_for_rank
@@ -256,7 +257,7 @@ def contribution(model, removed: int, predecessor: int) -> tuple[torch.Tensor, t
 def test_block_compensation_is_the_regression(family, make_checkpoint):
     folder = make_checkpoint(family)
     prunable = policy_of(folder, family)
-    moments = blocks.BlockMoments(removed=2, predecessor=1)
+    moments = block_moments.BlockMoments(removed=2, predecessor=1)
     stream(prunable.model, prunable.family, prunable.batches(sequences()), [moments], CPU)
     gain_o, gain_down = moments.solve(32, 1e-9)
     x_NX, y_NH, total = contribution(prunable.model, 2, 1)
@@ -275,7 +276,7 @@ def test_normed_block_compensation_is_the_regression(family, make_checkpoint):
     norm = block.post_feedforward_layernorm
     norm.weight.data.normal_(0, 0.7, generator=torch.Generator().manual_seed(0))  # of both signs, with the offset
     norm_H = 1 + norm.weight.data
-    moments = blocks.NormedBlockMoments(2, 1, norm_H, norm.eps)
+    moments = block_moments.NormedBlockMoments(2, 1, norm_H, norm.eps)
     stream(prunable.model, prunable.family, prunable.batches(sequences()), [moments], CPU)
     down_HC, new_norm_H = moments.solve(block.mlp.down_proj.weight, 1e-9)
     # Again by the definition, from rows that are collected apart.

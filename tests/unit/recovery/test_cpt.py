@@ -82,7 +82,7 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
             "resources": {"workers_per_node": workers},
         }
     )  # fmt: skip
-    names = ("source", "parent", "out", "work", "progress", "result")
+    names = ("source", "parent", "out", "work", "progress", "result", "data")
     spec = StageSpec(
         name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0,
         subsets=1, remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,

@@ -35,6 +35,7 @@ def spec(device: str, folder: Path, attention: str = "sdpa") -> StageSpec:
         work=folder / "work",
         progress=folder / "progress.jsonl",
         result=folder / "result.json",
+        data=folder / "data",
         subset=0,
         subsets=1,
         remove_channels=64,

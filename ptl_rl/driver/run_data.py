@@ -1,0 +1,49 @@
+"""The data of a run before its next stage: written into its folder once, and held against what is known of it."""
+
+from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.data.frozen import REMEDY, FrozenData, freeze
+from ptl_rl.data.records import DataError
+from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.run_folder import RunFolder
+from ptl_rl.driver.state import data_subsets
+
+
+def prepare_data(config: RunConfig, folder: RunFolder, entries: list[Entry]) -> None:
+    """Freeze the data of a run that has none yet, and compare its hashes.
+
+    A run of an earlier version has none, though stages have read it: then the sources must still give what these read.
+
+    Raises:
+        ConfigError: a source cannot be used any more, or the rows are not those that the run began with.
+    """
+
+    def compare(data: FrozenData) -> None:
+        for entry in entries:
+            _compare(config, data, entry)
+
+    data = FrozenData(folder.data)
+    try:
+        if data.exists:
+            data.check()
+            compare(data)
+        else:
+            freeze(config, data_subsets(config), folder.data, compare)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _compare(config: RunConfig, data: FrozenData, entry: Entry) -> None:
+    """Hold the subset that a finished stage has read against the run's."""
+    read = entry.metrics.get("subset_hash")
+    if read is None:
+        return
+    is_solutions = entry.stage == "score" or entry.metrics.get("method") == "cpt"
+    name = data.name_of_solutions if is_solutions else "train"
+    frozen = dict(enumerate(data.sets[name]["subsets"], 1)).get(entry.cycle)
+    if read != frozen:
+        sources = config.data.corpus_sources if name == "corpus" else config.data.train_sources
+        paths = ", ".join(source.path for source in sources)
+        raise ConfigError(
+            f"{data.folder.parent}: cycle {entry.cycle} read other rows of data.{name} than there are now (hash {read}, "
+            f"now {frozen}): {paths} was changed since; {REMEDY}"
+        )
