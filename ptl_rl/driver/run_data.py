@@ -44,6 +44,6 @@ def _compare(config: RunConfig, data: FrozenData, entry: Entry) -> None:
         sources = config.data.corpus_sources if name == "corpus" else config.data.train_sources
         paths = ", ".join(source.path for source in sources)
         raise ConfigError(
-            f"{data.folder.parent}: cycle {entry.cycle} read other rows of data.{name} than there are now (hash {read}, "
-            f"now {frozen}): {paths} was changed since; {REMEDY}"
+            f"{data.folder.parent}: cycle {entry.cycle} read other rows of data.{name} than there are now "
+            f"(hash {read}, now {frozen}): {paths} was changed since; {REMEDY}"
         )
