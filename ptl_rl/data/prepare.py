@@ -1,6 +1,6 @@
 """The data of a run: sources merged, repeats and copies of evaluation questions left out, in a seeded order.
 
-Every stage prepares them again from the configuration alone, and the cache makes that cheap. Rows are compared with
+They are prepared from the configuration alone, and the cache makes it cheap to do that again. Rows are compared with
 those of sources named before theirs, so the first of several copies stays; only rows that are used count.
 """
 
