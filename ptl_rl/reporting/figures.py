@@ -5,7 +5,7 @@ from typing import Any
 
 from ptl_rl.reporting.run_data import Removed, RunData
 
-BLUE, RED, GREY = "#1f4e8c", "#b8413b", "#d9dee7"
+BLUE, GREY = "#1f4e8c", "#d9dee7"
 STAGE_COLOURS = {"score": "#7aa6c2", "slice": "#c9a227", "recover": "#1f4e8c", "evaluate": "#8a9a5b"}
 STAYS = "#f2f4f7"
 MOST_COLUMNS = 2048

@@ -84,9 +84,7 @@ def confine(folder: str, without: list[str]) -> list[str]:
     """
     held = []
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    abi = (
-        0 if "landlock" in without else max(0, _syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
-    )
+    abi = 0 if "landlock" in without else max(0, _landlock_version())
     writable = abi >= _WRITABLE_FROM_ABI
     if abi > 0 and _restrict_paths(folder, abi, writable):
         held.append("landlock")
