@@ -58,10 +58,18 @@ def load_recipe(recipe: Place, settings: Mapping[str, Any] | Iterable[str] = ())
     Raises:
         UserError: a file that cannot be read, an unknown key, a value out of bounds; names the file and the key.
     """
-    from ptl_rl.config.recipe import load_config, override_text
+    from ptl_rl.config.recipe import load_config
 
-    texts = [override_text(*item) for item in settings.items()] if isinstance(settings, Mapping) else list(settings)
-    return load_config(Path(recipe), texts)
+    return load_config(Path(recipe), _texts(settings))
+
+
+def _texts(settings: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    from ptl_rl.config.recipe import override_text
+    from ptl_rl.errors import UserError
+
+    if isinstance(settings, str):
+        raise UserError(f"`settings` {settings!r}: give a mapping, or a list of such texts")
+    return [override_text(*item) for item in settings.items()] if isinstance(settings, Mapping) else list(settings)
 
 
 def start(
@@ -116,7 +124,7 @@ def run(
     elif settings:
         from ptl_rl.errors import UserError
 
-        raise UserError("settings: they override a recipe's file; this recipe is read already")
+        raise UserError("`settings`: they override a recipe's file; this recipe is read already")
     console = console or _console()
     place, notes = start(recipe, folder)
     for note in notes:
@@ -156,8 +164,8 @@ def result(folder: Place, stopped: bool = False) -> RunResult:
 
 
 def score(
-    model: str,
-    data: str,
+    model: Place,
+    data: Place,
     out: Place,
     *,
     remove_channels: str | int = 0,
@@ -180,14 +188,16 @@ def score(
     Raises:
         UserError: a model, data or setting that cannot be used.
     """
-    from ptl_rl.config.recipe import override_text, score_config
+    from ptl_rl.config.recipe import score_config
+    from ptl_rl.errors import UserError
     from ptl_rl.pruning.command import score_model
 
-    texts = [override_text(*item) for item in settings.items()] if isinstance(settings, Mapping) else list(settings)
+    if alignment < 1:
+        raise UserError(f"`alignment` {alignment}: at least 1")
     plan, losses = score_model(
-        model,
+        str(model),
         Path(out),
-        score_config({"data": {"path": data}}, texts),
+        score_config({"data": {"path": str(data)}}, _texts(settings)),
         remove_channels=str(remove_channels),
         remove_layers=remove_layers,
         alignment=alignment,
@@ -196,7 +206,7 @@ def score(
     return ScoreResult(Path(out), plan, losses)
 
 
-def slice(model: str, plan: Place, out: Place, *, check: bool = True, progress: Count = _count) -> float | None:
+def slice(model: Place, plan: Place, out: Place, *, check: bool = True, progress: Count = _count) -> float | None:
     """Cut a model down to a plan: an ordinary Hugging Face folder again.
 
     Args:
@@ -213,15 +223,15 @@ def slice(model: str, plan: Place, out: Place, *, check: bool = True, progress: 
     """
     from ptl_rl.pruning.command import slice_model
 
-    return slice_model(model, Path(plan), Path(out), check=check, progress=progress)
+    return slice_model(str(model), Path(plan), Path(out), check=check, progress=progress)
 
 
 def evaluate(
-    model: str,
+    model: Place,
     tasks: Iterable[str],
     out: Place | None = None,
     *,
-    data: Mapping[str, str] | None = None,
+    data: Mapping[str, Place] | None = None,
     limit: int | None = None,
     max_tokens: int | None = None,
     max_model_tokens: int | None = None,
@@ -257,8 +267,8 @@ def evaluate(
 
     command.quieten_libraries()
     values = {
-        "tasks": list(tasks),
-        "data": dict(data or {}),
+        "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
+        "data": {name: str(place) for name, place in (data or {}).items()},
         "limit": limit,
         "max_tokens": max_tokens,
         "max_model_tokens": max_model_tokens,
@@ -270,9 +280,9 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     config = eval_config(values)
-    place = Path(out) if out is not None else command.default_folder(model)
+    place = Path(out) if out is not None else command.default_folder(str(model))
     check_writable(place)
-    folder, prepared = command.prepare(model, config)
+    folder, prepared = command.prepare(str(model), config)
     return command.evaluate_model(folder, prepared, config, place, starting=starting, judged=judged)
 
 
@@ -285,11 +295,13 @@ def report(folders: Place | Iterable[Place], out: Place | None = None) -> Path:
     Raises:
         UserError: a folder that is no run's, or holds nothing yet that was evaluated.
     """
-    from ptl_rl.errors import check_new_file
+    from ptl_rl.errors import UserError, check_new_file
     from ptl_rl.reporting.html import page
     from ptl_rl.reporting.run_data import RunData
 
     runs = [RunData(Path(folder)) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    if not runs:
+        raise UserError("`folders`: name at least one run")
     place = Path(out) if out is not None else runs[0].folder / "report.html"
     check_new_file(place)
     place.write_text(page(runs))

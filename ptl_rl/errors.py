@@ -18,6 +18,18 @@ class OutputError(UserError, OSError):
     """A place that cannot be written to, or that holds something."""
 
 
+class PathError(UserError, ValueError):
+    """A path that cannot be one."""
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` as the home folder; raises :class:`PathError` where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise PathError(f"{path}: there is no such user, so no such home folder; write the whole path") from None
+
+
 def check_new_folder(out: Path) -> None:
     """Raise :class:`OutputError` unless ``out`` is an empty folder, or can become one."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

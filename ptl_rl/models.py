@@ -4,9 +4,26 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError
+from ptl_rl.errors import expanded
 from ptl_rl.testbed import shipped_checkpoint
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece.*")
+"""Files of which a tokenizer has at least one."""
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise :class:`ConfigError` for a model's folder without a vocabulary.
+
+    transformers would make an empty tokenizer of its configuration, for which every text is empty.
+    """
+    custom = folder / "tokenizer_config.json"
+    has_code = custom.is_file() and '"auto_map"' in custom.read_text(errors="replace")
+    if not has_code and not any(list(folder.glob(pattern)) for pattern in VOCABULARIES):
+        raise ConfigError(
+            f"{folder}: has no tokenizer (none of {', '.join(VOCABULARIES)}); copy its files from the model that it "
+            "comes from"
+        )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -17,6 +34,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:  # what transformers raises for files that do not fit
@@ -39,7 +57,7 @@ def resolve_model(name: str, weights: bool = True, setting: str = "model.path") 
             return shipped
     except ValueError as error:
         raise ConfigError(f"{setting}: {error}") from None
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

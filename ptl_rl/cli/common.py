@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -45,15 +45,23 @@ Settings = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a shipped model: 'testbed:llama'.")]
 
 
+def _options(function: Callable[..., Any]) -> dict[str, str]:
+    """Parameter to option: the name that its declaration gives, else the one that typer makes of it."""
+    found = {}
+    for parameter in inspect.signature(function).parameters.values():
+        for part in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(part, OptionInfo):
+                # In ``Annotated`` an option's first name stands in ``default`` until typer reads the function.
+                given = [str(name) for name in (part.default, *(part.param_decls or ())) if str(name).startswith("--")]
+                found[parameter.name] = given[0] if given else f"--{parameter.name.replace('_', '-')}"
+    return found
+
+
 def command(name: str | None = None) -> Callable[[Function], Function]:
     """Make a function a command that ends as all do: a sentence for what a user can mend, else a kept traceback."""
 
     def decorate(function: Function) -> Function:
-        options = [
-            parameter.name
-            for parameter in inspect.signature(function).parameters.values()
-            if any(isinstance(part, OptionInfo) for part in getattr(parameter.annotation, "__metadata__", ()))
-        ]
+        options = _options(function)
 
         @functools.wraps(function)
         def ended(*arguments: Any, **named: Any) -> Any:
@@ -73,18 +81,13 @@ def command(name: str | None = None) -> Callable[[Function], Function]:
     return decorate
 
 
-def in_options(message: str, options: list[str]) -> str:
-    """An error's words for a parameter as an option of the command: ``run_dir`` becomes ``--run-dir``.
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """An error's words for the command line: a parameter in backticks, as ``run_dir``, becomes ``--run-dir``.
 
-    A name of one word (``data``) is one only in backticks, or where the message begins with it.
+    Args:
+        options: parameter to option, as the command spells it.
     """
-    for name in [name for name in options if name != "settings"]:
-        pattern = rf"(?<![\w./-]){name}(?![\w.=/])" if "_" in name else rf"^{name}(?=[ :])"
-        message = message.replace(f"`{name}`", f"--{name.replace('_', '-')}")
-        message = re.sub(pattern, f"--{name.replace('_', '-')}", message)
-    if "settings" in options:
-        message = re.sub(r"(?<![\w.])settings? (?='|[\w.]+[:=])", "--set ", re.sub(r"^settings(?= )", "--set", message))
-    return message
+    return re.sub(r"`(\w+)`", lambda found: options.get(found[1], found[0]), message)
 
 
 def refuse(message: str) -> NoReturn:

@@ -30,9 +30,9 @@ def doctor(
     from ptl_rl.driver.doctor import examine, stops
 
     if settings and recipe is None:
-        raise ConfigError("settings change a recipe; name one")
+        raise ConfigError("`settings`: they change a recipe, and none is named")
     if lock is not None and not lock.is_file():
-        raise ConfigError(f"lock {lock}: no such file")
+        raise ConfigError(f"`lock` {lock}: no such file")
     config = load_recipe(recipe, settings or []) if recipe is not None else None
     findings = examine(config, run_dir, lock)
     if as_json:

@@ -45,7 +45,7 @@ def init(
     from ptl_rl.reporting.data_table import reading_bars
 
     check_out(out, force=force)
-    columns = field_map(fields, "fields") if fields is not None else None
+    columns = field_map(fields, "`fields`") if fields is not None else None
     wishes = Wishes(model, data, recovery, remove, reward, gpus, columns)
     with interruptible("nothing was written"), reading_bars(make_console(stderr=True)) as progress:
         write_recipe(new_recipe(wishes, progress), out, force=force)

@@ -17,14 +17,15 @@ def _list_tasks(wanted: bool) -> None:
     from ptl_rl.reporting.eval_table import task_table
 
     if wanted:
-        make_console().print(task_table())
+        make_console().print(task_table("--data"))
         raise typer.Exit
 
 
 def _default_folder(model: str) -> Path:
-    from ptl_rl.evaluation.command import default_folder, quieten_libraries
+    from ptl_rl.evaluation.command import default_folder, quieten_exit, quieten_libraries
 
     quieten_libraries()  # before vLLM is imported
+    quieten_exit()
     return default_folder(model)
 
 
@@ -35,7 +36,7 @@ def _by_task(entries: list[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not equals or not path:
-            raise ConfigError(f"data {entry}: give TASK=FILE, e.g. gsm8k=gsm8k_test.jsonl")
+            raise ConfigError(f"`data` {entry}: give TASK=FILE, e.g. gsm8k=gsm8k_test.jsonl")
         found[name] = path
     return found
 
@@ -69,7 +70,8 @@ def evaluate(
     """Evaluate a model on tasks of mathematics and code; an interrupted evaluation goes on where it was."""
     from ptl_rl import api
 
-    console, place = make_console(), out or _default_folder(model)
+    console, default = make_console(), _default_folder(model)
+    place = out or default
     with (
         interruptible(f"finished tasks are kept in {place}; the same command goes on"),
         bar(console, "judging") as judged,
@@ -116,7 +118,7 @@ def speed(
     from dataclasses import asdict, replace
 
     from ptl_rl.errors import UserError, check_new_file
-    from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
+    from ptl_rl.evaluation.command import prepare_machine, quieten_exit, quieten_libraries
     from ptl_rl.evaluation.speed import Load, measure
     from ptl_rl.families import read_shape
     from ptl_rl.models import resolve_model
@@ -127,6 +129,7 @@ def speed(
     for number in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the former: set both
         signal.signal(number, signal.default_int_handler)
     quieten_libraries()
+    quieten_exit()
     folders = [resolve_model(model, setting="MODEL") for model in models]
     for folder in folders:
         read_shape(folder)

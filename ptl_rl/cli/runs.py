@@ -126,7 +126,7 @@ def plan(
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
     if resolved and as_json:
-        raise ConfigError("json and resolved print different things; give one of them")
+        raise ConfigError("`as_json` and `resolved` print different things; give one of them")
     config = load_recipe(recipe, settings or [])
     if resolved:
         print(as_recipe(config), end="")

@@ -103,8 +103,8 @@ class DataConfig(Section):
     )
     test: SourceConfig | None = Field(
         None,
-        description="Problems that every cycle is judged on. Default: rows held out of train (of corpus, where no "
-        "recovery answers prompts); the test bed's own where all of that is the test bed's.",
+        description="Problems that every cycle is judged on. Default: rows held out of train (of corpus, where train "
+        "is not set or has no answers); the test bed's own where all of that is the test bed's.",
     )
     held_out: float = Field(
         0.2,
@@ -118,8 +118,10 @@ class DataConfig(Section):
         description="Appended to every question. Default: the instruction to reason and to box the answer, where "
         "answers are judged by their box; none for problems of the test bed.",
     )
-    max_prompt_tokens: int = Field(1024, ge=1, description="Longer questions lose their beginning.")
-    max_response_tokens: int = Field(3072, ge=1, description="Longer responses are cut, and so mostly wrong.")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Longest prompt, in tokens; RL leaves longer ones out, evaluation cuts their beginning."
+    )
+    max_response_tokens: int = Field(3072, ge=1, description="Longest response, in tokens; generation ends there.")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="Share of malformed rows that is dropped.")
     deduplicate: Literal["question", "exact", "off"] = Field(
         "question",
@@ -151,8 +153,18 @@ class DataConfig(Section):
         return self.corpus if isinstance(self.corpus, list) else [self.corpus]
 
     def learnt(self, train: bool) -> tuple[Literal["train", "corpus"], list[SourceConfig]]:
-        """Name and sources of what evaluation sets are held out of where none are named; ``train``: train is read."""
-        return ("train", self.train_sources) if train or self.corpus is None else ("corpus", self.corpus_sources)
+        """Name and sources of what evaluation sets are held out of where none are named.
+
+        That is train wherever it is set and may have answers, whatever the recovery, so that different recoveries on
+        the same data are judged on the same problems.
+
+        Args:
+            train: training prompts are answered, so that train is read where it is not set, too.
+        """
+        is_usable = self.train is not None and any(source.may_have_answers for source in self.train_sources)
+        if self.corpus is None or is_usable or (train and self.train is None):
+            return "train", self.train_sources
+        return "corpus", self.corpus_sources
 
     def evaluation_set(self, name: EvaluationSet, train: bool) -> SourceConfig | None:
         """The source of an evaluation set; None: rows held out of :meth:`learnt`."""

@@ -10,6 +10,7 @@ import yaml
 
 from ptl_rl.config.recovery import METHODS, recovery_entry
 from ptl_rl.config.section import ConfigError
+from ptl_rl.errors import expanded
 
 Values = dict[str, Any]
 Location = tuple[int | str, ...]
@@ -27,7 +28,7 @@ def read_yaml(recipe: Path, said_by: str = "") -> Values:
         values = yaml.safe_load(recipe.read_text())
     except OSError as error:
         raise ConfigError(f"{recipe}: cannot read the recipe{said_by}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a YAML mapping of sections, this is {type(values).__name__}")
@@ -69,7 +70,7 @@ class Layers:
         named = own.pop("base")
         if not isinstance(named, str):
             raise ConfigError(f"{recipe}: base: name one other recipe by its path, relative to this one's folder")
-        path = recipe.parent / Path(named).expanduser()
+        path = recipe.parent / expanded(named)
         base = read_yaml(path, f" (the base of {recipe}; copy both)")
         if "base" in base:
             raise ConfigError(
@@ -93,7 +94,7 @@ class Layers:
             told = tuple(map(str, part))
             for key, place in reversed(self.set):
                 if place[:length] == told:
-                    return f"setting {key}"
+                    return f"`settings` {key}"
         return self.name
 
     def override_at(self, location: Location) -> tuple[str, Location] | None:
@@ -127,9 +128,9 @@ def apply_override(values: Values, override: str) -> tuple[str, Location]:
     """Set one ``key.sub_key=value``; returns the key as written, and the place in ``values`` that it came to."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"setting {override!r}: write it as key.sub_key=value")
+        raise ConfigError(f"`settings` {override!r}: write it as key.sub_key=value")
     if key == "base":
-        raise ConfigError(f"setting {override!r}: a base is named in the recipe's file alone; write it there")
+        raise ConfigError(f"`settings` {override!r}: a base is named in the recipe's file alone; write it there")
     place = tuple(key.split("."))
     if place[0] == "verl" and len(place) > 1:
         place = ("verl", key.removeprefix("verl."))
@@ -138,7 +139,7 @@ def apply_override(values: Values, override: str) -> tuple[str, Location]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"setting {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"`settings` {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
     container: Any = values
     for depth, section in enumerate(place[:-1]):
         container = _within(container, ".".join(place[:depth]), section, override)
@@ -171,7 +172,7 @@ def _in_recovery(values: Values, rest: tuple[str, ...], override: str) -> tuple[
     if rest[0] in METHODS and rest[0] != method:
         where = "recovery" if len(entries) == 1 else f"recovery.{number}"
         raise ConfigError(
-            f"setting {override!r}: the recipe has {method} there, whose settings another method does not have; "
+            f"`settings` {override!r}: the recipe has {method} there, whose settings another method does not have; "
             f"write '{where}={{METHOD: {{...}}}}'"
         )
     return ("recovery", number, method, *(rest[1:] if rest[0] == method else rest))
@@ -195,10 +196,12 @@ def _within(container: Any, where: str, name: str, override: str) -> Any:
     """What stands at ``name`` in a section, a new section if nothing does, or in a list."""
     if isinstance(container, list):
         if not name.isdecimal() or int(name) >= len(container):
-            raise ConfigError(f"setting {override!r}: {where} is a list of {len(container)}; write its place, from 0")
+            raise ConfigError(
+                f"`settings` {override!r}: {where} is a list of {len(container)}; write its place, from 0"
+            )
         return container[int(name)]
     if not isinstance(container, dict):
-        raise ConfigError(f"setting {override!r}: {where} is a single value, not a section")
+        raise ConfigError(f"`settings` {override!r}: {where} is a single value, not a section")
     if container.get(name) is None:
         container[name] = {}
     return container[name]

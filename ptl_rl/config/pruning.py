@@ -1,13 +1,13 @@
 """What a recipe may say of scoring, choosing and cutting."""
 
 import difflib
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ptl_rl.config.data import SourceConfig
 from ptl_rl.config.section import Section
+from ptl_rl.errors import expanded
 
 
 class CalibrationConfig(Section):
@@ -105,7 +105,7 @@ class CriterionConfig(Section):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
-        return None if path is None else str(Path(path).expanduser().absolute())  # workers may run elsewhere
+        return None if path is None else str(expanded(path).absolute())  # workers may run elsewhere
 
     @property
     def is_obs(self) -> bool:

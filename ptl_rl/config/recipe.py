@@ -70,7 +70,7 @@ def _explain(error: ValidationError, layers: Layers, root: type[BaseModel]) -> s
         else:
             key, place = override
             below = "".join(f".{part}" for part in location[len(place) :])
-            by_place.setdefault(f"setting {key}{below}", []).append(message)
+            by_place.setdefault(f"`settings` {key}{below}", []).append(message)
     return "; ".join(f"{where}: {'; '.join(lines)}" for where, lines in by_place.items())
 
 
@@ -104,7 +104,11 @@ def eval_config(values: dict[str, Any]) -> EvalConfig:
 
 def override_text(key: str, value: Any) -> str:
     """``key=value`` with the value as YAML, as overrides are written."""
-    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).strip().removesuffix('...').strip()}"
+    try:
+        text = yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, width=10**9)
+    except yaml.YAMLError:
+        raise ConfigError(f"`settings` {key}: {type(value).__name__} is no value of YAML; give plain ones") from None
+    return f"{key}={text.strip().removesuffix('...').strip()}"
 
 
 def field_map(text: str, where: str) -> FieldMap:

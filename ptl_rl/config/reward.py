@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from ptl_rl.config.section import Section
+from ptl_rl.errors import expanded
 
 SHIPPED_REWARD = "code"
 
@@ -38,7 +39,7 @@ class RewardConfig(Section):
     def _absolute(cls, path: str | None) -> str | None:
         if path is None or path == SHIPPED_REWARD:
             return path
-        absolute = Path(path).expanduser().absolute()  # workers may run elsewhere
+        absolute = expanded(path).absolute()  # workers may run elsewhere
         # By its name, so that a run or study goes on with another installation, which has it in another place.
         is_shipped = absolute in (_shipped_reward(), _former_place())
         return SHIPPED_REWARD if is_shipped else str(absolute)

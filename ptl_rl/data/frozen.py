@@ -41,17 +41,33 @@ class FrozenData:
     def exists(self) -> bool:
         return (self.folder / FACTS).exists()
 
-    @cached_property
+    @property
     def sets(self) -> dict[str, dict[str, Any]]:
         """By set: ``rows``, ``sha256``, and ``subsets``, hashes in the order of the cycles."""
+        return self._facts["sets"]
+
+    def made_otherwise(self, config: RunConfig, subsets: int) -> list[str]:
+        """Settings that decide which rows a run reads, and were others when these were written."""
+        made, now = self._facts["made_with"], settings_of_rows(config, subsets)
+        return [name for name in made if name in now and made[name] != now[name]]
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
         path = self.folder / FACTS
         try:
             facts = json.loads(path.read_text())
-            if facts["format"] != FORMAT:
-                raise DataError(f"{path}: written by another version of ptl-rl (format {facts['format']})")
-            return facts["sets"]
+            written, _, _ = facts["format"], facts["sets"], facts["made_with"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: the run's data cannot be read ({error}); {REMEDY}") from None
+        if written != FORMAT:
+            raise DataError(f"{path}: written by another version of ptl-rl (format {written}); {REMEDY}")
+        return facts
+
+    def facts_of(self, name: str) -> dict[str, Any]:
+        """Of one set."""
+        if name not in self.sets:
+            raise DataError(f"{self.folder / FACTS}: the run's data has no {name}; {REMEDY}")
+        return self.sets[name]
 
     def check(self) -> None:
         """Hold every file against its hash."""
@@ -67,12 +83,12 @@ class FrozenData:
         import numpy
         import pyarrow
 
-        path = self._file(name)
+        path, digest = self._file(name), self.facts_of(name)["sha256"]
         try:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path}: the run's data cannot be read ({error}); {REMEDY}") from None
-        store = Store(str(path), name, f"{path} row {{}}", table, self.sets[name]["sha256"], read=len(table))
+        store = Store(str(path), name, f"{path} row {{}}", table, digest, read=len(table))
         rows = len(store)
         return Corpus([store], numpy.arange(rows), [SourceUse(str(path), rows, rows, rows)])
 
@@ -122,26 +138,52 @@ def freeze(
         sets[CONTRAST] = general[: config.criterion.contrast_sequences]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_sets(sets, data.subsets, settings_of_rows(config, subsets), temporary, progress)
+        check(FrozenData(temporary))
+        shutil.rmtree(folder, ignore_errors=True)  # one without its facts
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(folder.parent)
+    return FrozenData(folder)
+
+
+def settings_of_rows(config: RunConfig, subsets: int) -> dict[str, Any]:
+    """All that decides which rows a run reads, and in which order, by the name of the setting."""
+    contrast = config.criterion.contrast
+    return {
+        **{f"data.{name}": value for name, value in config.data.model_dump(mode="json").items()},
+        "criterion.contrast.data": contrast.data.model_dump(mode="json") if contrast else None,
+        "criterion.contrast.sequences": config.criterion.contrast_sequences,
+        "seed": config.seed,
+        "recovery": "with answers" if config.needs_answers else "without",
+        "schedule": subsets,
+    }
+
+
+def _write_sets(
+    sets: dict[str, Corpus], parts: dict[str, list[Corpus]], made_with: dict[str, Any], folder: Path, progress: Progress
+) -> None:
     facts = {}
     for name, corpus in sets.items():
-        path = temporary / f"{name}.arrow"
+        path = folder / f"{name}.arrow"
         _write(corpus, path)
-        hashes = [subset_hash(part) for part in data.subsets.get(name, [])]
+        hashes = [subset_hash(part) for part in parts.get(name, [])]
         facts[name] = {"rows": len(corpus), "sha256": file_hash(path), "subsets": hashes}
         progress(f"writing data.{name} into the run", len(corpus), len(corpus))
-    path = temporary / FACTS
-    path.write_text(json.dumps({"format": FORMAT, "sets": facts}, indent=1) + "\n")
-    check(FrozenData(temporary))
-    for written in (*temporary.iterdir(), temporary):
-        handle = os.open(written, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    shutil.rmtree(folder, ignore_errors=True)  # one without its facts
-    temporary.rename(folder)
-    return FrozenData(folder)
+    (folder / FACTS).write_text(json.dumps({"format": FORMAT, "made_with": made_with, "sets": facts}, indent=1) + "\n")
+    for written in (*folder.iterdir(), folder):
+        _sync(written)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write(corpus: Corpus, path: Path) -> None:

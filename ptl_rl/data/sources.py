@@ -10,6 +10,7 @@ from typing import Any
 from ptl_rl.config import SourceConfig
 from ptl_rl.data.known import HUB, Layout, known_layout, layout_of
 from ptl_rl.data.records import DataError, RowError
+from ptl_rl.errors import expanded
 
 BATCH_ROWS = 2048
 Row = tuple[int, Any]
@@ -158,7 +159,7 @@ def open_source(source: SourceConfig, *, all_columns: bool = False) -> Opened:
         layout = replace(layout, columns=())
     if source.path.startswith(HUB):
         return _hub(source, layout)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if path.is_dir():
         return _saved(source, path, layout)
     readers: dict[str, Callable[[Told], Iterator[Row]]] = {

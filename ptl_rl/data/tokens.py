@@ -1,12 +1,12 @@
 """How many tokens a corpus has for a model: estimated from a sample, or counted."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ModelConfig
 from ptl_rl.data.corpora import Corpus
 from ptl_rl.data.records import Progress, no_progress
+from ptl_rl.errors import expanded
 from ptl_rl.testbed import shipped_checkpoint
 
 SAMPLE = 2000
@@ -29,7 +29,7 @@ def local_tokenizer(model: ModelConfig) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        folder = shipped_checkpoint(model.path) or Path(model.path).expanduser()
+        folder = shipped_checkpoint(model.path) or expanded(model.path)
         tokenizer = AutoTokenizer.from_pretrained(
             folder if folder.is_dir() else model.path,
             local_files_only=True,

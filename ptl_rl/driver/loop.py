@@ -23,7 +23,7 @@ from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.node_facts import versions
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
-from ptl_rl.driver.processes import end_processes, remove_orphaned_segments, start_stage
+from ptl_rl.driver.processes import end_processes, named_in_environment, remove_orphaned_segments, start_stage
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
 from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
@@ -68,7 +68,7 @@ class Driver:
         with self.folder.locked():
             if read_saved_config(self.folder.config) != self.config:
                 raise ConfigError(
-                    f"{self.folder.path}: another ptl run has just begun a run here; choose another run_dir"
+                    f"{self.folder.path}: another ptl run has just begun a run here; choose another `run_dir`"
                 )
             self._clean_up_after_earlier_driver()
             entries = self.journal.entries()
@@ -86,11 +86,8 @@ class Driver:
             return state
 
     def _loop(self, entries: list[Entry], state: State) -> State:
-        import os
-
-        os.environ["PTL_RUN_ID"] = self.run_id  # inherited by Ray and by everything below it
         self._save_owner()
-        with RaySession(self.config, self.device) as session:
+        with named_in_environment("PTL_RUN_ID", self.run_id), RaySession(self.config, self.device) as session:
             if not session.started_here:
                 for note in check_nodes(self.config, self.device, self.folder.path, [self.original, self.parent]):
                     self.display.note(note)
@@ -294,9 +291,11 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
                 raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
             folder.logs.mkdir(parents=True, exist_ok=True)
             (folder.path / "cycles").mkdir(exist_ok=True)
+            for left in (folder.data, folder.data.with_name(f".{folder.data.name}.tmp")):  # of another recipe
+                shutil.rmtree(left, ignore_errors=True)
             save_config(config, folder.config)
     except OSError as error:
         raise ConfigError(
-            f"{folder.path}: cannot write there ({error.strerror or error}); choose another run_dir"
+            f"{folder.path}: cannot write there ({error.strerror or error}); choose another `run_dir`"
         ) from None
     return folder

@@ -148,7 +148,7 @@ def _files(driver: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 def _folder(facts: Mapping[str, Any], run_dir: Path) -> list[str]:
     if facts["shared"] is None:
         return []
-    return [f"the run folder {run_dir} {facts['shared']}; choose a run_dir on storage that all nodes share"]
+    return [f"the run folder {run_dir} {facts['shared']}; choose a `run_dir` on storage that all nodes share"]
 
 
 def _space(facts: Mapping[str, Any], memory: SharedMemory, temporary: str) -> list[str]:

@@ -13,7 +13,7 @@ from ptl_rl.driver.cluster import check_layout
 from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import resolve_model
+from ptl_rl.models import check_tokenizer, resolve_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
@@ -203,7 +203,7 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
     if free < needed:
         raise ConfigError(
             f"{run_dir}: the run writes up to {needed / 2**30:.1f} GiB of checkpoints, but {free / 2**30:.1f} GiB are "
-            "free; choose another run_dir, or raise recovery.save_every_steps (ptl plan shows what each takes)"
+            "free; choose another `run_dir`, or raise recovery.save_every_steps (ptl plan shows what each takes)"
         )
 
 
@@ -215,6 +215,7 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     model, shape = check_model(config)
     lengths = check_lengths(config, model)
     attention = check_attention(config, device, model)
+    check_tokenizer(model)
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)

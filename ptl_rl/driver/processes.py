@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,20 @@ def start_stage(spec: Path, log: Path, env: dict[str, str]) -> subprocess.Popen:
             env={**os.environ, **env, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def named_in_environment(name: str, value: str) -> Iterator[None]:
+    """Processes that are started meanwhile carry ``name=value``; what this process starts later does not."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def tagged_processes(name: str, value: str) -> list[psutil.Process]:

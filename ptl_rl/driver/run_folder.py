@@ -111,7 +111,7 @@ class RunFolder:
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: cannot write there ({error.strerror or error}); choose another run_dir"
+                f"{self.path}: cannot write there ({error.strerror or error}); choose another `run_dir`"
             ) from None
         try:
             try:
@@ -122,7 +122,7 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path}: the file system cannot lock files (flock: {error.strerror or error}), and without a "
                     "lock two drivers could work on one run; mount it with locks (Lustre: -o flock), or choose a "
-                    "run_dir on another file system"
+                    "`run_dir` on another file system"
                 ) from None
             self._try_out()
             yield
@@ -148,5 +148,5 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(
                 f"{self.path}: the file system cannot {what} ({error.strerror or error}), which a run needs; choose a "
-                "run_dir on another file system"
+                "`run_dir` on another file system"
             ) from None

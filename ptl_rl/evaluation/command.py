@@ -13,18 +13,19 @@ from typing import Any
 
 from ptl_rl.config import ConfigError, EvalConfig, SourceConfig
 from ptl_rl.data.records import DataError
+from ptl_rl.errors import expanded
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
 from ptl_rl.families import ModelShape, read_config_json, read_shape
-from ptl_rl.models import resolve_model
+from ptl_rl.models import check_tokenizer, resolve_model
 
 RESULTS = "results.json"
 
 
 def default_folder(model: str) -> Path:
     """Where results of a model go: a folder of its own for every path or name."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     name = str(path.resolve()) if path.exists() else model
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
@@ -34,7 +35,7 @@ def sources(task: EvalTask, config: EvalConfig) -> tuple[SourceConfig, ...]:
     if task.name in config.data:
         return (SourceConfig(path=config.data[task.name], split="test"),)
     if not task.sources:
-        raise ConfigError(f"tasks {task.name}: whose questions? Name them: data {task.name}=FILE")
+        raise ConfigError(f"`tasks` {task.name}: whose questions? Name them: `data` {task.name}=FILE")
     return task.sources
 
 
@@ -58,16 +59,17 @@ def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
     tasks = find_tasks(config.tasks)
     names = [task.name for task in tasks]
     if unknown := [name for name in config.data if name not in names]:
-        raise ConfigError(f"data {unknown[0]}: none of the tasks that are run ({', '.join(names)})")
+        raise ConfigError(f"`data` {unknown[0]}: none of the tasks that are run ({', '.join(names)})")
     folder = resolve_model(model, setting="model")
     read_shape(folder)
+    check_tokenizer(folder)
     identity, window = _identity(folder), context_window(folder, config)
     found = []
     for task in tasks:
         try:
             documents = read_task(task, sources(task, config), config.limit)
         except DataError as error:
-            raise ConfigError(f"{error} (data {task.name}=FILE names another source)") from None
+            raise ConfigError(f"{error} (`data` {task.name}=FILE names another source)") from None
         max_tokens = response_tokens(task, config, window)
         depends = config.model_dump(exclude={"tasks", "data", "tensor_parallel_size", "batch_size"})
         depends |= {"task": task.name, "max_tokens": max_tokens, "data": documents.fingerprint, "model": identity}
@@ -92,7 +94,7 @@ def response_tokens(task: EvalTask, config: EvalConfig, window: int) -> int:
         return min(task.max_tokens, window // 2)
     if config.max_tokens >= window:
         raise ConfigError(
-            f"max_tokens {config.max_tokens} leaves no room for a prompt: the model reads {window} tokens"
+            f"`max_tokens` {config.max_tokens} leaves no room for a prompt: the model reads {window} tokens"
         )
     return config.max_tokens
 
@@ -116,7 +118,7 @@ def read_results(out: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())["tasks"] if path.exists() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not what ptl eval writes ({error}); name another out, or remove it") from None
+        raise ConfigError(f"{path}: not what ptl eval writes ({error}); name another `out`, or remove it") from None
 
 
 def evaluate_model(
@@ -194,8 +196,11 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # First in, last out: Triton's bindings complain at length about references that the end of a process leaves.
-    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
+
+def quieten_exit() -> None:
+    """For a process of our own alone: Triton's bindings complain at length about references that its end leaves."""
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))  # first in, last out
 
 
 def flops_per_answer(shape: ModelShape, prompt_tokens: float, response_tokens: float) -> float:

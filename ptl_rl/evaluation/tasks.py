@@ -162,7 +162,7 @@ TASKS = {
         ),
         EvalTask(
             "boxed",
-            "your own questions (data boxed=FILE), zero-shot, boxed",
+            "your own questions, zero-shot, boxed",
             (),
             task_data.question_document,
             _BOXED_TOKENS,
@@ -181,11 +181,11 @@ def find_tasks(names: list[str]) -> list[EvalTask]:
         if name not in TASKS:
             close = difflib.get_close_matches(name, TASKS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
-            raise ConfigError(f"tasks: {name!r} is no task; {hint}")
+            raise ConfigError(f"`tasks`: {name!r} is no task; {hint}")
     if not names:
-        raise ConfigError(f"tasks: name at least one of {', '.join(TASKS)}")
+        raise ConfigError(f"`tasks`: name at least one of {', '.join(TASKS)}")
     if len(set(names)) < len(names):
-        raise ConfigError(f"tasks {','.join(names)}: name each task once")
+        raise ConfigError(f"`tasks` {','.join(names)}: name each task once")
     return [TASKS[name] for name in names]
 
 

@@ -18,7 +18,7 @@ BYPASS = "algorithm.rollout_correction.bypass_mode"
 MEASURED_CHANNELS = 18944
 """Of the criterion ``ptl_reference``, as in ``pruning/score/criteria.py``."""
 FINALISTS = 4
-"""Of ``leave_one_out``, as in ``pruning/absorption.py``."""
+"""Of ``leave_one_out``, as in ``pruning/choose/absorption.py``."""
 GIGABYTE = 1e9
 
 

@@ -37,10 +37,10 @@ def channels_of(amount: str, width: int) -> float:
         share = amount.strip().endswith("%")
         count = width * float(amount.strip()[:-1]) / 100 if share else float(int(amount))
     except ValueError:
-        raise ConfigError(f"remove {amount}: give a percentage as 50%, or a number of channels") from None
+        raise ConfigError(f"`remove` {amount}: give a percentage as 50%, or a number of channels") from None
     if not 0 < count < width:
         raise ConfigError(
-            f"remove {amount}: each layer has {width} FFN channels; more than none and fewer than all can go"
+            f"`remove` {amount}: each layer has {width} FFN channels; more than none and fewer than all can go"
         )
     return count
 

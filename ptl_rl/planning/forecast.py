@@ -127,7 +127,7 @@ def device_of(config: RunConfig, gpu: str | None) -> Device:
         ConfigError: the GPU is not known.
     """
     if gpu is not None:
-        return known_gpu(gpu, "gpu")
+        return known_gpu(gpu, "`gpu`")
     if config.resources.device == "cpu":
         return this_machine(config.resources.workers)
     if config.resources.gpu is not None:
@@ -135,7 +135,7 @@ def device_of(config: RunConfig, gpu: str | None) -> Device:
     found = gpu_of_this_machine()
     if found is None and config.resources.device == "auto":
         return this_machine(config.resources.workers)
-    return known_gpu(found or DEFAULT_GPU, "gpu")
+    return known_gpu(found or DEFAULT_GPU, "`gpu`")
 
 
 def assumptions_of(device: Device, given: dict[str, float | None]) -> Assumptions:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.errors import expanded
 from ptl_rl.families import (
     BASELINES,
     FAMILIES,
@@ -49,7 +50,7 @@ def model_named(name: str, *, baselines: bool = False) -> PlannedModel:
     Raises:
         ConfigError: it is none of these, or no model that can be pruned.
     """
-    known = None if Path(name).expanduser().is_dir() else published_config(name)
+    known = None if expanded(name).is_dir() else published_config(name)
     if known is not None:
         values, where, size = known, f"{name} (published sizes; nothing was read)", 2
     else:

@@ -21,6 +21,7 @@ from ptl_rl.data.partition import partition
 from ptl_rl.data.prepare import training_data
 from ptl_rl.data.records import DataError, Progress, Record, no_progress
 from ptl_rl.data.store import Store, open_store
+from ptl_rl.errors import expanded
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.first_settings import (
     CHARACTERS_PER_TOKEN,
@@ -211,7 +212,7 @@ def _train(source: SourceConfig) -> dict[str, Any]:
 
 def _absolute(name: str) -> str:
     """A path of this machine in full, as a run may be resumed from another folder; any other name as it is."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return name if name.startswith((HUB, TESTBED)) or not path.exists() else str(path.absolute())
 
 
@@ -244,7 +245,7 @@ def _reward(wishes: Wishes, source: SourceConfig) -> RewardConfig | None:
         is_code = source.layout == MBPP or source.path == HUB + MBPP or source.path.startswith(PROGRAMS)
         return RewardConfig(path="code") if is_code else None
     file, colon, function = asked.rpartition(":")
-    if not colon or Path(asked).expanduser().is_file():
+    if not colon or expanded(asked).is_file():
         return RewardConfig(path=asked)
     if not function.isidentifier():
         raise ConfigError(f"reward {asked}: {function!r} is not the name of a function; write FILE.py:FUNCTION")

@@ -6,6 +6,7 @@ from pathlib import Path
 from ptl_rl.config import RunConfig, SourceConfig
 from ptl_rl.config.data import EvaluationSet, held_out_rows
 from ptl_rl.data.held_out import FEWEST
+from ptl_rl.errors import expanded
 from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS
 
 SAMPLE_BYTES = 1 << 20
@@ -19,7 +20,7 @@ def known_rows(sources: SourceConfig | list[SourceConfig] | None) -> int:
 
 
 def _rows(source: SourceConfig) -> int:
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     found = None
     with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are among them
         if path.suffix == ".jsonl":

@@ -57,20 +57,22 @@ def channels_to_remove(amount: str, width: int) -> int:
     try:
         count = round(width * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
     except (ValueError, OverflowError):
-        raise ConfigError(f"remove_channels {amount}: give a number of channels, or a percentage as 25%") from None
+        raise ConfigError(f"`remove_channels` {amount}: give a number of channels, or a percentage as 25%") from None
     if not 0 <= count < width:
-        raise ConfigError(f"remove_channels {amount}: each block has {width} channels, so 0 to {width - 1} can go")
+        raise ConfigError(f"`remove_channels` {amount}: each block has {width} channels, so 0 to {width - 1} can go")
     return count
 
 
 def _check(config: ScoreConfig, layers: int, remove_layers: int) -> None:
     if not 0 <= remove_layers < layers:
-        raise ConfigError(f"remove_layers {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go")
+        raise ConfigError(
+            f"`remove_layers` {remove_layers}: the model has {layers} blocks, so 0 to {layers - 1} can go"
+        )
     ids = config.criterion.layer_ids
     if any(layer >= layers for layer in ids):
         raise ConfigError(f"criterion.layer_ids {ids}: the model's {layers} blocks are 0..{layers - 1}")
     if ids and len(ids) != remove_layers:
-        raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but remove_layers is {remove_layers}")
+        raise ConfigError(f"criterion.layer_ids names {len(ids)} blocks, but `remove_layers` is {remove_layers}")
 
 
 def score_model(
@@ -101,7 +103,7 @@ def score_model(
     cut = engine.Removal(channels_to_remove(remove_channels, shape.intermediate_size), remove_layers)
     possible, notes = aligned(shape.intermediate_size, cut.channels, alignment)
     if cut.channels and not possible:
-        raise ConfigError(f"remove_channels {remove_channels}: {notes[0]}")
+        raise ConfigError(f"`remove_channels` {remove_channels}: {notes[0]}")
     records = load_corpus(config.data, config.seed, config.max_bad_fraction)
     texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
     general = general_texts(config.criterion, config.seed, config.max_bad_fraction)

@@ -7,15 +7,15 @@ from rich.table import Table
 from ptl_rl.evaluation.speed import Load, ModelSpeed
 
 
-def task_table() -> Table:
-    """What can be evaluated, and whose questions it asks."""
+def task_table(option: str) -> Table:
+    """What can be evaluated, and whose questions it asks; ``option`` names others."""
     from ptl_rl.evaluation.tasks import TASKS
 
     table = Table(title="tasks", title_justify="left")
     for head in ("task", "what", "questions", "max tokens"):
         table.add_column(head, justify="right" if head == "max tokens" else "left")
     for task in TASKS.values():
-        questions = task.sources[0].path if task.sources else f"data {task.name}=FILE"
+        questions = task.sources[0].path if task.sources else f"{option} {task.name}=FILE"
         table.add_row(task.name, task.what, questions, f"{task.max_tokens}")
     return table
 

@@ -92,7 +92,7 @@ def _only(study: Study, names: list[str] | None) -> Study:
     unknown = set(names or []) - {row.name for row in study.rows}
     if unknown:
         there = ", ".join(row.name for row in study.rows)
-        raise ConfigError(f"only {min(unknown)}: study {study.name} has the rows {there}")
+        raise ConfigError(f"`only` {min(unknown)}: study {study.name} has the rows {there}")
     return replace(study, rows=[row for row in study.rows if row.name in names]) if names else study
 
 

@@ -84,23 +84,23 @@ def check_folder(study: Study, out: Path, seeds: int) -> None:
         try:
             name = json.loads(saved.read_text())["study"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{saved}: cannot be read ({error}); name another out") from None
+            raise ConfigError(f"{saved}: cannot be read ({error}); name another `out`") from None
         if name != study.name:
-            raise ConfigError(f"{out}: holds the study {name}; name another out")
+            raise ConfigError(f"{out}: holds the study {name}; name another `out`")
     for run in runs_of(study, out, seeds):
         if (run.folder / "config.json").exists():
             found, wanted = _saved_config(run, out), run.config(out)
             differing = [name for name in RunConfig.model_fields if getattr(found, name) != getattr(wanted, name)]
             if differing:
                 raise ConfigError(
-                    f"{run.folder}: was made with another {', '.join(differing)}; name another out, or remove it"
+                    f"{run.folder}: was made with another {', '.join(differing)}; name another `out`, or remove it"
                 )
         note = run.model_folder(out) / NOTE
         if run.row.slicegpt_size and note.exists():
             found_note = json.loads(note.read_text()).get(MADE_FROM)
             if not was_made_from(found_note, run.row.config(run.seed), run.row.slicegpt_size):
                 raise ConfigError(
-                    f"{note.parent}: was made of another model, size or calibration; name another out, or remove it "
+                    f"{note.parent}: was made of another model, size or calibration; name another `out`, or remove it "
                     f"and {run.folder}"
                 )
 

@@ -60,7 +60,7 @@ def _fence(line: str) -> tuple[int, str] | None:
 def code_reward(
     response: str, tests: GroundTruth, *, partial: bool = False, raw_code: bool = False, **limits: Any
 ) -> float:
-    """Return 1.0 if the response's program passes all `tests` (see `code_tests.plan_tests`), else 0.0.
+    """Return 1.0 if the response's program passes all `tests` (see `unit_tests.plan_tests`), else 0.0.
 
     With `partial` the result is the share of tests passed, even if the program then ran into a limit. With
     `raw_code` a response without any fence is taken for a program. `limits` are those of `sandbox.Limits`, and

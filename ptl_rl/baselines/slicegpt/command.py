@@ -46,10 +46,10 @@ def sliced_size(amount: str, width: int, alignment: int) -> int:
     try:
         gone = width * float(amount[:-1]) / 100 if amount.endswith("%") else int(amount)
     except ValueError:
-        raise ConfigError(f"remove {amount}: give a number of units, or a percentage as 25%") from None
+        raise ConfigError(f"`remove` {amount}: give a number of units, or a percentage as 25%") from None
     kept = int((width - gone) / alignment + 0.5) * alignment if gone else width
     if not 0 < kept <= width:
-        raise ConfigError(f"remove {amount}: the residual stream has {width} units, and {kept} would stay")
+        raise ConfigError(f"`remove` {amount}: the residual stream has {width} units, and {kept} would stay")
     return kept
 
 

@@ -110,6 +110,10 @@ def test_what_a_function_refuses_is_one_kind(tmp_path):
         lambda: ptl_rl.score("no/such folder", "testbed:rl", tmp_path / "out"),
         lambda: ptl_rl.evaluate("testbed", ["gsm9k"], tmp_path / "out"),
         lambda: ptl_rl.evaluate("testbed", ["boxed"], tmp_path / "out", data={"boxed": "testbed:test"}, limit=0),
+        lambda: ptl_rl.load_recipe("r.yaml", "seed=1"),
+        lambda: ptl_rl.load_recipe("r.yaml", {"seed": object()}),
+        lambda: ptl_rl.score("testbed", "testbed:rl", tmp_path / "out", alignment=0),
+        lambda: ptl_rl.report([]),
     ):
         with pytest.raises(ptl_rl.UserError):
             call()

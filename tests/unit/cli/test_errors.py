@@ -59,22 +59,56 @@ def test_a_full_disk_is_neither(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("ptl-error-*"))
 
 
+OPTIONS = {"remove_channels": "--remove-channels", "settings": "--set", "licence": "--license"}
+
+
 @pytest.mark.parametrize(
-    ("message", "options", "expected"),
+    ("message", "expected"),
     [
-        ("remove_channels 9x: give a number", ["remove_channels"], "--remove-channels 9x: give a number"),
-        ("criterion.max_tokens: too large", ["max_tokens"], "criterion.max_tokens: too large"),
-        ("/a/run_dir/x: gone; choose another run_dir", ["run_dir"], "/a/run_dir/x: gone; choose another --run-dir"),
-        ("data x=y: no such file", ["data"], "--data x=y: no such file"),
-        ("data.train: no rows", ["data"], "data.train: no rows"),
-        ("setting 'a': write it as key", ["settings"], "--set 'a': write it as key"),
-        ("settings change a recipe", ["settings"], "--set change a recipe"),
-        ("a.yaml: exists; set `force`, or take force", ["force"], "a.yaml: exists; set --force, or take force"),
-        ("data x=y: the data are bad", [], "data x=y: the data are bad"),
+        ("`remove_channels` 9x: give a number", "--remove-channels 9x: give a number"),
+        ("`settings` 'a': write it as key", "--set 'a': write it as key"),
+        ("`settings` remove_channels: unknown key", "--set remove_channels: unknown key"),
+        ("x.yaml: exists; see `licence` and `elsewhere`", "x.yaml: exists; see --license and `elsewhere`"),
+        ("settings a.yaml: no such file; remove_channels/x", "settings a.yaml: no such file; remove_channels/x"),
     ],
 )
-def test_parameters_are_called_as_the_command_calls_them(message, options, expected):
-    assert in_options(message, options) == expected
+def test_parameters_are_called_as_the_command_calls_them(message, expected):
+    assert in_options(message, OPTIONS) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "RECIPE", "--set", "price_per_gpu_hour=3"], "--set price_per_gpu_hour: unknown key"),
+        (["plan", "RECIPE", "--set", "recovery.steps="], "--set recovery.steps"),
+        (["plan", "RECIPE", "--json", "--resolved"], "--json and --resolved print different things"),
+        (["plan", "RECIPE", "--gpu", "h20"], "--gpu: h20 is not known"),
+        (["doctor", "--set", "seed=1"], "--set: they change a recipe, and none is named"),
+        (["doctor", "--lock", "/no/lock"], "--lock /no/lock: no such file"),
+        (["score", "testbed", "--data", "testbed:rl", "--out", "o", "--remove-layers", "9"], "--remove-layers 9: the"),
+        (["eval", "testbed", "--tasks", "boxed"], "--tasks boxed: whose questions? Name them: --data boxed=FILE"),
+        (["plan", "~nosuchuser/r.yaml"], "cannot read the recipe"),
+        (["score", "~nosuchuser/m", "--data", "testbed:rl", "--out", "o"], "there is no such user"),
+        (["score", "testbed", "--data", "~nosuchuser/x.jsonl", "--out", "o"], "there is no such user"),
+    ],
+)
+def test_refusals_in_the_command_lines_words(arguments, says, repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(repository / "recipes/demo_grpo_cpu.yaml")
+    result = CliRunner().invoke(app, [recipe if part == "RECIPE" else part for part in arguments])
+    assert (result.exit_code == 2 and f"error: {says}" in result.output) or says in result.output, result.output
+    assert "`" not in result.output and "Traceback" not in result.output
+
+
+def test_a_model_without_a_vocabulary_is_refused(make_checkpoint, tmp_path):
+    """transformers makes an empty tokenizer of config.json alone, by which every text is empty."""
+    folder = make_checkpoint("llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    score = ["score", str(folder), "--data", "testbed:rl", "--set", "data.rows=8", "--remove-layers", "1"]
+    for arguments in ([*score, "--out", str(tmp_path / "o")], ["eval", str(folder), "--tasks", "gsm8k"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and f"error: {folder}: has no tokenizer (none of tokenizer.json" in result.output
 
 
 def test_places_to_write_to(tmp_path):

@@ -88,22 +88,22 @@ def test_a_base_stands_alone(on_base, tmp_path):
         ("", BASE + "sed: 3\n", [], "{base}: sed: unknown key; did you mean 'seed'?"),
         ("gate: {max_retris: 1}\n", BASE + "gate: {max_retries: 1}\n", [], "{recipe}: gate.max_retris: "),
         ("gate: {max_retries: 1}\n", BASE + "gate: {max_retris: 1}\n", [], "{base}: gate.max_retris: "),
-        ("gate: {max_retries: 1}\n", BASE + "gate: {max_retries: x}\n", ["seed=-1"], "setting seed: "),
+        ("gate: {max_retries: 1}\n", BASE + "gate: {max_retries: x}\n", ["seed=-1"], "`settings` seed: "),
         ("data: {train: {rows: 0}}\n", BASE, [], "{recipe}: data.train.rows: "),
         ("data: {train: {rows: 1}}\n", BASE.replace("a.jsonl", "[]"), [], "{base}: data.train.path: "),
         ("", BASE.replace("kl_loss", "kl_los"), [], "{base}: recovery.0.grpo.kl_los: "),
         ("recovery: {kl_los: 0}\n", BASE, [], "{recipe}: recovery.kl_los: "),
-        ("", BASE, ["recovery.stpes=3"], "setting recovery.stpes: unknown key; did you mean 'steps'?"),
-        ("", BASE, ["recovery={cpt: {stpes: 3}}"], "setting recovery.0.cpt.stpes: unknown key"),
-        ("", BASE, ["recovry.steps=3"], "setting recovry.steps: recovry: unknown key; did you mean 'recovery'?"),
+        ("", BASE, ["recovery.stpes=3"], "`settings` recovery.stpes: unknown key; did you mean 'steps'?"),
+        ("", BASE, ["recovery={cpt: {stpes: 3}}"], "`settings` recovery.0.cpt.stpes: unknown key"),
+        ("", BASE, ["recovry.steps=3"], "`settings` recovry.steps: recovry: unknown key; did you mean 'recovery'?"),
         (
             "criterion: {channels: wanda}\n",
             BASE,
             ["criterion.contrast.weight=1"],
-            "setting criterion.contrast.weight: criterion.contrast.data: Field req",
+            "`settings` criterion.contrast.weight: criterion.contrast.data: Field req",
         ),
-        ("", BASE, ["data.corpus.1.rowz=3"], "setting data.corpus.1.rowz: unknown key"),
-        ("", BASE, ["data.corpus=[{path: x, rowz: 3}]"], "setting data.corpus.0.rowz: unknown key"),
+        ("", BASE, ["data.corpus.1.rowz=3"], "`settings` data.corpus.1.rowz: unknown key"),
+        ("", BASE, ["data.corpus=[{path: x, rowz: 3}]"], "`settings` data.corpus.0.rowz: unknown key"),
         ("schedule: {layers_total: 1, recover_only: true}\n", BASE, [], "{recipe} on {base}: schedule: recover_only"),
         ("schedule: {layers_total: 1}\n", BASE.replace("64, channels_total: 128", "0"), [], None),
         ("data: {train: {path: d.jsonl}}\n", BASE.replace("rows: 100", "rowz: 1"), [], "{base}: data.train.rowz: "),
@@ -128,7 +128,7 @@ def test_one_message_tells_of_every_file(on_base):
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, ["recovery.stpes=1"])
     said = str(caught.value)
-    assert said.count(str(recipe)) == said.count(str(base)) == said.count("setting recovery.stpes: ") == 1, said
+    assert said.count(str(recipe)) == said.count(str(base)) == said.count("`settings` recovery.stpes: ") == 1, said
     assert said.index(str(recipe)) < said.index("sed: ") < said.index("nam: ") and f"{base}: gat: " in said
 
 

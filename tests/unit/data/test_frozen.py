@@ -12,6 +12,7 @@ from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prepare import run_data
 from ptl_rl.data.records import DataError
 from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.loop import start_run
 from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import RunFolder
 
@@ -121,6 +122,44 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_rows_that_it_began_with(co
     assert FrozenData(folder.data).sets["train"]["subsets"] == [subset_hash(part) for part in parts["train"]]
 
 
+def test_problems_that_were_edited_before_a_resume_are_refused(config, tmp_path):
+    """Cycle 0 of a run of an earlier version was judged on other problems than there are now."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "cycles/000/evaluation").mkdir(parents=True)
+    (problem,) = run_data(config, 2).sets["test"]
+    rows = [{"id": problem.id, "question": problem.question, "expected": problem.answer}]
+    samples = folder.path / "cycles/000/evaluation/samples.parquet"
+    entry = Entry(cycle=0, stage="evaluate", artefact="cycles/000/evaluation", metrics={"accuracy": 0.5})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "expected": "another"}]), samples)
+    with pytest.raises(ConfigError, match=r"cycle 0 was judged on other problems than data\.test has now"):
+        prepare_data(config, folder, [entry])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), samples)
+    prepare_data(config, folder, [entry])
+    assert FrozenData(folder.data).exists
+
+
+def test_data_of_another_recipe_is_not_taken_for_the_runs(tmp_path):
+    """A run that a cluster refused leaves its data; the next one in the same folder has another recipe."""
+    first = run_config(tmp_path, train=[row(i) for i in range(30)])
+    corpus = write(tmp_path / "own.jsonl", [row(i, question=f"w{i}") for i in range(9)])
+    second = run_config(tmp_path, train=[row(i) for i in range(40)], corpus=corpus)
+    folder = start_run(first, tmp_path / "run")
+    prepare_data(first, folder, [])
+    with pytest.raises(ConfigError, match=r"data\.corpus: not what .*data was written with"):
+        prepare_data(second, folder, [])  # as of a config.json that was edited
+    again = start_run(second, tmp_path / "run")
+    prepare_data(second, again, [])
+    assert len(FrozenData(again.data).training()) == 40 and len(FrozenData(again.data).worked_solutions()) == 9
+
+
+def test_a_set_that_is_missing_is_named(tmp_path):
+    with pytest.raises(DataError, match="the run's data has no corpus"):
+        freeze(run_config(tmp_path), 1, tmp_path / "data").read("corpus")
+
+
 def test_a_file_that_was_edited_before_a_resume_is_refused(config, tmp_path):
     parts = run_data(config, 2).subsets
     entries = entries_of({name: [subset_hash(part) for part in parts[name]] for name in parts})
@@ -131,7 +170,7 @@ def test_a_file_that_was_edited_before_a_resume_is_refused(config, tmp_path):
     folder.path.mkdir()
     with pytest.raises(ConfigError, match=r"cycle 1 read other rows of data\.train .*second\.jsonl.* was changed"):
         prepare_data(config, folder, entries)
-    assert not folder.data.exists()  # it can be put back
+    assert list(folder.path.iterdir()) == []  # it can be put back, and nothing is left of the attempt
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace('"s7"', '"another solution"'))
     with pytest.raises(ConfigError, match=r"cycle . read other rows of data\.corpus .*corpus\.jsonl was changed"):

@@ -152,6 +152,18 @@ def test_a_corpus_holds_none_of_the_questions(file, tmp_path):
     assert ids(cpt.sets["test"]) <= {f"r{i}" for i in range(500)}
 
 
+def test_different_recoveries_on_the_same_data_are_judged_on_the_same_problems(file, tmp_path):
+    corpus = write(tmp_path / "corpus.jsonl", [row(i, question=f"w{i}?") for i in range(500)])
+    text = corpus.model_copy(update={"fields": FieldMap(text="solution")})
+    for solutions in (corpus, text):
+        data = {"train": file, "corpus": solutions}
+        rl, cpt = run_data(own(data), 2), run_data(own(data, recovery=CPT), 2)
+        for name in ("validation", "test"):
+            assert list(rl.sets[name]) == list(cpt.sets[name]) and len(cpt.sets[name]) > 10
+        assert list(cpt.sets) == ["corpus", "validation", "test"] and "data.train" in cpt.notes()[0]
+        assert not ids(cpt.sets["test"]) & ids(rl.sets["train"])
+
+
 def test_what_cannot_be_judged_is_refused(file, tmp_path):
     few = write(tmp_path / "few.jsonl", [row(i) for i in range(100)])
     message = (
@@ -167,7 +179,7 @@ def test_what_cannot_be_judged_is_refused(file, tmp_path):
         ):
             own({"train": source}, recovery=CPT)
         with pytest.raises(ConfigError, match=r"data\.corpus has no answers"):
-            own({"train": file, "corpus": source}, recovery=CPT)
+            own({"corpus": source}, recovery=CPT)
     named = {"test": file, "validation": file}
     assert len(run_data(own({"train": text, **named, "decontaminate": "off"}, recovery=CPT), 2).sets["train"]) == 400
     with pytest.raises(DataError, match=r"^data\.train: .*nowhere\.jsonl: no such file"):

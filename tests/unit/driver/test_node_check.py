@@ -84,7 +84,7 @@ MISSING = {"error": "No such file or directory"}
         ),
         ({"files": {FILE: MISSING}}, r"/home/me/reward\.py cannot be read there .*; put it on storage"),
         ({"files": {FILE: "g"}}, r"/home/me/reward\.py differs from the driver's"),
-        ({"shared": "is missing there"}, r"the run folder /shared/run is missing there; choose a run_dir on storage"),
+        ({"shared": "is missing there"}, r"the run folder /shared/run is missing there; choose a `run_dir` on storage"),
         (
             {"free": {**FACTS["free"], node_check.SHARED_MEMORY: 64 << 20}},
             r"/dev/shm has 0\.06 GiB free, the run needs 1\.00 \(better 4\.2\); start the container with --shm-size=5g",

@@ -20,7 +20,7 @@ def test_a_disk_that_the_run_would_fill_is_refused(repository, tmp_path, monkeyp
     # but for the first cut, which has the original's bfloat16.
     needed = 8 * (2_387_136 + 1_871_040 + 1_612_992 + 1_465_536) - 2 * 2_387_136
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed - 1))
-    with pytest.raises(ConfigError, match=r"the run writes up to .* GiB of checkpoints, .* choose another run_dir"):
+    with pytest.raises(ConfigError, match=r"the run writes up to .* GiB of checkpoints, .* choose another `run_dir`"):
         preflight.check_disk(config, shape, model, tmp_path / "not" / "there" / "yet")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed))
     preflight.check_disk(config, shape, model, tmp_path)

@@ -18,12 +18,12 @@ def test_entries_of_data():
     for entry, says in [("gsm8k", "give TASK=FILE"), ("mbpp=x", "none of the tasks"), ("gsm8k=", "give TASK=FILE")]:
         result = CliRunner().invoke(app, ["eval", "testbed", "--tasks", "gsm8k,boxed", "--data", entry])
         assert result.exit_code == 2 and "error: --data" in result.output and says in result.output
-    with pytest.raises(ConfigError, match=r"a=b\.jsonl: .*\(data gsm8k=FILE names another source\)"):
+    with pytest.raises(ConfigError, match=r"a=b\.jsonl: .*\(`data` gsm8k=FILE names another source\)"):
         command.prepare("testbed", config(tasks=["gsm8k"], data={"gsm8k": "a=b.jsonl"}))
 
 
 def test_a_task_without_questions_asks_for_them():
-    with pytest.raises(ConfigError, match=r"whose questions\? Name them: data boxed=FILE"):
+    with pytest.raises(ConfigError, match=r"whose questions\? Name them: `data` boxed=FILE"):
         command.prepare("testbed", config(data={}))
 
 

@@ -193,7 +193,7 @@ def test_where_a_run_is_planned(repository, monkeypatch):
     assert device_of(config, None) == GPUS["a100-40"]
     demo = load_config(repository / "recipes/demo_grpo_cpu.yaml")
     assert device_of(demo, None) == GPUS["a100-40"]  # device: auto
-    with pytest.raises(ConfigError, match=r"gpu: h20 is not known; known are h200, h100, a100-80"):
+    with pytest.raises(ConfigError, match=r"`gpu`: h20 is not known; known are h200, h100, a100-80"):
         device_of(config, "h20")
     wrong = load_config(repository / "recipes/grpo_qwen2.5-7b_8xh200.yaml", ["resources.gpu=b300"])
     with pytest.raises(ConfigError, match=r"resources\.gpu: b300 is not known"):

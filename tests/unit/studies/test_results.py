@@ -122,7 +122,7 @@ def test_another_study_or_design_is_not_mixed_in(made):
     finish(runner.runs_of(made.study, made.out, 1)[0], {1})
     runner.check_folder(made.whole, made.out, 1)
     other = prepare("iterations", [], ["data.test.rows=7"], made.out)[0]
-    with pytest.raises(ConfigError, match="was made with another data; name another out"):
+    with pytest.raises(ConfigError, match="was made with another data; name another `out`"):
         runner.check_folder(other.whole, other.out, 1)
     other = prepare("step_size", [], [], made.out)[0]
     with pytest.raises(ConfigError, match="holds the study iterations"):
