@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -118,7 +119,9 @@ def unexpected(error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def interruptible(kept: str) -> Iterator[None]:
-    """Ctrl-C ends with status 130 and ``kept``, which says what is left and how to go on."""
+    """Ctrl-C and SIGTERM end with status 130 and ``kept``, which says what is left and how to go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has what it starts in the background ignore the former
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """``ptl eval`` and ``study``: how good a model is, and what a comparison of many runs shows."""
 
-import signal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,8 +125,6 @@ def speed(
 
     if out is not None:
         check_new_file(out)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the former: set both
-        signal.signal(number, signal.default_int_handler)
     quieten_libraries()
     quieten_exit()
     folders = [resolve_model(model, setting="MODEL") for model in models]

@@ -21,11 +21,11 @@ def _drive(run_dir: Path) -> None:
     from ptl_rl.driver.run_folder import MissingArtefact
     from ptl_rl.driver.watchdog import interrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
     console = make_console()
     try:
         with interruptible(f"finished stages are kept. Continue with: ptl resume {run_dir}"):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, interrupt)
             result = api.resume(run_dir, console=console)
     except (StageFailed, MissingArtefact) as error:
         fail(str(error))
