@@ -20,14 +20,6 @@ def _list_tasks(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _default_folder(model: str) -> Path:
-    from ptl_rl.evaluation.command import default_folder, quieten_exit, quieten_libraries
-
-    quieten_libraries()  # before vLLM is imported
-    quieten_exit()
-    return default_folder(model)
-
-
 def _by_task(entries: list[str]) -> dict[str, str]:
     from ptl_rl.config import ConfigError
 
@@ -68,9 +60,11 @@ def evaluate(
 ) -> None:
     """Evaluate a model on tasks of mathematics and code; an interrupted evaluation goes on where it was."""
     from ptl_rl import api
+    from ptl_rl.evaluation.command import RESULTS, default_folder, quieten_exit, quieten_libraries
 
-    console, default = make_console(), _default_folder(model)
-    place = out or default
+    quieten_libraries()
+    quieten_exit()
+    console, place = make_console(), out or default_folder(model)
     with (
         interruptible(f"finished tasks are kept in {place}; the same command goes on"),
         bar(console, "judging") as judged,
@@ -92,7 +86,6 @@ def evaluate(
             starting=lambda what: console.print(what, highlight=False, markup=False),
             judged=judged,
         )
-    from ptl_rl.evaluation.command import RESULTS
     from ptl_rl.reporting.eval_table import result_table
 
     console.print(result_table(found))

@@ -1,6 +1,7 @@
 """The real driver from the first stage to the last with stand-ins for stages: what it tells them, and what it keeps."""
 
 import json
+import os
 
 import pytest
 from driven_runs import DrivenRun, Session, Told, labels_of
@@ -16,6 +17,7 @@ TWO_CYCLES = {"schedule": {"channels_per_cycle": [480, 224], "alignment": 16}, "
 def test_two_cycles(make_driven, monkeypatch):
     run, told = make_driven(**TWO_CYCLES), Told()
     state = run.drive(told)
+    assert os.environ["PTL_RUN_ID"] == "before"  # what this process starts from now on is not the run's
     run.check_complete(cycles=2)
     assert state.source == "cycles/002/recovered" and not state.stopped
     entries = run.journal.entries()

@@ -3,8 +3,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from ptl_rl import api
 from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, EvalConfig
+from ptl_rl.errors import UserError
 from ptl_rl.evaluation import command
 from ptl_rl.evaluation.tasks import TASKS
 from ptl_rl.testbed import CHECKPOINT_DIR
@@ -126,3 +128,14 @@ def test_every_model_has_a_default_folder_of_its_own(tmp_path, monkeypatch):
     assert command.default_folder("testbed:llama").name == "testbed-llama"
     monkeypatch.chdir(tmp_path / "a")
     assert command.default_folder(".") == command.default_folder(str(tmp_path / "a"))
+
+
+def test_only_the_command_line_closes_its_own_streams(monkeypatch):
+    """A notebook's standard error is not this project's to close."""
+    told = []
+    monkeypatch.setattr(command.atexit, "register", told.append)
+    with pytest.raises(UserError):
+        api.evaluate("testbed", ["no such task"])
+    assert told == []
+    CliRunner().invoke(app, ["eval", "testbed", "--tasks", "no such task"])
+    assert len(told) == 1
