@@ -61,7 +61,7 @@ class CpuWorkerExtension(vLLMColocateWorkerExtension):
         try:
             super()._update_weights(weights, *args, **kwargs)
         except Exception:
-            # Of whatever kind: one that got out here would leave the sender waiting for ever. It is raised above once the
-            # sender is done, as text: the exception's frames would keep views of the shared memory segment alive, which
-            # then cannot be closed.
+            # Of whatever kind: one that got out here would leave the sender waiting for ever. It is raised above once
+            # the sender is done; as text, for the exception's frames would keep views of the shared memory segment
+            # alive, which then cannot be closed.
             self._update_failure = traceback.format_exc()

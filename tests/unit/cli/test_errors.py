@@ -33,6 +33,17 @@ def test_what_the_user_can_mend_is_one_sentence(monkeypatch):
     assert (result.exit_code, result.output.strip()) == (2, "error: config.json: no such family; use another")
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, KeyError])
+def test_errors_of_python_and_of_libraries_are_not_called_bad_input(kind, monkeypatch):
+    result = slice_with(kind("of a library"), monkeypatch)
+    assert result.exit_code == 1 and f"unexpected {kind.__name__}: " in result.output
+
+
+def test_what_the_user_can_mend_is_refused_whatever_else_it_is(monkeypatch):
+    for error in (OutputError("out: exists"), UserError("out: exists")):
+        assert slice_with(error, monkeypatch).exit_code == 2
+
+
 def test_memory_that_runs_out_is_not_called_bad_input(monkeypatch, tmp_path):
     result = slice_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), monkeypatch)
     assert result.exit_code == 1
