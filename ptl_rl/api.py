@@ -1,4 +1,4 @@
-"""The Python interface: what the commands of ``ptl`` do, as functions. The command line is a thin shell over them.
+"""The Python interface: the main commands of ``ptl`` as functions, which those commands are thin shells over.
 
 Everything heavy is imported inside the functions. What a user can mend is raised as :class:`ptl_rl.errors.UserError`.
 """

@@ -62,9 +62,13 @@ def _read(folder: Path) -> Entry | None:
         return None
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write(folder: Path, schema: "pyarrow.Schema", make: "Callable[[dict[str, Any]], Iterator[pyarrow.RecordBatch]]"):
@@ -76,8 +80,8 @@ def _write(folder: Path, schema: "pyarrow.Schema", make: "Callable[[dict[str, An
             writer.write_batch(batch)
     about["checksum"] = file_hash(folder / TABLE)
     (folder / ABOUT).write_text(json.dumps(about))
-    _sync(folder / TABLE)
-    _sync(folder / ABOUT)
+    sync(folder / TABLE)
+    sync(folder / ABOUT)
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -6,7 +6,6 @@ every subset. The folder is written under another name, synced and renamed.
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.config.data import EvaluationSet
+from ptl_rl.data.cache import sync
 from ptl_rl.data.corpora import Corpus, SourceUse, load_corpus
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.data.prepare import run_data
@@ -146,7 +146,7 @@ def freeze(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(folder.parent)
+    sync(folder.parent)
     return FrozenData(folder)
 
 
@@ -175,15 +175,7 @@ def _write_sets(
         progress(f"writing data.{name} into the run", len(corpus), len(corpus))
     (folder / FACTS).write_text(json.dumps({"format": FORMAT, "made_with": made_with, "sets": facts}, indent=1) + "\n")
     for written in (*folder.iterdir(), folder):
-        _sync(written)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(written)
 
 
 def _write(corpus: Corpus, path: Path) -> None:
