@@ -173,18 +173,12 @@ class Hits:
     shares: "numpy.ndarray"
 
 
-def _schema() -> "pyarrow.Schema":
-    import pyarrow
-
-    return pyarrow.schema([("row", pyarrow.int64()), ("question", pyarrow.int64()), ("share", pyarrow.float64())])
-
-
-def _scan(store: Store, index: NgramIndex, min_overlap: float, progress: Progress) -> "Iterator[pyarrow.RecordBatch]":
+def _scan(store: Store, index: NgramIndex, min_overlap: float, progress: Progress) -> "Iterator[pyarrow.Table]":
     import pyarrow
     import pyarrow.compute as pc
 
     start = 0
-    for batch in store.table.to_batches():
+    for batch in store.rows.data.to_batches():
         question, solution = batch.column("question"), batch.column("solution")
         texts = pc.binary_join_element_wise(question, solution, "\n")
         hits = {place: (found, share) for place, found, share in index.holding(texts, min_overlap)}
@@ -192,7 +186,7 @@ def _scan(store: Store, index: NgramIndex, min_overlap: float, progress: Progres
         hits |= {place: (found, 1.0) for place, found in index.same(wholes)}
         if hits:
             rows = [{"row": start + place, "question": q, "share": share} for place, (q, share) in sorted(hits.items())]
-            yield pyarrow.RecordBatch.from_pylist(rows, _schema())
+            yield pyarrow.Table.from_pylist(rows)
         start += len(batch)
         progress(f"comparing {store.path} with the evaluation questions", start, len(store))
 
@@ -202,13 +196,14 @@ def word_hits(
 ) -> Hits:
     """Rows of ``store`` that overlap with a question word by word; remembered in the cache."""
     import numpy
+    from datasets import Features, Value
 
     questions = [evaluation.questions[place] for place in evaluation.worded]
     key = key_of("hits", store.key, evaluation.digest, settings.ngram, settings.min_overlap)
-    entry = cached(
+    found = cached(
         key,
-        _schema(),
-        lambda about: _scan(store, NgramIndex(questions, settings.ngram), settings.min_overlap, progress),
+        Features({"row": Value("int64"), "question": Value("int64"), "share": Value("float64")}),
+        lambda: _scan(store, NgramIndex(questions, settings.ngram), settings.min_overlap, progress),
     )
-    row, question, share = (entry.table.column(name).to_numpy() for name in ("row", "question", "share"))
+    row, question, share = (found.data.column(name).to_numpy() for name in ("row", "question", "share"))
     return Hits(row, numpy.asarray(evaluation.worded, numpy.int64)[question], share)

@@ -5,19 +5,20 @@ Its slices and subsets are corpora over the same tables.
 """
 
 import array
-import bisect
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 from ptl_rl.config import SourceConfig
 from ptl_rl.config.data import TESTBED
 from ptl_rl.data.records import DataError, Progress, Record, RowError, no_progress
-from ptl_rl.data.store import Store, open_store
+from ptl_rl.data.sources import BATCH_ROWS
+from ptl_rl.data.store import TEXTS, Store, open_store
 
 if TYPE_CHECKING:
+    import datasets
     import numpy
 
 __all__ = ["Corpus", "DataError", "Dropped", "Record", "RowError", "SourceUse", "load_corpus"]
@@ -54,7 +55,12 @@ class Corpus(Sequence[Record]):
 
     def __init__(self, stores: list[Store], rows: "numpy.ndarray", sources: list[SourceUse]) -> None:
         self._stores, self._rows, self.sources = stores, rows, sources
-        self._starts = list(itertools.accumulate(map(len, stores), initial=0))
+
+    @cached_property
+    def _texts(self) -> "datasets.Dataset":
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([store.rows.select_columns(list(TEXTS)) for store in self._stores])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,15 +72,12 @@ class Corpus(Sequence[Record]):
     def __getitem__(self, place: int | slice) -> "Record | Corpus":
         if isinstance(place, slice):
             return self.select(self._rows[place])
-        return self._record(int(self._rows[place]))
+        return Record(**self._texts[int(self._rows[place])])
 
     def __iter__(self) -> Iterator[Record]:
-        for start in range(0, len(self._rows), 1024):
-            yield from map(self._record, self._rows[start : start + 1024].tolist())
-
-    def _record(self, row: int) -> Record:
-        store = bisect.bisect_right(self._starts, row) - 1
-        return self._stores[store].record(row - self._starts[store])
+        for start in range(0, len(self._rows), BATCH_ROWS):
+            block = self._texts[self._rows[start : start + BATCH_ROWS].tolist()]
+            yield from map(Record, *(block[name] for name in TEXTS))
 
     def select(self, rows: "numpy.ndarray") -> "Corpus":
         return Corpus(self._stores, rows, self.sources)
@@ -103,13 +106,13 @@ class Corpus(Sequence[Record]):
 
 def check_bad_rows(store: Store, max_bad_fraction: float) -> None:
     """Raise :class:`DataError` for a source without rows, or with too many malformed ones."""
-    if store.read == 0:
+    read, bad = len(store), len(store) - len(store.records)
+    if read == 0:
         raise DataError(f"{store.path}: no rows")
-    if store.bad > max_bad_fraction * store.read:
-        more = f" (and {store.bad - 1} more)" if store.bad > 1 else ""
+    if bad > max_bad_fraction * read:
+        more = f" (and {bad - 1} more)" if bad > 1 else ""
         raise DataError(
-            f"{store.bad_examples[0]}{more}; {store.bad} of {store.read} rows are bad, max_bad_fraction "
-            f"allows {max_bad_fraction:g}"
+            f"{store.bad_examples[0]}{more}; {bad} of {read} rows are bad, max_bad_fraction allows {max_bad_fraction:g}"
         )
 
 
@@ -157,20 +160,19 @@ def load_corpus(
     Raises:
         DataError: missing or unreadable file, unknown kind, or too many malformed rows; names file and line.
     """
-    import numpy
-
     store = open_store(source, seed, progress)
     check_bad_rows(store, max_bad_fraction)
-    kept = numpy.arange(len(store))
+    kept = store.records
     dropped = bad_rows(store)
     if answers:
         kept = with_answer(store, kept, dropped)
     rows = chosen_rows(source, kept, seed)
-    return Corpus([store], rows, [SourceUse(source.path, store.read, len(kept), len(rows), dropped)])
+    return Corpus([store], rows, [SourceUse(source.path, len(store), len(kept), len(rows), dropped)])
 
 
 def bad_rows(store: Store) -> dict[str, Dropped]:
-    return {"bad": Dropped(store.bad, store.bad_examples)} if store.bad else {}
+    bad = len(store) - len(store.records)
+    return {"bad": Dropped(bad, store.bad_examples)} if bad else {}
 
 
 def with_answer(store: Store, kept: "numpy.ndarray", dropped: dict[str, Dropped]) -> "numpy.ndarray":
@@ -179,7 +181,7 @@ def with_answer(store: Store, kept: "numpy.ndarray", dropped: dict[str, Dropped]
     Raises:
         DataError: none has.
     """
-    answered = store.has_answer()[kept]
+    answered = store.has("answer")[kept]
     if answered.all():
         return kept
     if not answered.any():

@@ -4,8 +4,8 @@ A set is one Arrow file in the run's order, which is memory-mapped; ``data.json`
 every subset. The folder is written under another name, synced and renamed.
 """
 
-import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -14,13 +14,12 @@ from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.config.data import EvaluationSet
-from ptl_rl.data.cache import sync
 from ptl_rl.data.corpora import Corpus, SourceUse, load_corpus
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.data.prepare import run_data
 from ptl_rl.data.records import DataError, Progress, Record, no_progress
-from ptl_rl.data.sources import BATCH_ROWS, file_hash
-from ptl_rl.data.store import Store, frozen_batch, frozen_schema
+from ptl_rl.data.sources import file_hash
+from ptl_rl.data.store import features, mapped, tables
 
 FORMAT = 1
 FACTS, CONTRAST = "data.json", "contrast"
@@ -88,9 +87,8 @@ class FrozenData:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path}: the run's data cannot be read ({error}); {REMEDY}") from None
-        store = Store(str(path), name, f"{path} row {{}}", table, digest, read=len(table))
-        rows = len(store)
-        return Corpus([store], numpy.arange(rows), [SourceUse(str(path), rows, rows, rows)])
+        rows = len(table)
+        return Corpus([mapped(table, str(path), digest)], numpy.arange(rows), [SourceUse(str(path), rows, rows, rows)])
 
     def training(self) -> Corpus:
         return self.read("train")
@@ -144,9 +142,13 @@ def freeze(
         check(FrozenData(temporary))
         shutil.rmtree(folder, ignore_errors=True)  # one without its facts
         temporary.rename(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot write the run's data: {error.strerror or error}; make room there, or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sync(folder.parent)
+    _sync(folder.parent)
     return FrozenData(folder)
 
 
@@ -163,6 +165,15 @@ def settings_of_rows(config: RunConfig, subsets: int) -> dict[str, Any]:
     }
 
 
+def _sync(path: Path) -> None:
+    """Put a file, or a folder's names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write_sets(
     sets: dict[str, Corpus], parts: dict[str, list[Corpus]], made_with: dict[str, Any], folder: Path, progress: Progress
 ) -> None:
@@ -175,13 +186,13 @@ def _write_sets(
         progress(f"writing data.{name} into the run", len(corpus), len(corpus))
     (folder / FACTS).write_text(json.dumps({"format": FORMAT, "made_with": made_with, "sets": facts}, indent=1) + "\n")
     for written in (*folder.iterdir(), folder):
-        sync(written)
+        _sync(written)
 
 
 def _write(corpus: Corpus, path: Path) -> None:
     import pyarrow
 
-    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, frozen_schema()) as writer:
-        numbered = enumerate(corpus, 1)
-        while chunk := list(itertools.islice(numbered, BATCH_ROWS)):
-            writer.write_batch(frozen_batch(chunk))
+    schema = features().arrow_schema.remove_metadata()
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
+        for table in tables(enumerate(corpus, 1)):
+            writer.write_table(table)

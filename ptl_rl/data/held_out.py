@@ -126,7 +126,7 @@ def _pools(
     for source in sources:
         store = open_source(source)
         check_bad_rows(store, max_bad_fraction)
-        rows = numpy.flatnonzero(store.has_answer())
+        rows = numpy.flatnonzero(store.has("answer"))
         keys, first = numpy.unique(store.numbers("question_key")[rows], return_index=True)
         new = ~numpy.isin(keys, taken)
         keys, rows = keys[new], rows[first[new]]

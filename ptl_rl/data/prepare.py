@@ -49,17 +49,6 @@ def training_data(config: RunConfig, progress: Progress = no_progress) -> Corpus
     return _Reading(config, progress).training()
 
 
-def worked_solutions(config: RunConfig, progress: Progress = no_progress) -> Corpus:
-    """What scoring and continued pre-training read: ``data.corpus``, or where there is none the training data."""
-    return _Reading(config, progress).worked_solutions()
-
-
-def evaluation_data(config: RunConfig, name: EvaluationSet, progress: Progress = no_progress) -> Corpus:
-    """An evaluation set, the same whatever the run's seed, for runs that are compared: as it is but for malformed rows
-    and those without an answer, or held out of the training data where the recipe names none."""
-    return _Reading(config, progress).evaluation(name)
-
-
 @dataclass(frozen=True)
 class RunData:
     """All that a run reads, by the name that it has under ``data``."""
@@ -216,7 +205,7 @@ class _Reading:
             store = self._open(source)
             check_bad_rows(store, config.data.max_bad_fraction)
             dropped = bad_rows(store)
-            kept = numpy.arange(len(store))
+            kept = store.records
             if answers:
                 kept = with_answer(store, kept, dropped)
             if held is not None:
@@ -226,7 +215,7 @@ class _Reading:
             used = chosen_rows(source, kept, config.seed, spared(held, dropped))
             if config.data.deduplicate != "off":
                 seen = numpy.concatenate([seen, _keys(config, store)[used]])
-            uses.append(SourceUse(source.path, store.read, len(kept), len(used), dropped))
+            uses.append(SourceUse(source.path, len(store), len(kept), len(used), dropped))
             stores.append(store)
             rows.append(used + start)
             start += len(store)

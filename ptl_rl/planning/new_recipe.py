@@ -153,8 +153,8 @@ def _facts(wishes: Wishes, model: PlannedModel, workers: Workers, progress: Prog
     schedule = first_schedule(model.shape, wishes.remove, workers.parallel)
     cycles = len(planned_cuts(schedule))
     reading, store = _reading(wishes, progress)
-    _check_enough(wishes.data, len(store), len(store) // cycles, cycles, workers)
-    answered = bool(store.has_answer().any())
+    _check_enough(wishes.data, len(store.records), len(store.records) // cycles, cycles, workers)
+    answered = bool(store.has("answer").any())
     reward = _reward(wishes, reading.source)
     programs = reward is not None and reward.path == "code"
     is_testbed = shipped_checkpoint(wishes.model) is not None
@@ -190,7 +190,7 @@ def _reading(wishes: Wishes, progress: Progress) -> tuple[Reading, Store]:
         reading = replace(reading, source=SourceConfig(path=wishes.data, rows=TESTBED_ROWS))
     store = open_store(reading.source, 0, progress)
     check_bad_rows(store, DataConfig().max_bad_fraction)
-    if not store.has_answer().any() and wishes.recovery != "cpt":
+    if not store.has("answer").any() and wishes.recovery != "cpt":
         there = f" among {', '.join(reading.columns)}" if reading.columns else ""
         fields = reading.source.fields or FieldMap()
         if fields.text is not None:

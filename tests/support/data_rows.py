@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 from ptl_rl.config import RunConfig, SourceConfig
+from ptl_rl.config.data import EvaluationSet
 from ptl_rl.config.recipe import parse_config
+from ptl_rl.data.corpora import Corpus
+from ptl_rl.data.prepare import run_data
 
 
 def row(i: int, **changes) -> dict:
@@ -34,3 +37,13 @@ def _plain(value):
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return value.model_dump() if isinstance(value, SourceConfig) else value
+
+
+def evaluation_data(config: RunConfig, name: EvaluationSet) -> Corpus:
+    return run_data(config, 1).sets[name]
+
+
+def worked_solutions(config: RunConfig) -> Corpus:
+    """What scoring and continued pre-training read."""
+    sets = run_data(config, 1).sets
+    return sets.get("corpus", sets["train"])

@@ -23,7 +23,7 @@ def hits(rows: list[tuple[str, str]], questions=(OTHER, LONG, SHORT), **settings
     """Row to question, by place."""
     records = [Record(question, solution, "", "s", str(i)) for i, (question, solution) in enumerate(rows)]
     asked = [Question(f"data.test {i}", text, question_key(text, ""), False) for i, text in enumerate(questions)]
-    found = word_hits(store_of(records, "memory", "s"), Evaluation(asked), DecontaminateConfig(**settings))
+    found = word_hits(store_of(records, "memory"), Evaluation(asked), DecontaminateConfig(**settings))
     assert ((found.shares > 0) & (found.shares <= 1)).all()
     return dict(zip(found.rows.tolist(), found.questions.tolist(), strict=True))
 

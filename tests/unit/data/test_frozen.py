@@ -1,8 +1,10 @@
 """A run's rows are written into its folder once, and whatever becomes of their sources, these are read."""
 
 import pickle
+from pathlib import Path
 
 import numpy
+import pyarrow
 import pytest
 from data_rows import row, run_config, write
 
@@ -56,6 +58,27 @@ def test_sources_that_change_or_go_change_nothing(config, tmp_path):
     assert {name: list(again.read(name)) for name in again.sets} == before
 
 
+def test_what_an_earlier_version_wrote(config, tmp_path):
+    """Its tables had no column of errors, and the same columns in another order."""
+    frozen = freeze(config, 2, tmp_path / "data")
+    before = {name: list(frozen.read(name)) for name in frozen.sets}
+    names = ["question", "solution", "answer", "id", "number", "question_key", "content_key", "source"]
+    for path in (tmp_path / "data").glob("*.arrow"):
+        table = pyarrow.ipc.open_file(path.read_bytes()).read_all().select(names)
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    assert {name: list(FrozenData(tmp_path / "data").read(name)) for name in before} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_named_and_leaves_nothing(config, tmp_path, monkeypatch):
+    real = pyarrow.OSFile
+    monkeypatch.setattr(pyarrow, "OSFile", lambda path, mode: real("/dev/full", mode))
+    with pytest.raises(DataError, match=r"data: cannot write the run's data: .*No space left .*; make room there"):
+        freeze(config, 2, tmp_path / "run" / "data")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_without_a_corpus_of_its_own_or_general_text(tmp_path):
     frozen = freeze(run_config(tmp_path), 1, tmp_path / "data")
     assert frozen.name_of_solutions == "train" and list(frozen.worked_solutions()) == list(frozen.training())
@@ -63,8 +86,6 @@ def test_without_a_corpus_of_its_own_or_general_text(tmp_path):
 
 
 def test_rows_are_mapped_and_hold_no_memory_of_their_own(config, tmp_path):
-    import pyarrow
-
     frozen = freeze(config, 2, tmp_path / "data")
     before = pyarrow.total_allocated_bytes()
     kept = [frozen.read(name) for name in frozen.sets]

@@ -5,13 +5,13 @@ import random
 
 import numpy
 import pytest
-from data_rows import row, run_config, write
+from data_rows import evaluation_data, row, run_config, worked_solutions, write
 
 from ptl_rl.config import ConfigError, FieldMap, SourceConfig
 from ptl_rl.config.recipe import parse_config, read_saved_config, save_config
 from ptl_rl.data.held_out import rank
 from ptl_rl.data.partition import subset_hash
-from ptl_rl.data.prepare import evaluation_data, run_data, training_data, worked_solutions
+from ptl_rl.data.prepare import run_data, training_data
 from ptl_rl.data.records import DataError
 from ptl_rl.driver.data_report import data_report
 

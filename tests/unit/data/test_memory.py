@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys, threading, time
 from pathlib import Path
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prepare import evaluation_data, training_data
+from ptl_rl.data.prepare import run_data, training_data
 from ptl_rl.config.recipe import read_saved_config
 
 def anonymous_mib():  # pages of the mapped file are the system's to take back
@@ -25,7 +25,7 @@ def anonymous_mib():  # pages of the mapped file are the system's to take back
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 config = read_saved_config(Path(sys.argv[1]))
-evaluation_data(config, "test")  # imports everything
+run_data(read_saved_config(Path(sys.argv[2])), 1)  # imports everything
 before = peak = anonymous_mib()
 
 def watch():
@@ -51,8 +51,11 @@ def test_two_hundred_thousand_rows(tmp_path):
             file.write(f'{{"question": "What is {i} and 1?", "solution": "{i} {text}", "answer": "{i + 1}"}}\n')
     sources = {name: write(tmp_path / f"{name}.jsonl", [row(0, question=f"The {name}'s?")]) for name in ("a", "b")}
     train = sources["a"].model_copy(update={"path": str(tmp_path / "train.jsonl")})
-    save_config(run_config(tmp_path, train, sources["a"], sources["b"]), tmp_path / "config.json")
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json")]
+    files = []
+    for name, rows in (("large", train), ("small", write(tmp_path / "c.jsonl", [row(1)]))):
+        files.append(str(tmp_path / f"{name}.json"))
+        save_config(run_config(tmp_path, rows, sources["a"], sources["b"]), Path(files[-1]))
+    command = [sys.executable, "-c", PROGRAM, *files]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     found = json.loads(finished.stdout)

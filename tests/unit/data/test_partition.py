@@ -12,7 +12,7 @@ from ptl_rl.data.store import store_of
 
 
 def corpus_of(records: list[Record]) -> Corpus:
-    return Corpus([store_of(records, "memory", "src")], numpy.arange(len(records)), [])
+    return Corpus([store_of(records, "memory")], numpy.arange(len(records)), [])
 
 
 def reference(records: list[Record], subsets: int) -> list[list[Record]]:

@@ -3,14 +3,14 @@
 import random
 
 import pytest
-from data_rows import row, run_config, write
+from data_rows import evaluation_data, row, run_config, worked_solutions, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl_rl.config import FieldMap, SourceConfig
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prepare import evaluation_data, run_data, training_data, worked_solutions
+from ptl_rl.data.prepare import run_data, training_data
 from ptl_rl.data.records import DataError
 
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
