@@ -143,9 +143,8 @@ def freeze(
         shutil.rmtree(folder, ignore_errors=True)  # one without its facts
         temporary.rename(folder)
     except OSError as error:
-        raise DataError(
-            f"{folder}: cannot write the run's data: {error.strerror or error}; make room there, or choose another folder"
-        ) from None
+        why = error.strerror or error
+        raise DataError(f"{folder}: cannot write the run's data: {why}; make room, or choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(folder.parent)
