@@ -134,7 +134,7 @@ def make_console(width: int = 160, stderr: bool = False):
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(width=None if stream.isatty() else width, stderr=stderr)
+    return Console(width=None if stream.isatty() else width, stderr=stderr, emoji=False)
 
 
 @contextlib.contextmanager

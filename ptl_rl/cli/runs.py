@@ -119,9 +119,9 @@ def plan(
     from ptl_rl.api import load_recipe
     from ptl_rl.config import ConfigError
     from ptl_rl.config.recipe import as_recipe
-    from ptl_rl.driver.preflight import check_cuts
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
+    from ptl_rl.planning.schedule import check_cuts
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}

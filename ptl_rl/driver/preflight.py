@@ -17,7 +17,7 @@ from ptl_rl.models import check_tokenizer, resolve_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.planning.schedule import check_schedule, planned_cuts
+from ptl_rl.planning.schedule import check_cuts
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
@@ -31,12 +31,6 @@ def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
     check_parent(config)
     check_cuts(config, shape)
     return model, shape
-
-
-def check_cuts(config: RunConfig, shape: ModelShape) -> None:
-    """Check the schedule against the model's shape."""
-    _check_cycles(config)
-    check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
 
 
 def check_parent(config: RunConfig) -> Path | None:
@@ -56,13 +50,6 @@ def check_attention(config: RunConfig, device: str, model: Path) -> Attention:
     """What ``model.attention`` comes to on ``device``; raises :class:`ConfigError` if it cannot be had."""
     capability = oldest_capability() if device == "cuda" else None
     return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model), capability)
-
-
-def _check_cycles(config: RunConfig) -> None:
-    cycles = len(planned_cuts(config.schedule))
-    beyond = [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]
-    if beyond:
-        raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")
 
 
 def _check_weights(model: Path) -> None:

@@ -66,15 +66,13 @@ def gpu_of_this_machine() -> str | None:
 
 def this_machine(workers: int) -> Device:
     """One of ``workers`` CPU workers: as many threads as the run gives it, and all of the machine's memory."""
-    import psutil
-
     from ptl_rl.cpu.checks import usable_cores
 
     cores = usable_cores()
     threads = max(1, cores // (2 * workers))
     return Device(
         f"{cores} CPU cores",
-        psutil.virtual_memory().total / GIB,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
         threads * CPU_GIGAFLOPS / 1000,
         CPU_GIGABYTES_PER_SECOND / 1000,
         is_cpu=True,

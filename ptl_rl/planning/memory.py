@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config.recovery import micro_batch
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.hardware import GIB, Device
 from ptl_rl.planning.pruning_memory import Pruner
 from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.serving_memory import Engine
 from ptl_rl.planning.trainer_memory import CHUNK_TOKENS, Parts, Rows, Trainer, total
-from ptl_rl.recovery.verl_config import micro_batch
 
 GPU_RUNTIME_GIB = 2.0
 """Of each process on a GPU: CUDA's context, NCCL's buffers, cuBLAS's workspace, what the allocator cannot use."""

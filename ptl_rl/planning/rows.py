@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ptl_rl.config import RunConfig, SourceConfig
 from ptl_rl.config.data import EvaluationSet, held_out_rows
-from ptl_rl.data.held_out import FEWEST
 from ptl_rl.errors import expanded
 from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS
 
@@ -63,6 +62,8 @@ def unnamed_notes(config: RunConfig) -> list[str]:
             return ["data.train is not set, and ptl run refuses that; sizes, memory and disk do not depend on it"]
         notes.append(f"data.train is not set: {sources[0].rows} problems of the test bed stand in")
     if unnamed := config.data.unnamed_sets(config.needs_answers):
+        from ptl_rl.data.held_out import FEWEST
+
         rows = _held_out(config)
         which = " and ".join(f"data.{unset}" for unset in unnamed)
         counts = " and ".join(f"{rows[unset]:,}" for unset in unnamed)

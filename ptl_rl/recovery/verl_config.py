@@ -9,6 +9,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
+from ptl_rl.config.recovery import micro_batch
 from ptl_rl.config.verl_keys import (
     ACTOR,
     DYNAMIC,
@@ -54,11 +55,6 @@ def _data(spec: StageSpec) -> dict[str, Any]:
         "data.filter_overlong_prompts": True,
         "data.shuffle": True,
     }
-
-
-def micro_batch(of_worker: int, most: int) -> int:
-    """The largest number of sequences, at most ``most``, by which a worker's part of an update can be shared out."""
-    return next(size for size in range(min(of_worker, most), 0, -1) if of_worker % size == 0)
 
 
 def _batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
