@@ -24,7 +24,7 @@ from ptl_rl.config.verl_keys import (
 )
 from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.families import ModelShape
-from ptl_rl.stage import StageSpec
+from ptl_rl.stage import PART_SEED, StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
@@ -88,7 +88,7 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         f"{ROLLOUT}.calculate_log_probs": True,
         f"{ROLLOUT}.val_kwargs.do_sample": False,
         f"{ROLLOUT}.val_kwargs.temperature": 0,
-        **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.round),
+        **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.part * PART_SEED + spec.round),
         **(_engines_in_float32() if config.model.dtype == "float32" else {}),
     }
 
