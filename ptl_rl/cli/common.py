@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from ptl_rl.errors import UserError
 
@@ -47,10 +47,12 @@ Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a sh
 
 
 def _options(function: Callable[..., Any]) -> dict[str, str]:
-    """Parameter to option: the name that its declaration gives, else the one that typer makes of it."""
+    """What each parameter is called: the name that its declaration gives, else the one that typer makes of it."""
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         for part in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(part, ArgumentInfo):
+                found[parameter.name] = parameter.name.upper()
             if isinstance(part, OptionInfo):
                 # In ``Annotated`` an option's first name stands in ``default`` until typer reads the function.
                 given = [str(name) for name in (part.default, *(part.param_decls or ())) if str(name).startswith("--")]
@@ -83,7 +85,8 @@ def command(name: str | None = None) -> Callable[[Function], Function]:
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """An error's words for the command line: a parameter in backticks, as ``run_dir``, becomes ``--run-dir``.
+    """An error's words for the command line: a parameter in backticks, as ``run_dir``, becomes ``--run-dir``,
+    or ``RUN_DIR`` where the command takes it without a name.
 
     Args:
         options: parameter to option, as the command spells it.

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from ptl_rl.config import ConfigError, DataConfig, FieldMap, RewardConfig, RunConfig, SourceConfig
-from ptl_rl.config.recipe import load_config, parse_config
+from ptl_rl.config.data import HUB
+from ptl_rl.config.recipe import load_config, named_source, parse_config
 from ptl_rl.data.columns import MBPP, TESTBED, Reading, read_columns
 from ptl_rl.data.corpora import check_bad_rows
-from ptl_rl.data.known import HUB
 from ptl_rl.data.partition import partition
 from ptl_rl.data.prepare import training_data
 from ptl_rl.data.records import DataError, Progress, Record, no_progress
@@ -91,7 +91,7 @@ def new_recipe(wishes: Wishes, progress: Progress = no_progress) -> str:
         ConfigError: a model, reward or amount that cannot be used.
         DataError: data that cannot be read, or do not do for what is wished.
     """
-    model = model_named(wishes.model)
+    model = model_named(wishes.model, setting="`model`")
     workers = _workers(wishes, model.shape)
     facts = _facts(wishes, model, workers, progress)
     draft = replace(facts, batches=batches(workers.share, workers.share, workers.share, 1))
@@ -185,7 +185,7 @@ def _facts(wishes: Wishes, model: PlannedModel, workers: Workers, progress: Prog
 
 def _reading(wishes: Wishes, progress: Progress) -> tuple[Reading, Store]:
     """How the data are read, and their rows, which have answers if the recovery needs them."""
-    reading = read_columns(wishes.data, wishes.fields)
+    reading = read_columns(named_source(wishes.data, "`data`").path, wishes.fields)
     if wishes.data.startswith(TESTBED):
         reading = replace(reading, source=SourceConfig(path=wishes.data, rows=TESTBED_ROWS))
     store = open_store(reading.source, 0, progress)

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from ptl_rl.config import RunConfig, SourceConfig
-from ptl_rl.config.data import EvaluationSet, held_out_rows
+from ptl_rl.config.data import HUB, EvaluationSet, held_out_rows
 from ptl_rl.errors import expanded
 from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS
 
@@ -30,7 +30,7 @@ def _rows(source: SourceConfig) -> int:
             found = pyarrow.parquet.read_metadata(path).num_rows
     if found is not None:
         return min(found, source.rows or found)
-    return source.rows or KNOWN_ROWS.get(source.path.removeprefix("hub:"), UNKNOWN_ROWS)
+    return source.rows or KNOWN_ROWS.get(source.path.removeprefix(HUB), UNKNOWN_ROWS)
 
 
 def _lines(path: Path) -> int:
