@@ -9,9 +9,7 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -108,6 +106,9 @@ def fail(message: str) -> NoReturn:
 
 def unexpected(error: Exception) -> NoReturn:
     """Keep the traceback of an error that nobody foresaw, and end with status 1."""
+    import tempfile
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     if os.environ.get(SHOW_TRACEBACK):
         print(text, file=sys.stderr)
