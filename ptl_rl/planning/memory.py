@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config import AnyRecovery, ConfigError, CptConfig, DistillConfig, GrpoConfig, RunConfig
 from ptl_rl.config.recovery import micro_batch
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.hardware import GIB, Device
@@ -76,8 +76,15 @@ class Planned:
     def trainers(self, recovery: AnyRecovery) -> int:
         """Workers that train in this recovery."""
         resources = self.config.resources
+        if self.device.is_cpu:
+            return resources.workers
         taken = recovery.teacher_workers_per_node if isinstance(recovery, DistillConfig) else 0
-        return resources.workers if self.device.is_cpu else resources.nodes * (resources.workers_per_node - taken)
+        if (left := resources.workers_per_node - taken) < 1:
+            raise ConfigError(
+                f"recovery.teacher_workers_per_node {taken} leaves none of {resources.workers_per_node} GPUs a node to "
+                "train; raise resources.workers_per_node"
+            )
+        return resources.nodes * left
 
     @property
     def length(self) -> int:
