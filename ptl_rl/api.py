@@ -150,8 +150,8 @@ def resume(folder: Place, *, console: "Console | None" = None) -> RunResult:
 def _console() -> "Console":
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
+    found = Console(emoji=False)
+    return found if found.is_terminal else Console(width=160, emoji=False)
 
 
 def result(folder: Place, stopped: bool = False) -> RunResult:

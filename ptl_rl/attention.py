@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from packaging.version import Version
-
 from ptl_rl.config import ConfigError
 
 FLASH = "flash_attention_2"
@@ -56,6 +54,8 @@ def flash_problem() -> str | None:
     """Why flash attention 2 cannot be used in this environment, whatever its GPUs; None if it can."""
     if find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
+    from packaging.version import Version
+
     try:
         found = version("flash-attn")
         if Version(found) < Version(OLDEST_FLASH):

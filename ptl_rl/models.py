@@ -61,7 +61,10 @@ def resolve_model(name: str, weights: bool = True, setting: str = "model.path") 
     if path.is_dir():
         return path.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{setting}: {name} is not a folder")
+        raise ConfigError(
+            f"{setting}: {name} is not a folder; name a Hugging Face folder, a model of the hub as OWNER/NAME, or a "
+            "shipped one as testbed:llama"
+        )
     from huggingface_hub import snapshot_download
 
     try:

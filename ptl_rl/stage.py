@@ -60,6 +60,15 @@ class StageSpec(BaseModel):
     scores: Path | None = None
 
 
+PART_SEED = 15_485_863
+"""Between the seeds of a cycle's recoveries, which read the same rows: no two take them in one order."""
+
+
+def stage_seed(config: RunConfig, spec: StageSpec) -> int:
+    """Differs from cycle to cycle, round to round and part to part, and follows from the run's seed."""
+    return config.seed * 1_000_003 + spec.cycle * 1009 + spec.part * PART_SEED + spec.round
+
+
 @dataclass
 class StageContext:
     """A stage's view of the run."""
@@ -85,8 +94,7 @@ class StageContext:
 
     @property
     def seed(self) -> int:
-        """Differs from cycle to cycle and round to round, and follows from the run's seed."""
-        return self.config.seed * 1_000_003 + self.spec.cycle * 1009 + self.spec.round
+        return stage_seed(self.config, self.spec)
 
     def connect_ray(self) -> None:
         """Join the run's Ray session as a job of its own; its actors end with this process."""

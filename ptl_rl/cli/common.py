@@ -9,15 +9,13 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from ptl_rl.errors import UserError
 
@@ -47,10 +45,12 @@ Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a sh
 
 
 def _options(function: Callable[..., Any]) -> dict[str, str]:
-    """Parameter to option: the name that its declaration gives, else the one that typer makes of it."""
+    """What each parameter is called: the name that its declaration gives, else the one that typer makes of it."""
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         for part in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(part, ArgumentInfo):
+                found[parameter.name] = parameter.name.upper()
             if isinstance(part, OptionInfo):
                 # In ``Annotated`` an option's first name stands in ``default`` until typer reads the function.
                 given = [str(name) for name in (part.default, *(part.param_decls or ())) if str(name).startswith("--")]
@@ -83,7 +83,8 @@ def command(name: str | None = None) -> Callable[[Function], Function]:
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """An error's words for the command line: a parameter in backticks, as ``run_dir``, becomes ``--run-dir``.
+    """An error's words for the command line: a parameter in backticks, as ``run_dir``, becomes ``--run-dir``,
+    or ``RUN_DIR`` where the command takes it without a name.
 
     Args:
         options: parameter to option, as the command spells it.
@@ -105,6 +106,9 @@ def fail(message: str) -> NoReturn:
 
 def unexpected(error: Exception) -> NoReturn:
     """Keep the traceback of an error that nobody foresaw, and end with status 1."""
+    import tempfile
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     if os.environ.get(SHOW_TRACEBACK):
         print(text, file=sys.stderr)
@@ -134,7 +138,7 @@ def make_console(width: int = 160, stderr: bool = False):
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(width=None if stream.isatty() else width, stderr=stderr)
+    return Console(width=None if stream.isatty() else width, stderr=stderr, emoji=False)
 
 
 @contextlib.contextmanager

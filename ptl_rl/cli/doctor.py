@@ -40,12 +40,11 @@ def doctor(
     else:
         console = make_console()
         for finding in findings:
-            sign = f"[{STYLES[finding.level]}]{SIGNS[finding.level]:<8}[/]"
-            console.print(sign, end="", highlight=False)
-            console.print(f"{finding.topic}: {finding.text}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{SIGNS[finding.level]:<8}", style=STYLES[finding.level], end="", highlight=False)
+            print(f"{finding.topic}: {finding.text}")
             if finding.remedy:
-                console.print(f"        -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+                print(f"        -> {finding.remedy}")
         count = sum(finding.level == "problem" for finding in findings)
         words = f"{count} of these would stop" if count else "nothing here would stop"
-        console.print(f"{words} {'a run' if recipe is None else recipe.stem}", highlight=False, markup=False)
+        print(f"{words} {'a run' if recipe is None else recipe.stem}")
     raise typer.Exit(1 if stops(findings) else 0)

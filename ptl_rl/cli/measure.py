@@ -89,7 +89,7 @@ def evaluate(
     from ptl_rl.reporting.eval_table import result_table
 
     console.print(result_table(found))
-    console.print(f"results: {place / RESULTS}, samples beside it", highlight=False, soft_wrap=True, markup=False)
+    print(f"results: {place / RESULTS}, samples beside it")
 
 
 @command()
@@ -175,7 +175,6 @@ def study(
             except studies.StudyFailed as error:
                 failed.append(str(error))  # of one recipe; another's runs do not depend on it
                 continue
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
-            console.print(f"study: {made.out}", highlight=False, soft_wrap=True, markup=False)
+            print(f"{text}\nstudy: {made.out}")
     if failed:
         fail("\nerror: ".join(failed))

@@ -31,8 +31,7 @@ def score(
     """Score channels and blocks of a model and plan a cut, without Ray; `ptl slice` makes it."""
     from ptl_rl import api
 
-    console = make_console(120)
-    with bar(console, "reading") as progress:
+    with bar(make_console(120), "reading") as progress:
         made = api.score(
             model,
             data,
@@ -45,18 +44,15 @@ def score(
         )
     plan, losses = made.plan, made.losses
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        print(f"note: {note}")
     kept = f"{plan.num_hidden_layers} blocks of {plan.intermediate_size} channels"
-    console.print(f"keeps {kept}, of {len(plan.keep_channels)} of {plan.source_intermediate_size}", highlight=False)
+    print(f"keeps {kept}, of {len(plan.keep_channels)} of {plan.source_intermediate_size}")
     if losses.channels is not None and losses.channels_plain is not None:
-        console.print(
-            f"of the FFN outputs' mean square {losses.channels:.2%} is lost, {losses.channels_plain:.2%} without "
-            "compensation",
-            highlight=False,
-        )
+        lost = f"{losses.channels:.2%} is lost, {losses.channels_plain:.2%} without compensation"
+        print(f"of the FFN outputs' mean square {lost}")
     if losses.stream is not None:
-        console.print(f"of the last block's residual stream {losses.stream:.2%} is lost", highlight=False)
-    console.print(f"next: ptl slice {model} {out} SLICED", highlight=False, soft_wrap=True, markup=False)
+        print(f"of the last block's residual stream {losses.stream:.2%} is lost")
+    print(f"next: ptl slice {model} {out} SLICED")
 
 
 @command("slice")
@@ -69,12 +65,11 @@ def slice_model(
     """Cut a model down to a plan: an ordinary Hugging Face folder again."""
     from ptl_rl import api
 
-    console = make_console(120)
-    with bar(console, "writing") as progress:
+    with bar(make_console(120), "writing") as progress:
         difference = api.slice(model, plan, out, check=check, progress=progress)
     if difference is not None:
-        console.print(f"logits differ from the masked original's by {difference:.1e} of the largest", highlight=False)
-    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
+        print(f"logits differ from the masked original's by {difference:.1e} of the largest")
+    print(f"sliced model: {out}")
 
 
 @command("slicegpt")
@@ -98,14 +93,12 @@ def slicegpt(
     """Baseline: a narrower residual stream by SliceGPT; no stock architecture, but recovered and evaluated here."""
     from ptl_rl.config.recipe import score_config
 
-    config, console = score_config({"data": {"path": data}}, settings or []), make_console(120)
+    config = score_config({"data": {"path": data}}, settings or [])
     from ptl_rl.baselines.slicegpt.command import slice_with_slicegpt
 
-    with bar(console, "slicing") as progress:
+    with bar(make_console(120), "slicing") as progress:
         made = slice_with_slicegpt(model, out, config, remove=remove, alignment=alignment, progress=progress)
-    console.print(
-        f"residual stream {made.source_hidden_size} -> {made.hidden_size} units, {made.source_parameters:,} -> "
-        f"{made.parameters:,} parameters ({made.parameters / made.source_parameters:.0%})",
-        highlight=False,
-    )
-    console.print(f"sliced model: {out}", highlight=False, soft_wrap=True, markup=False)
+    parameters = f"{made.source_parameters:,} -> {made.parameters:,} parameters"
+    share = f"({made.parameters / made.source_parameters:.0%})"
+    print(f"residual stream {made.source_hidden_size} -> {made.hidden_size} units, {parameters} {share}")
+    print(f"sliced model: {out}")

@@ -43,21 +43,16 @@ def _show(result: "RunResult", console) -> None:
     from ptl_rl.reporting import summary
 
     console.print(summary.table(result.rows))
-    console.print(f"picture: {result.folder / summary.PICTURE}", highlight=False, soft_wrap=True)
+    print(f"picture: {result.folder / summary.PICTURE}")
     if result.stopped:
-        console.print("stopped by the gate: accuracy stayed below gate.min_accuracy_ratio after all that it allows")
+        print("stopped by the gate: accuracy stayed below gate.min_accuracy_ratio after all that it allows")
     if result.model is None:
-        console.print("no cycle was accepted; the original model stands")
+        print("no cycle was accepted; the original model stands")
         return
-    console.print(f"final model: {result.model}", highlight=False, soft_wrap=True)
-    console.print(
-        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{result.model}")\n'
-        f'  tokenizer = AutoTokenizer.from_pretrained("{result.model}")',
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    print(f"final model: {result.model}")
+    print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
+    print(f'  model = AutoModelForCausalLM.from_pretrained("{result.model}")')
+    print(f'  tokenizer = AutoTokenizer.from_pretrained("{result.model}")')
 
 
 @command()
@@ -119,9 +114,9 @@ def plan(
     from ptl_rl.api import load_recipe
     from ptl_rl.config import ConfigError
     from ptl_rl.config.recipe import as_recipe
-    from ptl_rl.driver.preflight import check_cuts
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
+    from ptl_rl.planning.schedule import check_cuts
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
@@ -185,7 +180,7 @@ def report(
     page, results = api.report(run_dirs, out), [api.result(folder) for folder in run_dirs]
     for result in results:
         _show(result, console)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
+    print(f"report: {page}")
 
 
 @command()

@@ -8,6 +8,8 @@ from ptl_rl.config.section import Section
 
 TESTBED = "testbed:"
 """Begins the path of a source whose problems are made."""
+HUB = "hub:"
+"""Begins the path of a source that is a data set of the hub."""
 EvaluationSet = Literal["validation", "test"]
 MOST_HELD_OUT: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
 """Rows of evaluation sets that no recipe names."""
@@ -40,6 +42,13 @@ class SourceConfig(Section):
     layout: str | None = Field(
         None, description="Hub name of the known corpus that this is a copy of, to be read as that is."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _named(cls, path: str) -> str:
+        if path.startswith(HUB) and not path.removeprefix(HUB).strip("/ "):
+            raise ValueError(f"{path!r} names no data set; write {HUB}OWNER/NAME, as {HUB}openai/gsm8k")
+        return path
 
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":

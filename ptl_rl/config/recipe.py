@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptl_rl.config import AnyRecovery, ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig
+from ptl_rl.config import AnyRecovery, ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig, SourceConfig
 from ptl_rl.config.layers import Layers, Location
 
 
@@ -122,6 +122,12 @@ def field_map(text: str, where: str) -> FieldMap:
             f"{where} {text!r}: write a mapping, as {{question: problem, solution: solution, answer: final}}"
         )
     return _parse(FieldMap, Layers(where, values, values))
+
+
+def named_source(path: str, where: str, **settings: Any) -> SourceConfig:
+    """A source that is given by its path; raises :class:`ConfigError` that calls it ``where``."""
+    values = {"path": path, **settings}
+    return _parse(SourceConfig, Layers(where, values, values))
 
 
 def read_recipe(recipe: Path) -> dict[str, Any]:

@@ -172,3 +172,8 @@ def recovery_entry(entry: Any) -> Any:
         ((method, settings),) = entry.items()
         return {"method": method, **(settings or {})} if isinstance(settings, dict | None) else entry
     return {"method": "grpo", **entry}
+
+
+def micro_batch(of_worker: int, most: int) -> int:
+    """The largest number of sequences, at most ``most``, by which a worker's part of an update can be shared out."""
+    return next(size for size in range(min(of_worker, most), 0, -1) if of_worker % size == 0)

@@ -105,7 +105,11 @@ SEED = (
 
 _RUN = (
     Row("name", rl=("trainer.experiment_name",), sft=("trainer.experiment_name",)),
-    Row("seed", rl=_computed("with cycle and round", *SEED), sft=("engine.seed", "trainer.seed")),
+    Row(
+        "seed",
+        rl=_computed("with cycle, round and part", *SEED),
+        sft=("engine.seed", *_computed("with cycle, round and part", "trainer.seed")),
+    ),
     Row(
         "model.path",
         rl=_computed("the cut model's folder", f"{MODEL}.path"),

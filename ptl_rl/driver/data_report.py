@@ -11,7 +11,7 @@ from ptl_rl.data.partition import subset_hash
 from ptl_rl.data.prepare import REASONS, RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.data.tokens import count_tokens, local_tokenizer
-from ptl_rl.driver.preflight import calibration_notes, suffix_notes, too_few
+from ptl_rl.driver.preflight import data_notes, too_few
 from ptl_rl.driver.state import data_subsets
 
 SHOWN_CHARACTERS = 300
@@ -45,7 +45,7 @@ def _short(record: Record) -> dict[str, str]:
 
 
 def _notes(config: RunConfig, data: RunData) -> list[str]:
-    notes = [*data.notes(), *calibration_notes(config, data), *suffix_notes(config)]
+    notes = data_notes(config, data)
     made = [use.path for corpus in data.sets.values() for use in corpus.sources if use.path.startswith(TESTBED)]
     if config.data.decontaminate is not None and made:
         notes.append(

@@ -6,12 +6,12 @@ a cluster's nodes and ``ptl doctor`` share. Torch is imported in functions only.
 
 import os
 import re
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.planning.hardware import nvidia_smi
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FOLDER = Path("/dev")
@@ -45,18 +45,6 @@ def parse_driver(text: str) -> str | None:
     """The driver's version in the kernel module's or nvidia-smi's words."""
     found = re.search(r"\b\d{3,}(\.\d+){1,2}\b", text)
     return found.group() if found else None
-
-
-def nvidia_smi(query: str) -> list[list[str]]:
-    """Rows of ``nvidia-smi --query-gpu``; none if there is no such program or no driver."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if result.returncode:
-        return []
-    return [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines() if line.strip()]
 
 
 def find_driver() -> str | None:

@@ -17,7 +17,12 @@ from ptl_rl.models import check_tokenizer, resolve_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.planning.schedule import check_schedule, planned_cuts
+from ptl_rl.planning.schedule import check_cuts
+
+LOOKED_AT = 200
+"""Rows of a set, the first in its seeded order, that are looked at for boxes."""
+FEWEST_BOXED = 0.1
+"""Of these, a smaller share with a box is as good as none."""
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
@@ -31,12 +36,6 @@ def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
     check_parent(config)
     check_cuts(config, shape)
     return model, shape
-
-
-def check_cuts(config: RunConfig, shape: ModelShape) -> None:
-    """Check the schedule against the model's shape."""
-    _check_cycles(config)
-    check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
 
 
 def check_parent(config: RunConfig) -> Path | None:
@@ -56,13 +55,6 @@ def check_attention(config: RunConfig, device: str, model: Path) -> Attention:
     """What ``model.attention`` comes to on ``device``; raises :class:`ConfigError` if it cannot be had."""
     capability = oldest_capability() if device == "cuda" else None
     return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model), capability)
-
-
-def _check_cycles(config: RunConfig) -> None:
-    cycles = len(planned_cuts(config.schedule))
-    beyond = [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]
-    if beyond:
-        raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")
 
 
 def _check_weights(model: Path) -> None:
@@ -113,6 +105,28 @@ def suffix_notes(config: RunConfig) -> list[str]:
         f"data.prompt_suffix is not set: every question is followed by {config.prompt_suffix.strip()!r}, as the "
         "answer is looked for in its box"
     ]
+
+
+def box_notes(config: RunConfig, data: RunData) -> list[str]:
+    """That CPT learns from worked solutions without the box by which answers are judged, where that is so."""
+    learns = any(isinstance(recovery, CptConfig) and recovery.cross_entropy for recovery in config.all_recoveries)
+    if not learns or config.evaluation.judge != "boxed":
+        return []
+    name = "corpus" if "corpus" in data.sets else "train"
+    solutions = [record.solution for record in data.sets[name][:LOOKED_AT] if record.question]
+    boxed = sum("\\boxed" in solution for solution in solutions)
+    if boxed >= FEWEST_BOXED * len(solutions):
+        return []
+    return [
+        f"data.{name}: {boxed} of {len(solutions)} worked solutions that were looked at have a \\boxed{{}}, by which "
+        "evaluation.judge tells a right answer, and cpt teaches the model to write as they do: end them in "
+        "\\boxed{ANSWER}, or judge by your own function (evaluation.judge: reward, reward.path: FILE)"
+    ]
+
+
+def data_notes(config: RunConfig, data: RunData) -> list[str]:
+    """All that is worth knowing of what a run reads."""
+    return [*data.notes(), *calibration_notes(config, data), *suffix_notes(config), *box_notes(config, data)]
 
 
 def check_data(config: RunConfig, progress: Progress = no_progress) -> RunData:
@@ -225,7 +239,5 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     return [
         *([attention.note] if attention.note else []),
         *lengths,
-        *data.notes(),
-        *calibration_notes(config, data),
-        *suffix_notes(config),
+        *data_notes(config, data),
     ]

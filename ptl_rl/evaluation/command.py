@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import ConfigError, EvalConfig, SourceConfig
+from ptl_rl.config.recipe import named_source
 from ptl_rl.data.records import DataError
 from ptl_rl.errors import expanded
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
@@ -33,7 +34,7 @@ def default_folder(model: str) -> Path:
 def sources(task: EvalTask, config: EvalConfig) -> tuple[SourceConfig, ...]:
     """Raises :class:`ConfigError` for a task whose questions have to be named and are not."""
     if task.name in config.data:
-        return (SourceConfig(path=config.data[task.name], split="test"),)
+        return (named_source(config.data[task.name], f"`data` {task.name}", split="test"),)
     if not task.sources:
         raise ConfigError(f"`tasks` {task.name}: whose questions? Name them: `data` {task.name}=FILE")
     return task.sources

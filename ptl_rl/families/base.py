@@ -187,6 +187,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UnsupportedModelError(f"{path} does not exist: {folder} is not a Hugging Face checkpoint") from None
+        raise UnsupportedModelError(
+            f"{path} does not exist: {folder} is not a Hugging Face checkpoint; name a folder that has one"
+        ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise UnsupportedModelError(f"{path}: cannot be read: {error}") from None

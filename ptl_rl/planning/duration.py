@@ -154,19 +154,23 @@ class Clock:
             seconds += tokens * original.flops_per_token(int(mean / 2)) / self._rate(self.assumed.reading_share)
         return self._recovery(shape, recovery, steps, steps * seconds)
 
+    def rollouts(self, shape: ModelShape, recovery: GrpoConfig, prompts: int) -> float:
+        """Of answering ``prompts`` on the engines of those that train."""
+        resources, engine = self.config.resources, self.planned.engine(shape, ROLLOUT_SEQUENCES)
+        room = self._room(engine, resources.gpu_memory_utilization)
+        engines = max(1, self.planned.trainers(recovery) // resources.tensor_parallel_size)
+        return self.generate(engine, room, engines, prompts, self.config.data.max_response_tokens)
+
     def rl_step(self, shape: ModelShape, original: ModelShape, recovery: GrpoConfig) -> dict[str, float]:
         """Seconds of the parts of one step."""
         config, planned, trainers = self.config, self.planned, self.planned.trainers(recovery)
-        answers, longest = recovery.prompts_per_step * recovery.rollouts_per_prompt, config.data.max_response_tokens
-        engine = planned.engine(shape, ROLLOUT_SEQUENCES)
-        room = self._room(engine, config.resources.gpu_memory_utilization)
-        engines = max(1, trainers // config.resources.tensor_parallel_size)
-        mean = self.mean_prompt + self.assumed.mean_response_share * longest
+        answers = recovery.prompts_per_step * recovery.rollouts_per_prompt
+        mean = self.mean_prompt + self.assumed.mean_response_share * config.data.max_response_tokens
         tokens = answers * mean * self._padding(mean / planned.length) / trainers
         reading = tokens * shape.flops_per_token(int(mean / 2)) / self._rate(self.assumed.reading_share)
         bypassed = {**config.verl, **recovery.verl}.get(BYPASS) is True
         found = {
-            "rollouts": self.generate(engine, room, engines, answers, longest),
+            "rollouts": self.rollouts(shape, recovery, answers),
             "log-probabilities": 0.0 if bypassed else reading,
             "reference": reading if recovery.kl_loss else 0.0,
             "update": tokens * self._train_flops(shape, recovery, mean / 2) / self._rate(self.assumed.mfu),
@@ -182,11 +186,7 @@ class Clock:
         seconds = steps * sum(self.rl_step(shape, original, recovery).values())
         seconds += self.assumed.engine_start_seconds
         if recovery.validate_before:
-            engine = self.planned.engine(shape, ROLLOUT_SEQUENCES)
-            room = self._room(engine, self.config.resources.gpu_memory_utilization)
-            engines = max(1, self.planned.trainers(recovery) // self.config.resources.tensor_parallel_size)
-            rows = evaluation_rows(self.config, "validation")
-            seconds += self.generate(engine, room, engines, rows, self.config.data.max_response_tokens)
+            seconds += self.rollouts(shape, recovery, evaluation_rows(self.config, "validation"))
         return self._recovery(shape, recovery, steps, seconds)
 
     def _recovery(self, shape: ModelShape, recovery: AnyRecovery, steps: int, training: float) -> float:

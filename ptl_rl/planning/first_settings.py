@@ -103,6 +103,18 @@ def batches(rows: int, share: int, most_per_step: int, most_steps: int) -> Batch
     return Batches(per_step, min(steps, most_steps), steps)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who shares the work."""
+
+    count: int
+    share: int
+    """What the rows of a step must be a multiple of."""
+    parallel: int
+    """Of them, that share a vLLM engine."""
+    on_gpus: bool
+
+
 def worker_share(workers: int, rollouts: int) -> int:
     """Prompts of a step must be a multiple of this for their rollouts to be shared equally."""
     return workers // math.gcd(workers, rollouts)

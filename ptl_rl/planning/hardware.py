@@ -1,7 +1,6 @@
 """What a plan counts with: the memory and the speed of GPUs, and of this machine where there is none."""
 
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -49,32 +48,36 @@ def known_gpu(name: str, setting: str) -> Device:
     return GPUS[name.lower()]
 
 
+def nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of ``nvidia-smi --query-gpu``; none if there is no such program or no driver."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.strip()]
+
+
 def gpu_of_this_machine() -> str | None:
     """Our name of the GPU that ``nvidia-smi`` reports first; None where there is none or it is not known."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-        name, memory_mib = lines[0].rsplit(",", 1)
+        name, memory_mib = nvidia_smi("name,memory.total")[0]
         if "A100" in name:
             return "a100-80" if float(memory_mib) > 60_000 else "a100-40"
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+    except (IndexError, ValueError):
         return None
     return next((ours for theirs, ours in _NAMES if theirs in name), None)
 
 
 def this_machine(workers: int) -> Device:
     """One of ``workers`` CPU workers: as many threads as the run gives it, and all of the machine's memory."""
-    import psutil
-
     from ptl_rl.cpu.checks import usable_cores
 
     cores = usable_cores()
     threads = max(1, cores // (2 * workers))
     return Device(
         f"{cores} CPU cores",
-        psutil.virtual_memory().total / GIB,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
         threads * CPU_GIGAFLOPS / 1000,
         CPU_GIGABYTES_PER_SECOND / 1000,
         is_cpu=True,
@@ -83,14 +86,7 @@ def this_machine(workers: int) -> Device:
 
 def gpus_of_this_machine() -> int:
     """How many GPUs ``nvidia-smi`` reports, as far as ``CUDA_VISIBLE_DEVICES`` shows them to this process."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    try:
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    count = sum(bool(line.strip()) for line in lines)
+    count = len(nvidia_smi("index"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return count

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config import AnyRecovery, ConfigError, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config.recovery import micro_batch
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.hardware import GIB, Device
 from ptl_rl.planning.pruning_memory import Pruner
 from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.serving_memory import Engine
 from ptl_rl.planning.trainer_memory import CHUNK_TOKENS, Parts, Rows, Trainer, total
-from ptl_rl.recovery.verl_config import micro_batch
 
 GPU_RUNTIME_GIB = 2.0
 """Of each process on a GPU: CUDA's context, NCCL's buffers, cuBLAS's workspace, what the allocator cannot use."""
@@ -76,8 +76,15 @@ class Planned:
     def trainers(self, recovery: AnyRecovery) -> int:
         """Workers that train in this recovery."""
         resources = self.config.resources
+        if self.device.is_cpu:
+            return resources.workers
         taken = recovery.teacher_workers_per_node if isinstance(recovery, DistillConfig) else 0
-        return resources.workers if self.device.is_cpu else resources.nodes * (resources.workers_per_node - taken)
+        if (left := resources.workers_per_node - taken) < 1:
+            raise ConfigError(
+                f"recovery.teacher_workers_per_node {taken} leaves none of {resources.workers_per_node} GPUs a node to "
+                "train; raise resources.workers_per_node"
+            )
+        return resources.nodes * left
 
     @property
     def length(self) -> int:

@@ -41,35 +41,31 @@ def planned_model(config: RunConfig) -> PlannedModel:
     return model_named(config.model.path, baselines=config.schedule.recover_only)
 
 
-def model_named(name: str, *, baselines: bool = False) -> PlannedModel:
+def model_named(name: str, *, setting: str = "model.path", baselines: bool = False) -> PlannedModel:
     """The model called ``name``: a folder's own configuration first, then the published ones, then the hub's.
 
     Args:
+        setting: what to call the name in errors.
         baselines: also take models that other methods made, which are not pruned any further.
 
     Raises:
         ConfigError: it is none of these, or no model that can be pruned.
     """
-    known = None if expanded(name).is_dir() else published_config(name)
-    if known is not None:
-        values, where, size = known, f"{name} (published sizes; nothing was read)", 2
-    else:
-        folder = _folder(name)
-        try:
-            values = read_config_json(folder)
-        except UnsupportedModelError as error:
-            raise ConfigError(f"model.path: {error}") from None
-        where, size = str(folder), weight_bytes(folder)
-    families = BASELINES if baselines and values.get("model_type") in BASELINES else FAMILIES
+    values = None if expanded(name).is_dir() else published_config(name)
+    where, size = f"{name} (published sizes; nothing was read)", 2
     try:
+        if values is None:
+            folder = _folder(name, setting)
+            values, where, size = read_config_json(folder), str(folder), weight_bytes(folder)
+        families = BASELINES if baselines and values.get("model_type") in BASELINES else FAMILIES
         return PlannedModel(where, shape_from_config(values, families, where), values, size)
     except UnsupportedModelError as error:
-        raise ConfigError(f"model.path: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, setting: str) -> Path:
     try:
-        return resolve_model(name, weights=False)
+        return resolve_model(name, weights=False, setting=setting)
     except ConfigError as error:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise

@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 
 from ptl_rl.config import ConfigError, DataConfig, FieldMap, RewardConfig, RunConfig, SourceConfig
-from ptl_rl.config.recipe import load_config, parse_config
+from ptl_rl.config.data import HUB
+from ptl_rl.config.recipe import load_config, named_source, parse_config
+from ptl_rl.config.run import BOX_SUFFIX
 from ptl_rl.data.columns import MBPP, TESTBED, Reading, read_columns
 from ptl_rl.data.corpora import check_bad_rows
-from ptl_rl.data.known import HUB
 from ptl_rl.data.partition import partition
 from ptl_rl.data.prepare import training_data
 from ptl_rl.data.records import DataError, Progress, Record, no_progress
@@ -27,6 +28,7 @@ from ptl_rl.planning.first_settings import (
     CHARACTERS_PER_TOKEN,
     TESTBED_CHARACTERS_PER_TOKEN,
     Lengths,
+    Workers,
     batches,
     engine_gpus,
     first_schedule,
@@ -46,7 +48,6 @@ ROLLOUTS: dict[Method, int] = {"grpo": 8, "distill": 1, "cpt": 1}
 MOST: dict[Method, tuple[int, int]] = {"grpo": (128, 64), "distill": (128, 64), "cpt": (32, 2000)}
 """Rows of a step, and steps of a cycle."""
 CPT_TOKENS = 1024
-BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEXT_LENGTHS = Lengths(prompt=512, response=1024)
 """Of the problems that a model is judged by while it reads plain text."""
 TESTBED_LENGTHS = Lengths(prompt=128, response=96)
@@ -72,18 +73,6 @@ class Wishes:
     """Default: by the names of the columns."""
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Who shares the work."""
-
-    count: int
-    share: int
-    """What the rows of a step must be a multiple of."""
-    parallel: int
-    """Of them, that share a vLLM engine."""
-    on_gpus: bool
-
-
 def new_recipe(wishes: Wishes, progress: Progress = no_progress) -> str:
     """The text of a recipe; all that it names is looked at.
 
@@ -91,7 +80,7 @@ def new_recipe(wishes: Wishes, progress: Progress = no_progress) -> str:
         ConfigError: a model, reward or amount that cannot be used.
         DataError: data that cannot be read, or do not do for what is wished.
     """
-    model = model_named(wishes.model)
+    model = model_named(wishes.model, setting="`model`")
     workers = _workers(wishes, model.shape)
     facts = _facts(wishes, model, workers, progress)
     draft = replace(facts, batches=batches(workers.share, workers.share, workers.share, 1))
@@ -175,17 +164,15 @@ def _facts(wishes: Wishes, model: PlannedModel, workers: Workers, progress: Prog
         recovery=wishes.recovery,
         max_tokens=min(CPT_TOKENS, positions),
         calibration_tokens=positions if positions < CALIBRATION_TOKENS else None,
-        suffix="" if is_testbed or programs else BOXED,
+        suffix="" if is_testbed or programs else BOX_SUFFIX,
         reward=reward,
-        workers=workers.count,
-        parallel=workers.parallel,
-        has_gpus=workers.on_gpus,
+        workers=workers,
     )
 
 
 def _reading(wishes: Wishes, progress: Progress) -> tuple[Reading, Store]:
     """How the data are read, and their rows, which have answers if the recovery needs them."""
-    reading = read_columns(wishes.data, wishes.fields)
+    reading = read_columns(named_source(wishes.data, "`data`").path, wishes.fields)
     if wishes.data.startswith(TESTBED):
         reading = replace(reading, source=SourceConfig(path=wishes.data, rows=TESTBED_ROWS))
     store = open_store(reading.source, 0, progress)

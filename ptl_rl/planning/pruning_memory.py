@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ptl_rl.attention import FLASH
 from ptl_rl.config import RunConfig
 from ptl_rl.families import ModelShape
+from ptl_rl.planning.hardware import GIB
 from ptl_rl.planning.schedule import Cut
 from ptl_rl.planning.trainer_memory import Parts, Rows, Trainer, total
 
-GIB = 2**30
 ORDER_BYTES = 32
 """Of a block's order of removal, per element of its matrix: the inverse, its factor and what is being updated."""
 SOLVE_BYTES = 20

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from ptl_rl.config import RewardConfig, ScheduleConfig
-from ptl_rl.planning.first_settings import Batches, Lengths
+from ptl_rl.planning.first_settings import WIDEST_ALIGNMENT, Batches, Lengths, Workers
 
 Method = Literal["grpo", "cpt", "distill"]
 METHODS = {
@@ -17,7 +17,6 @@ METHODS = {
 }
 LEARNING_RATES = {"grpo": "1.0e-6", "cpt": "5.0e-6", "distill": "1.0e-6"}
 TESTBED_LEARNING_RATES = {"grpo": "5.0e-5", "cpt": "5.0e-5", "distill": "1.0e-4"}
-WIDEST = 128
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class Facts:
     """All that the model can read, where that is little."""
     suffix: str
     reward: RewardConfig | None
-    workers: int
-    parallel: int
-    has_gpus: bool
+    workers: Workers
     rows: int = 0
     subset: int = 0
     """Rows of the smallest cycle's part."""
@@ -59,30 +56,26 @@ class Facts:
 def recipe_text(facts: Facts) -> str:
     """The recipe."""
     removed = f"{facts.schedule.channels_sum / facts.width:.0%} of its FFN channels in {facts.cycles} cycles"
-    what = f"{facts.model} loses {removed}, each recovered with {facts.recovery} on {facts.data}."
+    dtype = "float32" if facts.is_testbed else "bfloat16"
     lines = [
-        _comment(what),
-        _comment(
-            "Written by `ptl init`. What is not here has a default. `ptl plan` and `ptl data` show what it comes to."
-        ),
-        _line(0, f"name: {facts.name}", "of the run's folder and its report"),
-        *_model(facts),
+        _comment(f"{facts.model} loses {removed}, each recovered with {facts.recovery} on {facts.data}."),
+        "# Written by `ptl init`. What is not here has a default. `ptl plan` and `ptl data` show what it comes to.",
+        f"name: {facts.name} # of the run's folder and its report",
+        "model:",
+        f"  path: {_flow([facts.model])[1:-1]} # a Hugging Face folder, a hub id, or testbed:NAME",
+        f"  dtype: {dtype} # of forward passes and rollouts; bfloat16 or float32",
         *_data(facts),
         *_schedule(facts),
         *_recovery(facts),
         *_reward(facts),
-        *_resources(facts),
+        *_resources(facts.workers),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _comment(text: str, depth: int = 0) -> str:
-    return f"{'  ' * depth}# {' '.join(text.split())}"
-
-
-def _line(depth: int, text: str, why: str = "") -> str:
-    comment = f" # {' '.join(why.split())}" if why else ""
-    return f"{'  ' * depth}{text}{comment}"
+def _comment(text: str) -> str:
+    """One line, whatever is in the names that it quotes."""
+    return f"# {' '.join(text.split())}"
 
 
 def _flow(values: dict[str, Any] | list[Any]) -> str:
@@ -92,123 +85,94 @@ def _flow(values: dict[str, Any] | list[Any]) -> str:
     return dumped.strip()
 
 
-def _scalar(value: str) -> str:
-    return _flow([value])[1:-1]
-
-
-def _model(facts: Facts) -> list[str]:
-    dtype = "float32" if facts.is_testbed else "bfloat16"
-    return [
-        "model:",
-        _line(1, f"path: {_scalar(facts.model)}", "a Hugging Face folder, a hub id, or testbed:NAME"),
-        _line(1, f"dtype: {dtype}", "of forward passes and rollouts; bfloat16 or float32"),
-    ]
-
-
 def _data(facts: Facts) -> list[str]:
     lines = ["data:"]
     if facts.noticed:
-        lines.append(_comment(f"{facts.noticed}.", 1))
-    lines.append(_line(1, f"train: {_flow(facts.train)}", f"{facts.rows:,} rows can be used"))
+        lines.append("  " + _comment(f"{facts.noticed}."))
+    lines.append(f"  train: {_flow(facts.train)} # {facts.rows:,} rows can be used")
     if facts.evaluation:
-        lines.append(_comment(facts.evaluation_why, 1))
-        lines += [_line(1, f"{name}: {_flow(source)}") for name, source in facts.evaluation.items()]
+        lines.append("  " + _comment(facts.evaluation_why))
+        lines += [f"  {name}: {_flow(source)}" for name, source in facts.evaluation.items()]
     else:
         lines += [
-            _comment(
-                "Without validation and test, rows of train are held out for them. Better: problems of your own.", 1
-            ),
-            _comment("validation: {path: my_validation.jsonl} # followed during RL", 1),
-            _comment("test: {path: my_test.jsonl} # its accuracy is reported, and the gate decides by it", 1),
+            "  # Without validation and test, rows of train are held out for them. Better: problems of your own.",
+            "  # validation: {path: my_validation.jsonl} # followed during RL",
+            "  # test: {path: my_test.jsonl} # its accuracy is reported, and the gate decides by it",
         ]
-    programs = facts.reward is not None and facts.reward.path == "code"
-    if facts.is_testbed and not programs:
-        lines.append(_line(1, 'prompt_suffix: ""', "said after every question; this model has learnt to do without"))
+    if facts.is_testbed and (facts.reward is None or facts.reward.path != "code"):
+        lines.append('  prompt_suffix: "" # said after every question; this model has learnt to do without')
     if facts.suffix:
-        lines.append(_comment("Said after every question, as answers are looked for in the box:", 1))
-        lines.append(_line(1, f"prompt_suffix: {json.dumps(facts.suffix)}"))
-    lines += [
-        _line(1, f"max_prompt_tokens: {facts.lengths.prompt}", "room for the longest; RL leaves longer questions out"),
-        _line(
-            1, f"max_response_tokens: {facts.lengths.response}", "longer ones are cut off: as much as your model thinks"
-        ),
-    ]
-    if facts.calibration_tokens is not None:
-        what = f"calibration: {{max_tokens: {facts.calibration_tokens}}}"
-        lines.append(_line(0, what, "of a sequence that is scored: as much as the model can read"))
+        lines.append("  # Said after every question, as answers are looked for in the box:")
+        lines.append(f"  prompt_suffix: {json.dumps(facts.suffix)}")
+    prompt, response = facts.lengths.prompt, facts.lengths.response
+    lines.append(f"  max_prompt_tokens: {prompt} # room for the longest; RL leaves longer questions out")
+    lines.append(f"  max_response_tokens: {response} # longer ones are cut off: as much as your model thinks")
+    if (most := facts.calibration_tokens) is not None:
+        lines.append(
+            f"calibration: {{max_tokens: {most}}} # of a sequence that is scored: as much as the model can read"
+        )
     return lines
 
 
 def _schedule(facts: Facts) -> list[str]:
     schedule, width = facts.schedule, facts.width
     step, total = schedule.channels_per_cycle, schedule.channels_sum
-    assert isinstance(step, int)
-    unit = schedule.alignment * facts.parallel
+    unit = f"in multiples of {schedule.alignment * facts.workers.parallel}"
     lines = [
         "schedule:",
-        _line(
-            1,
-            f"channels_per_cycle: {step}",
-            f"of {width} a layer, in multiples of {unit}; smaller cuts lose less, in more cycles",
-        ),
-        _line(1, f"channels_total: {total}", f"{total / width:.0%}, in {facts.cycles} cycles"),
+        f"  channels_per_cycle: {step} # of {width} a layer, {unit}; smaller cuts lose less, in more cycles",
+        f"  channels_total: {total} # {total / width:.0%}, in {facts.cycles} cycles",
     ]
-    if schedule.alignment != WIDEST:
-        lines.append(
-            _line(1, f"alignment: {schedule.alignment}", f"{width} is no suitable multiple of the usual {WIDEST}")
-        )
+    if schedule.alignment != WIDEST_ALIGNMENT:
+        why = f"{width} is no suitable multiple of the usual {WIDEST_ALIGNMENT}"
+        lines.append(f"  alignment: {schedule.alignment} # {why}")
     return lines
 
 
 def _recovery(facts: Facts) -> list[str]:
     found, method = facts.batches, facts.recovery
-    per_step = "sequences_per_step" if method == "cpt" else "prompts_per_step"
     rates = TESTBED_LEARNING_RATES if facts.is_testbed else LEARNING_RATES
     one_pass = f"a cycle: one pass over the {facts.subset:,} rows that are its own"
     if found.whole_pass > found.steps:
         one_pass = f"a cycle; one pass over the {facts.subset:,} rows that are its own would be {found.whole_pass:,}"
+    of_step = "sequences_per_step" if method == "cpt" else "prompts_per_step"
     lines = [
         "recovery:",
-        _line(1, f"- {method}:", METHODS[method]),
-        _line(4, f"steps: {found.steps}", one_pass)[2:],
+        f"  - {method}: # {METHODS[method]}",
+        f"      steps: {found.steps} # {one_pass}",
+        f"      {of_step}: {found.per_step} # more is steadier and slower",
     ]
-    settings = [(f"{per_step}: {found.per_step}", "more is steadier and slower")]
     if method == "grpo":
-        settings.append(("rollouts_per_prompt: 8", "responses that are compared with one another"))
+        lines.append("      rollouts_per_prompt: 8 # responses that are compared with one another")
     if method == "cpt":
-        settings.append((f"max_tokens: {facts.max_tokens}", "of a sequence; a longer text becomes several"))
-    settings.append(
-        (f"learning_rate: {rates[method]}", "raise it if accuracy does not come back, lower it if it drops")
-    )
-    return lines + [_line(3, text, why) for text, why in settings]
+        lines.append(f"      max_tokens: {facts.max_tokens} # of a sequence; a longer text becomes several")
+    why = "raise it if accuracy does not come back, lower it if it drops"
+    return [*lines, f"      learning_rate: {rates[method]} # {why}"]
 
 
 def _reward(facts: Facts) -> list[str]:
     reward = facts.reward
     if reward is None:
-        if facts.recovery == "cpt":
-            return []
-        return [_comment("reward: {path: my_reward.py, name: my_score} # default: 0.9 right answer + 0.1 in a box")]
+        named = "# reward: {path: my_reward.py, name: my_score} # default: 0.9 right answer + 0.1 in a box"
+        return [] if facts.recovery == "cpt" else [named]
     if reward.path == "code":
         return [
-            _line(0, "reward: {path: code}", "runs every program against its unit tests (docs/code_reward.md)"),
-            _line(0, "evaluation: {judge: reward}", "accuracy is the share of programs that pass"),
+            "reward: {path: code} # runs every program against its unit tests (docs/code_reward.md)",
+            "evaluation: {judge: reward} # accuracy is the share of programs that pass",
         ]
     return [
-        _line(0, f"reward: {_flow({'path': reward.path, 'name': reward.name})}", "your function, in verl's signature"),
-        _comment("evaluation: {judge: reward} # accuracy by it, too (0 to 1), in place of answers in a box"),
+        f"reward: {_flow({'path': reward.path, 'name': reward.name})} # your function, in verl's signature",
+        "# evaluation: {judge: reward} # accuracy by it, too (0 to 1), in place of answers in a box",
     ]
 
 
-def _resources(facts: Facts) -> list[str]:
-    whose = "GPUs of a node" if facts.has_gpus else "no GPU was found here: one process on CPUs. On GPUs, how many"
+def _resources(workers: Workers) -> list[str]:
+    whose = "GPUs of a node" if workers.on_gpus else "no GPU was found here: one process on CPUs. On GPUs, how many"
     lines = [
         "resources:",
-        _line(1, "device: auto", "GPUs where there are any, else CPUs; or cuda, cpu"),
-        _line(1, f"workers_per_node: {facts.workers}", whose),
+        "  device: auto # GPUs where there are any, else CPUs; or cuda, cpu",
+        f"  workers_per_node: {workers.count} # {whose}",
     ]
-    if facts.parallel > 1:
-        lines.append(
-            _line(1, f"tensor_parallel_size: {facts.parallel}", "GPUs that share one copy of the model in vLLM")
-        )
-    return [*lines, _comment("gpu: h200 # what `ptl plan` counts with where the machine has no GPU", 1)]
+    if workers.parallel > 1:
+        lines.append(f"  tensor_parallel_size: {workers.parallel} # GPUs that share one copy of the model in vLLM")
+    return [*lines, "  # gpu: h200 # what `ptl plan` counts with where the machine has no GPU"]

@@ -4,8 +4,7 @@ import contextlib
 from pathlib import Path
 
 from ptl_rl.config import RunConfig, SourceConfig
-from ptl_rl.config.data import EvaluationSet, held_out_rows
-from ptl_rl.data.held_out import FEWEST
+from ptl_rl.config.data import HUB, EvaluationSet, held_out_rows
 from ptl_rl.errors import expanded
 from ptl_rl.planning.assumptions import KNOWN_ROWS, UNKNOWN_ROWS
 
@@ -31,7 +30,7 @@ def _rows(source: SourceConfig) -> int:
             found = pyarrow.parquet.read_metadata(path).num_rows
     if found is not None:
         return min(found, source.rows or found)
-    return source.rows or KNOWN_ROWS.get(source.path.removeprefix("hub:"), UNKNOWN_ROWS)
+    return source.rows or KNOWN_ROWS.get(source.path.removeprefix(HUB), UNKNOWN_ROWS)
 
 
 def _lines(path: Path) -> int:
@@ -63,6 +62,8 @@ def unnamed_notes(config: RunConfig) -> list[str]:
             return ["data.train is not set, and ptl run refuses that; sizes, memory and disk do not depend on it"]
         notes.append(f"data.train is not set: {sources[0].rows} problems of the test bed stand in")
     if unnamed := config.data.unnamed_sets(config.needs_answers):
+        from ptl_rl.data.held_out import FEWEST
+
         rows = _held_out(config)
         which = " and ".join(f"data.{unset}" for unset in unnamed)
         counts = " and ".join(f"{rows[unset]:,}" for unset in unnamed)

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass
 
-from ptl_rl.config import ConfigError, ScheduleConfig
+from ptl_rl.config import ConfigError, RunConfig, ScheduleConfig
 from ptl_rl.families.base import ModelShape
 
 
@@ -81,6 +81,14 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
                 f"schedule: cycle {cut.planned + 1} leaves {width} channels per layer, which is not a multiple of "
                 f"{alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
             )
+
+
+def check_cuts(config: RunConfig, shape: ModelShape) -> None:
+    """Check a recipe's cycles, and what they cut, against the model's shape."""
+    cycles = len(planned_cuts(config.schedule))
+    if beyond := [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]:
+        raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")
+    check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
 
 
 def halved(cut: Cut, alignment: int) -> list[Cut] | None:

@@ -37,25 +37,19 @@ class Engine:
         heads = max(1.0, shape.num_key_value_heads / self.tensor_parallel)
         return 2.0 * self.value_bytes * shape.num_hidden_layers * heads * shape.head_dim
 
-    @property
-    def work(self) -> float:
-        """Activations of one pass, the sampler's copies of the last tokens' logits, and CUDA graphs."""
-        shape = self.shape
-        width = 4 * shape.hidden_size + 3 * shape.intermediate_size / self.tensor_parallel
-        logits = 3 * 4.0 * self.sequences * shape.vocab_size
-        return self.value_bytes * width * BATCHED_TOKENS + logits + GRAPHS_GIB * GIB
+    def _work(self, parallel: int) -> float:
+        """Activations of one pass, shared by so many GPUs, and the sampler's copies of the last tokens' logits."""
+        width = 4 * self.shape.hidden_size + 3 * self.shape.intermediate_size / parallel
+        return self.value_bytes * width * BATCHED_TOKENS + 3 * 4.0 * self.sequences * self.shape.vocab_size
 
     def on_gpu(self, allowed: float) -> tuple[Parts, float]:
         """What it fills ``allowed`` bytes with, and how many sequences of full length its cache then has room for."""
-        cache = allowed - self.weights - self.work
-        parts = {"vLLM weights": self.weights, "vLLM work": self.work, "KV cache": max(0.0, cache)}
+        work = self._work(self.tensor_parallel) + GRAPHS_GIB * GIB
+        cache = allowed - self.weights - work
+        parts = {"vLLM weights": self.weights, "vLLM work": work, "KV cache": max(0.0, cache)}
         return parts, cache / (self.cache_per_token * self.length)
 
     def on_cpu(self) -> tuple[Parts, float]:
         """The same on CPUs, where the cache has a fixed size."""
         room = CPU_CACHE_GIB * GIB / (self.cache_per_token * self.length)
-        shape = self.shape
-        logits = 3 * 4.0 * self.sequences * shape.vocab_size
-        width = 4 * shape.hidden_size + 3 * shape.intermediate_size
-        work = self.value_bytes * width * BATCHED_TOKENS + logits
-        return {"vLLM weights": self.weights, "vLLM work": work, "KV cache": CPU_CACHE_GIB * GIB}, room
+        return {"vLLM weights": self.weights, "vLLM work": self._work(1), "KV cache": CPU_CACHE_GIB * GIB}, room

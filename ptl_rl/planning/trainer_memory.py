@@ -141,19 +141,11 @@ class Trainer:
     def update(self, rows: Rows, in_place: bool = True) -> Parts:
         """The largest of three moments of an optimizer step: loss, backward pass, AdamW; see :meth:`logits`."""
         state = {**self.state(), "gradients": 4 * self.share}
-        stream = self.stream(rows.tokens) if self.checkpointing else self.activations(rows)
+        logits, activations = self.logits(rows, in_place), self.activations(rows)
+        stream = self.stream(rows.tokens) if self.checkpointing else activations
         head = self.compute_bytes * self.shape.embedding_parameters  # its gradient, while the logits' is still there
-        loss = {
-            **state,
-            "gathered": self.gathered() + head,
-            "activations": stream,
-            "logits": self.logits(rows, in_place),
-        }
-        backward = {
-            **state,
-            "gathered": self.gathered() + self.whole_gradients(),
-            "activations": self.activations(rows),
-        }
+        loss = {**state, "gathered": self.gathered() + head, "activations": stream, "logits": logits}
+        backward = {**state, "gathered": self.gathered() + self.whole_gradients(), "activations": activations}
         # On GPUs AdamW takes the roots of all second moments at once.
         step = {**state, "optimizer": 8 * self.share + (0 if self.is_cpu else 4 * self.share)}
         return max(loss, backward, step, key=total)

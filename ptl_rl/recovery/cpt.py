@@ -90,7 +90,6 @@ def _train(context: StageContext, recovery: CptConfig, sequences: Path, batch: i
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
     verl_config = compose_sft(render_sft(context.config, recovery, context.spec, sequences, batch))
-    verl_config.trainer.seed = context.seed % (1 << 31)
     from ptl_rl.recovery.trainer import SequenceTrainer
 
     follower.start()

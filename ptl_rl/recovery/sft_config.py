@@ -5,10 +5,11 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import CptConfig, RunConfig
+from ptl_rl.config.recovery import micro_batch
 from ptl_rl.config.verl_keys import settings_of
 from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
-from ptl_rl.recovery.verl_config import common_settings, composed, micro_batch
-from ptl_rl.stage import StageSpec
+from ptl_rl.recovery.verl_config import common_settings, composed
+from ptl_rl.stage import StageSpec, stage_seed
 
 
 def render_sft(
@@ -37,6 +38,7 @@ def render_sft(
         **(float32_engine("engine") if config.model.dtype == "float32" else {}),
         "optim.lr_warmup_steps": -1 if recovery.warmup_ratio is not None else recovery.warmup_steps,
         "trainer.max_ckpt_to_keep": 2,
+        "trainer.seed": stage_seed(config, spec) % (1 << 31),
     }
     if spec.device == "cpu":
         from ptl_rl.cpu.checks import verl_sft_cpu_overrides

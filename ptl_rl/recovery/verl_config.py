@@ -9,6 +9,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
+from ptl_rl.config.recovery import micro_batch
 from ptl_rl.config.verl_keys import (
     ACTOR,
     DYNAMIC,
@@ -23,7 +24,7 @@ from ptl_rl.config.verl_keys import (
 )
 from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.families import ModelShape
-from ptl_rl.stage import StageSpec
+from ptl_rl.stage import PART_SEED, StageSpec
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
@@ -54,11 +55,6 @@ def _data(spec: StageSpec) -> dict[str, Any]:
         "data.filter_overlong_prompts": True,
         "data.shuffle": True,
     }
-
-
-def micro_batch(of_worker: int, most: int) -> int:
-    """The largest number of sequences, at most ``most``, by which a worker's part of an update can be shared out."""
-    return next(size for size in range(min(of_worker, most), 0, -1) if of_worker % size == 0)
 
 
 def _batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         f"{ROLLOUT}.calculate_log_probs": True,
         f"{ROLLOUT}.val_kwargs.do_sample": False,
         f"{ROLLOUT}.val_kwargs.temperature": 0,
-        **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.round),
+        **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.part * PART_SEED + spec.round),
         **(_engines_in_float32() if config.model.dtype == "float32" else {}),
     }
 

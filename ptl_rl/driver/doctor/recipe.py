@@ -8,11 +8,11 @@ from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.driver import preflight
 from ptl_rl.driver.cluster import check_fit, check_layout, living, node_needs
 from ptl_rl.driver.doctor.finding import Finding, of_error, ok, problem, warning
-from ptl_rl.driver.environment import nvidia_smi
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.preflight import check_disk, check_model
 from ptl_rl.driver.ray_session import unreachable
 from ptl_rl.families import ModelShape
+from ptl_rl.planning.hardware import nvidia_smi
 
 BYTES_OFFLOADED = 12
 """Of host memory for a parameter: itself and Adam's two moments, in float32."""

@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 from ptl_rl.attention import REMEDY, flash_problem
 from ptl_rl.driver.doctor.finding import Finding, ok, problem, warning
-from ptl_rl.driver.environment import CudaFacts, nvidia_smi, why_no_cuda
+from ptl_rl.driver.environment import CudaFacts, why_no_cuda
+from ptl_rl.planning.hardware import nvidia_smi
 
 PYTHONS = ((3, 10), (3, 12))
 STACK = (

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from ptl_rl import api
 from ptl_rl.cli import app
-from ptl_rl.cli.common import in_options
+from ptl_rl.cli.common import in_options, make_console
 from ptl_rl.errors import OutputError, UserError, check_new_file, check_new_folder
 from ptl_rl.families import UnsupportedModelError
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_neither(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("ptl-error-*"))
 
 
-OPTIONS = {"remove_channels": "--remove-channels", "settings": "--set", "licence": "--license"}
+OPTIONS = {"remove_channels": "--remove-channels", "settings": "--set", "licence": "--license", "model": "MODEL"}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,7 @@ OPTIONS = {"remove_channels": "--remove-channels", "settings": "--set", "licence
         ("`remove_channels` 9x: give a number", "--remove-channels 9x: give a number"),
         ("`settings` 'a': write it as key", "--set 'a': write it as key"),
         ("`settings` remove_channels: unknown key", "--set remove_channels: unknown key"),
+        ("`model`: no is not a folder", "MODEL: no is not a folder"),
         ("x.yaml: exists; see `licence` and `elsewhere`", "x.yaml: exists; see --license and `elsewhere`"),
         ("settings a.yaml: no such file; remove_channels/x", "settings a.yaml: no such file; remove_channels/x"),
     ],
@@ -98,6 +99,7 @@ def test_parameters_are_called_as_the_command_calls_them(message, expected):
         (["doctor", "--lock", "/no/lock"], "--lock /no/lock: no such file"),
         (["score", "testbed", "--data", "testbed:rl", "--out", "o", "--remove-layers", "9"], "--remove-layers 9: the"),
         (["eval", "testbed", "--tasks", "boxed"], "--tasks boxed: whose questions? Name them: --data boxed=FILE"),
+        (["eval", "testbed", "--tasks", "gsm8k", "--data", "gsm8k=hub:/"], "--data gsm8k: path: 'hub:/' names no data"),
         (["plan", "~nosuchuser/r.yaml"], "cannot read the recipe"),
         (["score", "~nosuchuser/m", "--data", "testbed:rl", "--out", "o"], "there is no such user"),
         (["score", "testbed", "--data", "~nosuchuser/x.jsonl", "--out", "o"], "there is no such user"),
@@ -109,6 +111,11 @@ def test_refusals_in_the_command_lines_words(arguments, says, repository, tmp_pa
     result = CliRunner().invoke(app, [recipe if part == "RECIPE" else part for part in arguments])
     assert (result.exit_code == 2 and f"error: {says}" in result.output) or says in result.output, result.output
     assert "`" not in result.output and "Traceback" not in result.output
+
+
+def test_paths_are_printed_as_they_are(capsys):
+    make_console().print("runs/:cat:/best", soft_wrap=True)
+    assert capsys.readouterr().out == "runs/:cat:/best\n"
 
 
 def test_a_model_without_a_vocabulary_is_refused(make_checkpoint, tmp_path):

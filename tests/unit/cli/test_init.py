@@ -320,7 +320,15 @@ def test_bad_models_and_data(tmp_path):
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
     assert "model type 'gpt2' is not supported; supported are gemma2" in refused("gpt", "mine.jsonl")
-    assert "model.path: nowhere is not a folder" in refused("nowhere", "mine.jsonl")
+    for name, said in {
+        "nowhere": "MODEL: nowhere is not a folder; name a Hugging Face folder, a model of the hub as OWNER/NAME, or",
+        "no/model": "offline, download it elsewhere and give its folder as MODEL",
+        ".": "config.json does not exist",
+    }.items():
+        errors = refused(name, "mine.jsonl")
+        assert errors.startswith("error: MODEL: ") and said in errors and "model.path" not in errors
+    for path in ("hub:", "hub:/"):
+        assert f"error: DATA: path: {path!r} names no data set; write hub:OWNER/NAME" in refused("testbed", path)
     assert "testbed:llam: no such checkpoint is shipped" in refused("testbed:llam", "mine.jsonl")
     assert "no.jsonl: no such file" in refused("testbed", "no.jsonl")
     assert "gpt: not a folder that datasets.save_to_disk wrote" in refused("testbed", "gpt")

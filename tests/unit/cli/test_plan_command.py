@@ -49,6 +49,11 @@ def test_what_does_not_fit_is_no_error_but_said_in_both(plan):
     ("recipe", "arguments", "said"),
     [
         ("grpo_qwen2.5-7b_8xh200", ["--gpu", "h20"], "error: --gpu: h20 is not known; known are h200, h100, a100-80"),
+        (
+            "demo_distill_cpu",
+            ["--gpu", "h100"],
+            "teacher_workers_per_node 1 leaves none of 1 GPUs a node to train; raise",
+        ),
         ("none", [], "none.yaml: cannot read the recipe: No such file or directory"),
         ("demo_grpo_cpu", ["--set", "schedule.alignment=100"], "which is not a multiple of 100 (alignment x tensor_"),
         ("demo_grpo_cpu", ["--set", "shedule.alignment=1"], "shedule: unknown key; did you mean 'schedule'?"),

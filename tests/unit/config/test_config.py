@@ -60,6 +60,7 @@ def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
         ({"data": {"train": {"path": "x", "fields": {"answer": None}}}}, ["data.train.fields.answer", "judged by"]),
         ({"data": {"test": {"path": "x", "fields": {"answer": None}}}}, ["data.test.fields.answer", "judged by"]),
         ({"data": {"train": {"path": "x", "fields": {}, "layout": "y"}}}, ["data.train: fields and layout both"]),
+        ({"data": {"train": [{"path": "hub:/"}]}}, ["data.train.0.path: 'hub:/' names no data set", "hub:OWNER/NAME"]),
         ({"data": {"decontaminate": {"ngam": 9}}}, ["data.decontaminate.ngam", "did you mean 'ngram'"]),
         ({"data": {"deduplicate": "some"}}, ["data.deduplicate: Input should be 'question', 'exact' or 'off'"]),
         ({"schedule": {"channels_per_cycle": 64}}, ["channels_per_cycle is 64", "channels_total is not set"]),

@@ -49,6 +49,27 @@ def test_dropped_rows_are_noted_and_small_subsets_refused(tmp_path):
         preflight.check_data(parse_config(values))
 
 
+def test_cpt_on_solutions_that_the_judge_cannot_read_is_noted(repository, tmp_path):
+    boxed = [row(i, solution=f"So \\boxed{{{i}}}.") for i in range(20)]
+
+    def notes(rows, recovery="cpt", **values) -> list[str]:
+        recipe = run_config(tmp_path, rows).model_dump() | values
+        config = parse_config(recipe | {"recovery": {recovery: {"sequences_per_step": 1} if recovery == "cpt" else {}}})
+        found = preflight.data_notes(config, preflight.run_data(config, 1))
+        return [note for note in found if "evaluation.judge" in note]
+
+    (note,) = notes([row(i) for i in range(20)])
+    assert note.startswith("data.train: 0 of 20 worked solutions that were looked at have a \\boxed{}, by which")
+    assert "end them in \\boxed{ANSWER}, or judge by your own function (evaluation.judge: reward, reward" in note
+    assert notes([*boxed[:1], *(row(i) for i in range(1, 20))])[0].startswith("data.train: 1 of 20 ")
+    assert notes(boxed) == notes([*boxed[:2], *(row(i) for i in range(2, 20))]) == []
+    assert notes([row(i) for i in range(20)], "grpo") == []
+    assert notes([row(i) for i in range(20)], evaluation={"judge": "reward"}, reward={"path": "code"}) == []
+    for recipe in ("demo_cpt_llama_cpu", "demo_cpt_gemma2_cpu", "demo_cpt_grpo_cpu"):
+        config = load_config(repository / f"recipes/{recipe}.yaml")
+        assert preflight.box_notes(config, preflight.run_data(config, 1)) == []
+
+
 def test_the_reward_is_tried_on_the_training_data(tmp_path):
     reward = tmp_path / "my_reward.py"
     reward.write_text(

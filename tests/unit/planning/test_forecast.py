@@ -29,6 +29,8 @@ RECIPES = (
     "demo_prune_once_cpu",
     "grpo_qwen2.5-7b_8xh200",
 )
+NEEDLESS = ("torch", "ray", "verl", "transformers", "numpy", "psutil", "ptl_rl.driver", "ptl_rl.recovery")
+"""Modules without which ``ptl plan`` starts at once."""
 
 
 def plan(repository, recipe, *arguments):
@@ -37,8 +39,7 @@ def plan(repository, recipe, *arguments):
         "import sys\n"
         "from ptl_rl.cli import app\n"
         "try:\n    app()\nfinally:\n"
-        "    print('imported', *[m for m in ('torch', 'ray', 'verl', 'transformers') if m in sys.modules], "
-        "file=sys.stderr)\n"
+        f"    print('imported', *[m for m in {NEEDLESS} if m in sys.modules], file=sys.stderr)\n"
     )
     path = str(repository / "recipes" / f"{recipe}.yaml")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "HF_HOME": "/nowhere"}

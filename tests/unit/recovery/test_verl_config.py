@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from verl.trainer.ppo.utils import create_rl_sampler
 from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError, CptConfig
@@ -88,6 +89,25 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
     assert model.override_config.attn_implementation == attention
     assert model.use_remove_padding == (attention == "flash_attention_2")
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
+
+
+def test_no_two_recoveries_of_a_cycle_take_its_rows_in_one_order(tmp_path):
+    """A second one of 50 steps would read the first one's prompts again, and leave the others."""
+    settings = [f"recovery={json.dumps([{'grpo': {}}, {'distill': {}}, {'cpt': {}}, {'cpt': {}}])}"]
+    config, told = load_config(DEMO, settings), spec("cpu", tmp_path)
+
+    def order(**changes) -> tuple[int, ...]:
+        return tuple(create_rl_sampler(compose(render(config, told.model_copy(update=changes))).data, range(64)))
+
+    def seed(config=config, **changes) -> int:
+        of = told.model_copy(update=changes)
+        return compose_sft(render_sft(config, config.recovery[of.part], of, tmp_path / "s", 32)).trainer.seed
+
+    assert order() == order()  # after a resume, too
+    assert len({order(), order(part=1), order(round=1), order(cycle=2)}) == 4
+    assert len({seed(part=2), seed(part=3), seed(part=2, round=1), seed(part=2, cycle=2)}) == 4
+    with_key = load_config(DEMO, ["recovery={cpt: {verl: {trainer.seed: 7}}}"])
+    assert seed(with_key) == 7
 
 
 @pytest.mark.parametrize(
