@@ -10,6 +10,9 @@ CPU_PLATFORM = "cpu"
 REPLAY_BUFFER = ("pkg://ptl_rl.cpu.replay_buffer", "QuickReplayBuffer")
 ENGINE_LIBRARY = "ptl_rl.verl_patches.engine"
 WORKER_EXTENSION = "ptl_rl.cpu.vllm_worker.CpuWorkerExtension"
+ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+"""vLLM options: the engine's process computes, too, as another one takes some ten seconds to start. vLLM for CPUs takes
+the short name 'uni' for 'mp', whose workers can be bound to cores; here none is (`VLLM_CPU_OMP_THREADS_BIND`)."""
 
 # Why loading the verl plugin failed; verl itself logs that at debug level only.
 _plugin_error: BaseException | None = None
@@ -165,6 +168,7 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
         f"{rollout}.enable_sleep_mode": False,
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.engine_kwargs.vllm.worker_extension_cls": WORKER_EXTENSION,
+        **{f"{rollout}.engine_kwargs.vllm.{key}": value for key, value in ONE_PROCESS.items()},
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
         # Helper actors default to eight processes each: far more than there are cores.
         f"{rollout}.agent.num_workers": 1,

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ptl_rl.config import FieldMap, SourceConfig
+from ptl_rl.config.data import HUB
 from ptl_rl.data.records import DataError, RowError
-
-HUB = "hub:"
 
 
 class Parts(NamedTuple):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config import SourceConfig
-from ptl_rl.data.known import HUB, Layout, known_layout, layout_of
+from ptl_rl.config.data import HUB
+from ptl_rl.data.known import Layout, known_layout, layout_of
 from ptl_rl.data.records import DataError, RowError
 from ptl_rl.errors import expanded
 

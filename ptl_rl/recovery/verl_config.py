@@ -134,7 +134,7 @@ def _trainer_workers(config: RunConfig, recovery: GrpoConfig, device: str) -> in
     return config.resources.workers_per_node - teachers
 
 
-def _distillation(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -> dict[str, Any]:
     teacher = {
         "model_path": str(spec.parent),
         "inference.gpu_memory_utilization": 0.8,
@@ -142,6 +142,10 @@ def _distillation(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         "inference.temperature": 1.0,
     }
     if spec.device == "cpu":
+        from ptl_rl.cpu.checks import ONE_PROCESS
+
+        if recovery.teacher_tensor_parallel_size == 1:
+            teacher |= {f"inference.engine_kwargs.vllm.{key}": value for key, value in ONE_PROCESS.items()}
         teacher |= {
             "inference.enable_sleep_mode": False,
             "inference.free_cache_engine": False,
@@ -193,7 +197,7 @@ def render(
     if shape is not None:
         settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
-        settings |= _distillation(config, spec)
+        settings |= _distillation(config, recovery, spec)
     return {**settings, **config.verl, **recovery.verl}
 
 

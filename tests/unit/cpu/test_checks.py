@@ -13,6 +13,7 @@ from ptl_rl.cpu import checks
 NOT_IN_YAML = {
     "actor_rollout_ref.rollout.enable_sleep_mode",
     "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
 }
 
 
@@ -163,3 +164,10 @@ def test_worker_extension_is_importable():
     module, _, name = checks.WORKER_EXTENSION.rpartition(".")
     code = f"import {module} as m; m.{name}.update_weights_from_ipc"
     assert run_python(code, VERL_PLATFORM="cpu").returncode == 0
+
+
+def test_the_engine_that_is_one_process_is_vllms():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    assert resolve_obj_by_qualname(checks.ONE_PROCESS["distributed_executor_backend"]) is UniProcExecutor
