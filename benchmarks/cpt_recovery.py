@@ -7,6 +7,7 @@ problems. Every row is an ordinary run, which goes on where it was interrupted.
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,7 @@ def rows(width: int) -> dict[str, dict[str, Any]]:
     for channels, compensate in CRITERIA:
         for cut, shares in CUTS.items():
             name = channels + (" + least squares" if compensate != "none" else "") + f", {cut}"
-            schedule = {"channels_per_cycle": [round(width * share) for share in shares], "alignment": 64}
+            schedule = {"channels_per_cycle": [round(width * share) for share in shares], "alignment": 16}
             found[name] = {"schedule": schedule, "criterion": {"channels": channels, "compensate": compensate}}
     return found
 
@@ -94,7 +95,7 @@ def main(
             "gate": {"min_accuracy_ratio": 0, "max_extensions": 0},
             "resources": {"device": "cpu", "workers_per_node": 1},
         }
-        folder = out / name.replace(" ", "-")
+        folder = out / re.sub(r"[^A-Za-z0-9.]+", "-", name)
         if (folder / "config.json").exists():
             ptl_rl.resume(folder)
         else:

@@ -90,18 +90,13 @@ def _run(run: RunData) -> dict[str, Any]:
         "recoveries": ", ".join(method.upper() for method in run.methods),
         "start": run.start,
         "cards": _cards(run),
-        "headings": summary.HEADINGS,
-        "table": [_named(run, summary.cells(row, run.rows[0])) for row in run.rows],
+        "table": [summary.cells(row, run.rows[0], run.start) for row in run.rows],
         "figures": [{"caption": caption} | sources for caption, sources in drawn if sources],
         "notes": run.notes,
         "examples": [_example(example) for example in run.examples()],
         "config": [(key, "" if value is None else str(value)) for key, value in run.flat_config()],
         "versions": sorted(run.versions.items()),
     }
-
-
-def _named(run: RunData, cells: list[str]) -> list[str]:
-    return [run.start if cells[0] == "original" else cells[0], *cells[1:]]
 
 
 def page(runs: list[RunData]) -> str:
@@ -112,11 +107,7 @@ def page(runs: list[RunData]) -> str:
     title = f"{runs[0].config.name}: report" if len(runs) == 1 else f"{len(runs)} runs compared"
     compared = None
     if len(runs) > 1:
-        headings, rows = comparison(runs)
-        compared = {
-            "headings": headings,
-            "rows": rows,
-            "figure": _sources(lambda width: figures.accuracy_by_size(runs, width)),
-        }
+        figure = _sources(lambda width: figures.accuracy_by_size(runs, width))
+        compared = {"rows": comparison(runs), "figure": figure}
     template = environment.get_template("report.html.j2")
     return template.render(title=title, runs=[_run(run) for run in runs], compared=compared)
