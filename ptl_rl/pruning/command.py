@@ -162,7 +162,7 @@ def _prunable(
         model=model,
         family=read_shape(folder).family,
         source=folder,
-        device=next(model.parameters()).device,
+        device=model.device,
         batch_size=config.calibration.batch_size,
         pad_token_id=tokenizer.pad_token_id or 0,
         prompt_weight=config.calibration.prompt_weight,

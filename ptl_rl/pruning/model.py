@@ -89,14 +89,8 @@ class PrunableModel:
         return -(-len(sequences) // (self.batch_size * self.ranks))
 
     def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
-        stream(
-            self.model,
-            self.family,
-            self.counted(self.batches(sequences)),
-            listeners,
-            self.device,
-            sensitivity=sensitivity,
-        )
+        batches = self.counted(self.batches(sequences))
+        stream(self.model, self.family, batches, listeners, self.device, sensitivity=sensitivity)
 
     def weight(self, layer: int, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a projection's weight, read from the checkpoint, all of them by default."""

@@ -45,32 +45,16 @@ def _cards(run: RunData) -> list[dict[str, str]]:
     low_high = run.interval(final.cycle)
     against = run.against_original(final.cycle)
     cards = [
-        {
-            "value": f"{final.accuracy:.1%}",
-            "label": "accuracy",
-            "note": f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else "",
-        },
-        {"value": f"{first.accuracy:.1%}", "label": f"accuracy of the {run.start}", "note": ""},
-        {
-            "value": f"{final.parameters / first.parameters:.0%}",
-            "label": "of the parameters",
-            "note": f"{final.parameters:,}",
-        },
-        {
-            "value": f"{final.flops_per_token / first.flops_per_token:.0%}",
-            "label": "of the FLOPs per token",
-            "note": "",
-        },
-        {
-            "value": f"{final.tokens_per_second / first.tokens_per_second:.2f}x",
-            "label": "tokens per second",
-            "note": "while evaluating",
-        },
+        ("accuracy", f"{final.accuracy:.1%}", f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else ""),
+        (f"accuracy of the {run.start}", f"{first.accuracy:.1%}", ""),
+        ("of the parameters", f"{final.parameters / first.parameters:.0%}", f"{final.parameters:,}"),
+        ("of the FLOPs per token", f"{final.flops_per_token / first.flops_per_token:.0%}", ""),
+        ("tokens per second", f"{final.tokens_per_second / first.tokens_per_second:.2f}x", "while evaluating"),
     ]
     if against is not None:
         note = f"p = {against.p_value:.2g}; {against.gained} gained, {against.lost} lost"
-        cards.append({"value": f"{100 * against.difference:+.1f}", "label": "points, paired", "note": note})
-    return cards
+        cards.append(("points, paired", f"{100 * against.difference:+.1f}", note))
+    return [{"label": label, "value": value, "note": note} for label, value, note in cards]
 
 
 def _run(run: RunData) -> dict[str, Any]:

@@ -39,9 +39,7 @@ def test_workers_do_not_oversubscribe_the_cores(monkeypatch, cores, workers, thr
 
 
 def test_environment_values_are_strings():
-    env = checks.cpu_env_vars(2, kv_cache_gib=3)
-    assert all(isinstance(value, str) for value in env.values())
-    assert env["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert all(isinstance(value, str) for value in checks.cpu_env_vars(2).values())
 
 
 def test_ray_environment_carries_what_verl_would_have_set(monkeypatch):
