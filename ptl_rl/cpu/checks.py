@@ -138,7 +138,7 @@ def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
     return {**float32_engine(prefix), f"{prefix}.use_torch_compile": False}
 
 
-def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
+def verl_cpu_overrides() -> dict[str, object]:
     """Settings that `verl.trainer.main_ppo` needs on CPUs, as dotted keys.
 
     Pass each to Hydra as `++key=value`, which sets keys present in verl's YAML as well as absent ones.
@@ -146,8 +146,6 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     return {
         "trainer.device": CPU_PLATFORM,
-        "trainer.nnodes": 1,
-        "trainer.n_gpus_per_node": num_workers,
         # The padding-free path needs flash-attn, which has no CPU build.
         "actor_rollout_ref.model.use_remove_padding": False,
         f"{actor}.strategy": "fsdp2",
@@ -174,12 +172,10 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
     }
 
 
-def verl_sft_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
+def verl_sft_cpu_overrides() -> dict[str, object]:
     """Settings that `verl.trainer.sft_trainer_ray` needs on CPUs; keys as in `verl_cpu_overrides`."""
     return {
         "trainer.device": CPU_PLATFORM,
-        "trainer.nnodes": 1,
-        "trainer.n_gpus_per_node": num_workers,
         "model.use_remove_padding": False,
         "engine.strategy": "fsdp2",
         **_fsdp_cpu_overrides("engine"),

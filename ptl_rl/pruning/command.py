@@ -115,7 +115,7 @@ def score_model(
     total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
     if config.criterion.compensate != "none":
         total += engine.batches_to_compensate(prunable, remove_layers, sequences, sensitivity=sensitivity)
-    prunable.progress = _counter(progress, total)
+    prunable.report(progress, total)
     scores = engine.score(
         prunable,
         config.criterion,
@@ -140,17 +140,6 @@ def score_model(
         losses = engine.compensate(prunable, plan, sequences, out / NEW_WEIGHTS, sensitivity=sensitivity)
     plan.save(out / PLAN)
     return plan, losses
-
-
-def _counter(progress: Progress, total: int) -> Callable[[], None]:
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total)
-
-    return count
 
 
 def _prunable(

@@ -1,5 +1,6 @@
 """A model to be pruned, on one rank of many or in one process, and how it reads."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ class PrunableModel:
         for batch in batches:
             yield batch
             self.progress()
+
+    def report(self, tell: Callable[[int, int], None], total: int) -> None:
+        """Have ``tell`` called after every batch, with how many were read and how many there are to read."""
+        done = itertools.count(1)
+        self.progress = lambda: tell(min(next(done), total), total)
 
     def rounds(self, sequences: list[Sequence]) -> int:
         """Batches that every rank reads in one pass."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family
+from ptl_rl.pruning.masking import hooked
 from ptl_rl.pruning.score.calibration import Batch
 
 
@@ -196,11 +197,8 @@ class _Taps:
             # The parameters are frozen, so gradients flow only if the embedded tokens ask for them.
             embeddings = model.get_submodule(family.embeddings)
             handles.append(embeddings.register_forward_hook(lambda _m, _args, output: output.requires_grad_()))
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def inputs_of(batch: Batch) -> dict:

@@ -140,8 +140,8 @@ def resolve(config_name: str, overrides: dict[str, object]):
 @pytest.mark.parametrize(
     ("config_name", "overrides"),
     [
-        ("ppo_trainer", checks.verl_cpu_overrides(2)),
-        ("sft_trainer_engine", checks.verl_sft_cpu_overrides(2)),
+        ("ppo_trainer", checks.verl_cpu_overrides()),
+        ("sft_trainer_engine", checks.verl_sft_cpu_overrides()),
     ],
 )
 def test_overrides_fit_verl_configuration(config_name, overrides):
