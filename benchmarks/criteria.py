@@ -25,9 +25,7 @@ from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import Scores, make_plan
-from ptl_rl.pruning.compensate.algebra import obs_importance
 from ptl_rl.pruning.score.calibration import batches_for_rank
-from ptl_rl.pruning.score.moments import SecondMoments
 from ptl_rl.pruning.score.streaming import mean_loss
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
 from ptl_rl.testbed import CHECKPOINT_DIR
@@ -81,7 +79,6 @@ class Bench:
         self.shape, self.prompt_weight = read_shape(folder), prompt_weight
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = load(folder)
-        self._moments: dict[bool, dict[int, torch.Tensor]] = {}
         self._scores: dict[tuple, Scores] = {}
 
     def prunable(self) -> engine.PrunableModel:
@@ -95,38 +92,17 @@ class Bench:
             prompt_weight=self.prompt_weight,
         )
 
-    def moments(self, sensitivity: bool) -> dict[int, torch.Tensor]:
-        """``C`` of every block, read once."""
-        if sensitivity not in self._moments:
-            moments = SecondMoments(self.shape.num_hidden_layers, self.shape.intermediate_size, torch.device("cpu"))
-            self.prunable().read(self.sequences, [moments], sensitivity)
-            self._moments[sensitivity] = {layer: moments.take(layer) for layer in moments.layers}
-        return self._moments[sensitivity]
-
     def scores(self, way: Way, cut: engine.Removal, seed: int) -> Scores:
         """As :func:`engine.score` gives them; where a smaller cut removes a part of what a larger one does, once."""
-        criterion, largest = way.criterion, round(self.shape.intermediate_size * LARGEST)
-        key = (criterion.channels, way.sensitivity, seed)
+        criterion = way.criterion
         if cut.layers or criterion.is_ptl_reference:
             general = self.general if criterion.contrast else []
             return engine.score(self.prunable(), criterion, cut, self.sequences, general=general, seed=seed)
-        if key not in self._scores and criterion.is_obs:
-            importance = [
-                obs_importance(self.prunable().weight(layer, "down_proj"), moment_CC, largest, criterion.ridge)
-                for layer, moment_CC in self.moments(way.sensitivity).items()
-            ]
-            self._scores[key] = Scores(torch.stack(importance), torch.ones(len(importance)), [])
-        elif key not in self._scores:
-            cut = engine.Removal(largest, 0)
-            self._scores[key] = engine.score(
-                self.prunable(),
-                criterion,
-                cut,
-                self.sequences,
-                general=[],
-                sensitivity=way.sensitivity,
-                seed=seed,
-            )
+        key = (criterion.channels, way.sensitivity, seed)
+        if key not in self._scores:
+            largest = engine.Removal(round(self.shape.intermediate_size * LARGEST), 0)
+            options = {"sensitivity": way.sensitivity, "seed": seed}
+            self._scores[key] = engine.score(self.prunable(), criterion, largest, self.sequences, general=[], **options)
         return self._scores[key]
 
     def after(self, way: Way, cut: engine.Removal, seed: int) -> float:
@@ -159,22 +135,16 @@ def table(head: list[str], rows: Iterator[tuple[str, list[str]]]) -> None:
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
-def sequences_of(
-    tokenizer, records: Iterable[Record], tokens: int, max_tokens: int, plain: bool = True
-) -> list[Sequence]:
-    """The first records that make up ``tokens`` tokens; ``plain``: question, line break, solution, no chat template."""
+def sequences_of(tokenizer, records: Iterable[Record], tokens: int, max_tokens: int) -> list[Sequence]:
+    """The first records that make up ``tokens`` tokens: question, line break, solution, no chat template."""
     found: list[Sequence] = []
     total = 0
     for record in records:
         if total >= tokens:
             break
-        if plain:
-            ids = tokenizer.encode(f"{record.question}\n{record.solution}" if record.question else record.solution)
-            sequence = Sequence(ids[:max_tokens], 0)
-        else:
-            sequence = encode_sequences(tokenizer, [record.question], [record.solution], max_tokens)[0]
-        found.append(sequence)
-        total += len(sequence.ids)
+        ids = tokenizer.encode(f"{record.question}\n{record.solution}" if record.question else record.solution)
+        found.append(Sequence(ids[:max_tokens], 0))
+        total += len(found[-1].ids)
     return found
 
 
@@ -276,20 +246,16 @@ def demo(
     """Greedy accuracy of the shipped model after one cut: mean and range over seeds."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
     of_general = split(general, "text", tokenizer, 10**9, 0, 128)[0] if general else []
+
+    def measure(model) -> float:
+        return greedy_accuracy(model, tokenizer, "test", count)
+
     benches = []
     for seed in range(seeds):
         records = load_corpus(SourceConfig(path="testbed:rl", rows=sequences), seed)
         encoded = encode_sequences(tokenizer, [r.question for r in records], [r.solution for r in records], 160)
-        benches.append(
-            Bench(
-                CHECKPOINT_DIR,
-                encoded,
-                of_general,
-                lambda model: greedy_accuracy(model, tokenizer, "test", count),
-                prompt_weight,
-            )
-        )
-    print(f"unpruned: {greedy_accuracy(benches[0].model, tokenizer, 'test', count):.1%}\n", flush=True)
+        benches.append(Bench(CHECKPOINT_DIR, encoded, of_general, measure, prompt_weight))
+    print(f"unpruned: {measure(benches[0].model):.1%}\n", flush=True)
     shares = (0.25, 0.5, 0.75)
     width = benches[0].shape.intermediate_size
 

@@ -9,13 +9,14 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ptl_rl.driver.environment import nvidia_smi
 
 NEEDED = ("torch", "transformers", "ray", "verl", "vllm")
 OPTIONAL = ("flash_attn", "flashinfer", "lm_eval")
@@ -40,13 +41,10 @@ def machine() -> dict[str, Any]:
 
 def gpus() -> dict[str, Any]:
     """What the driver says, without torch."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        rows = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"error": f"nvidia-smi: {error}"}
-    cells = [[cell.strip() for cell in row.split(",")] for row in rows]
-    return {"count": len(cells), "name": cells[0][0], "memory_gib": float(cells[0][1]) / 1024, "driver": cells[0][2]}
+    rows = nvidia_smi("name,memory.total,driver_version")
+    if not rows:
+        return {"error": "nvidia-smi: no such program, or no driver"}
+    return {"count": len(rows), "name": rows[0][0], "memory_gib": float(rows[0][1]) / 1024, "driver": rows[0][2]}
 
 
 def version_of(name: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from ptl_rl.driver.environment import nvidia_smi
 from ptl_rl.driver.processes import end_processes, tagged_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,13 +126,11 @@ class Sampler(threading.Thread):
 
 def read_gpus() -> tuple[float, float] | None:
     """What ``nvidia-smi`` says: every process's memory, also that of engines in processes of their own."""
-    command = ["nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        rows = [[float(cell) for cell in row.split(",")] for row in done.stdout.splitlines()]
-        return max(row[0] for row in rows) / 1024, max(row[1] for row in rows)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        used, busy = zip(*(map(float, row) for row in nvidia_smi("memory.used,utilization.gpu")), strict=True)
+    except ValueError:  # no rows, or a GPU that does not say
         return None
+    return max(used) / 1024, max(busy)
 
 
 def read_host() -> tuple[float, float]:

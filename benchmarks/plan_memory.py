@@ -21,15 +21,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ptl_rl.config import RunConfig, SourceConfig
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.planning.forecast import device_of, forecast
 from ptl_rl.planning.model import planned_model
+from ptl_rl.tables import text_table
 
 SECONDS = 0.25
 GIB = 2**30
@@ -46,16 +47,6 @@ KINDS = (
 """By a part of a process's command line, what it is; everything else is a helper."""
 
 
-def _environment(pid: str) -> dict[bytes, bytes]:
-    parts = (Path("/proc") / pid / "environ").read_bytes().split(b"\0")
-    return dict(part.split(b"=", 1) for part in parts if b"=" in part)
-
-
-def _kind(pid: str) -> str:
-    line = (Path("/proc") / pid / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return next((kind for part, kind in KINDS if part in line), "helper")
-
-
 class Sampler(threading.Thread):
     """Largest memory by stage: of any worker or engine process, of all helpers together, and of everything."""
 
@@ -63,7 +54,7 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self.stopped = threading.Event()
         self.peak: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self.tags: dict[tuple[str, str], str] = {}
+        self.tags: dict[psutil.Process, str] = {}
 
     def run(self) -> None:
         while not self.stopped.wait(SECONDS):
@@ -71,17 +62,16 @@ class Sampler(threading.Thread):
 
     def _sample(self) -> None:
         now: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
+        for process in psutil.process_iter():
             try:
-                stage = self._stage(entry.name)
+                stage = self._stage(process)
                 if stage is None:
                     continue
-                kind = _kind(entry.name)
-                sizes = dict(PART.findall((Path(entry.path) / "smaps_rollup").read_bytes()))
-            except OSError:  # it has ended
+                line = " ".join(process.cmdline())
+                sizes = dict(PART.findall(Path(f"/proc/{process.pid}/smaps_rollup").read_bytes()))
+            except (OSError, psutil.Error):  # it has ended, or is another user's
                 continue
+            kind = next((kind for part, kind in KINDS if part in line), "helper")
             memory = 1024 * (int(sizes.get(b"Pss_Anon", 0)) + int(sizes.get(b"Pss_Shmem", 0)))
             of_stage = now[stage]
             if kind in ("worker", "engine"):
@@ -97,15 +87,14 @@ class Sampler(threading.Thread):
             for name, value in of_stage.items():
                 self.peak[stage][name] = max(self.peak[stage][name], value)
 
-    def _stage(self, pid: str) -> str | None:
+    def _stage(self, process: psutil.Process) -> str | None:
         """The stage that a process belongs to, ``run`` for the run's own, None for other processes."""
-        process = pid, (Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[19]  # numbers come back
         if process not in self.tags:
-            environment = _environment(pid)
-            if b"PTL_BENCHMARK" not in environment:
+            environment = process.environ()
+            if "PTL_BENCHMARK" not in environment:
                 self.tags[process] = ""
-            elif b"PTL_STAGE_ID" in environment:
-                self.tags[process] = environment[b"PTL_STAGE_ID"].decode().split("-", 1)[1].rsplit(".", 1)[0]
+            elif "PTL_STAGE_ID" in environment:
+                self.tags[process] = environment["PTL_STAGE_ID"].split("-", 1)[1].rsplit(".", 1)[0]
             else:
                 return "run"
         return self.tags[process] or None
@@ -227,17 +216,24 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     config = _demo() if what == "demo" else _smollm2(out, *SMOLLM2[what])
     peaks, plan = measured(config, out), planned(config)
-    table = Table(title=f"{what}: GiB of the largest process", title_justify="left")
-    for heading in ("stage", "process", "planned", "measured", "planned / measured", "resident", "all processes"):
-        table.add_column(heading, justify="left" if heading in ("stage", "process") else "right")
+    rows = []
     for stage, values in peaks.items():
         for kind in ("worker", "engine"):
             if kind in values and stage in plan:
                 expected, seen = plan[stage][kind], values[kind]
-                figures = [f"{expected / GIB:.2f}", f"{seen / GIB:.2f}", f"{expected / seen:.2f}"]
-                figures += [f"{values[f'{kind} rss'] / GIB:.2f}", f"{values['all'] / GIB:.2f}"]
-                table.add_row(stage, kind, *figures)
-    Console(width=120).print(table)
+                rows.append(
+                    {
+                        "stage": stage,
+                        "process": kind,
+                        "planned": f"{expected / GIB:.2f}",
+                        "measured": f"{seen / GIB:.2f}",
+                        "planned / measured": f"{expected / seen:.2f}",
+                        "resident": f"{values[f'{kind} rss'] / GIB:.2f}",
+                        "all processes": f"{values['all'] / GIB:.2f}",
+                    }
+                )
+    title = f"{what}: GiB of the largest process"
+    Console(width=120).print(text_table(rows, left=("stage", "process"), title=title))
     helpers = {stage: round(values.get("helpers", 0) / GIB, 2) for stage, values in peaks.items()}
     print(f"other processes of each stage together, GiB: {helpers}")
 

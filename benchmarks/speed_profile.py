@@ -3,11 +3,9 @@
 ``python benchmarks/speed_profile.py ORIGINAL COMPACTED``: microseconds per generated token of each. Run it alone.
 """
 
-import json
-import os
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Annotated
 
 import typer
@@ -58,18 +56,12 @@ def main(
     models: Annotated[list[str], typer.Argument(help="Folders; the first is compared with.")],
     sequences: Annotated[int, typer.Option(help="At once.")] = 256,
     tokens: Annotated[int, typer.Option(help="Of prompt and of response.")] = 64,
-    worker: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Print a markdown table."""
-    if worker:
-        print("FOUND " + json.dumps(profile(models[0], sequences, tokens)))
-        return
     columns = []
     for model in models:
-        command = [sys.executable, __file__, model, "--sequences", str(sequences), "--tokens", str(tokens), "--worker"]
-        output = subprocess.run(command, env=os.environ, stdout=subprocess.PIPE, text=True, check=True).stdout
-        line = next(line for line in output.splitlines() if line.startswith("FOUND "))
-        columns.append(json.loads(line.removeprefix("FOUND ")))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            columns.append(pool.submit(profile, model, sequences, tokens).result())
     print("| microseconds per token | " + " | ".join(models) + " |\n|" + "---|" * (len(models) + 1))
     for group in dict.fromkeys(group for column in columns for group in column):
         print(f"| {group} | " + " | ".join(f"{column.get(group, 0):.1f}" for column in columns) + " |")

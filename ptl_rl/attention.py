@@ -34,11 +34,6 @@ class Attention:
     """As transformers' ``attn_implementation`` takes it."""
     note: str | None = None
 
-    @property
-    def is_unpadded(self) -> bool:
-        """Batches are read without padding."""
-        return self.name == FLASH
-
 
 def without_flash(model_config: dict[str, Any]) -> str:
     """The attention of a model that flash attention cannot run: ``sdpa``, or ``eager`` where it has a soft cap.

@@ -26,7 +26,7 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
     Raises:
@@ -36,7 +36,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:  # what transformers raises for files that do not fit
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{folder}: has no tokenizer that transformers can load ({reason})") from error

@@ -18,6 +18,24 @@ from ptl_rl.config import AnyRecovery, RunConfig
 from ptl_rl.data.frozen import FrozenData
 
 
+class NewLines:
+    """Reads the whole lines of a growing file of JSON lines that came since the last time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._position = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        with self.path.open() as file:
+            file.seek(self._position)
+            while (line := file.readline()).endswith("\n"):
+                self._position = file.tell()
+                lines.append(json.loads(line))
+        return lines
+
+
 class StageSpec(BaseModel):
     """Everything that one stage needs beside the run's configuration. Paths are absolute."""
 

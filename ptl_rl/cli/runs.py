@@ -190,15 +190,16 @@ def compare(
 ) -> None:
     """Print runs side by side, each compared with the first on the same test problems."""
     from ptl_rl.errors import check_new_file
-    from ptl_rl.reporting.compare import comparison_markdown, comparison_table
+    from ptl_rl.reporting.compare import comparison
     from ptl_rl.reporting.run_data import RunData
+    from ptl_rl.tables import markdown_table, text_table
 
     if out is not None:
         check_new_file(out)
-    runs = [RunData(run_dir) for run_dir in run_dirs]
-    make_console(200).print(comparison_table(runs))
+    rows = comparison([RunData(run_dir) for run_dir in run_dirs])
+    make_console(200).print(text_table(rows, left=["run"], title="runs"))
     if out is not None:
-        out.write_text(comparison_markdown(runs))
+        out.write_text(markdown_table(rows))
 
 
 @command()

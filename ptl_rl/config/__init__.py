@@ -26,31 +26,3 @@ from ptl_rl.config.run import (
 )
 from ptl_rl.config.score import ScoreConfig
 from ptl_rl.config.section import ConfigError, Section
-
-__all__ = [
-    "CHANNEL_CRITERIA",
-    "AnyRecovery",
-    "CalibrationConfig",
-    "ConfigError",
-    "ContrastConfig",
-    "CptConfig",
-    "CriterionConfig",
-    "DataConfig",
-    "DecontaminateConfig",
-    "DistillConfig",
-    "EvalConfig",
-    "EvaluationConfig",
-    "FieldMap",
-    "GateConfig",
-    "GrpoConfig",
-    "ModelConfig",
-    "RecoveryConfig",
-    "ResourcesConfig",
-    "RewardConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "ScoreConfig",
-    "Section",
-    "SourceConfig",
-    "WatchdogConfig",
-]

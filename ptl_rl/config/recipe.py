@@ -5,8 +5,6 @@
 
 import difflib
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ptl_rl.config import AnyRecovery, ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig, SourceConfig
 from ptl_rl.config.layers import Layers, Location
-
-
-def _annotation_models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    origin = typing.get_origin(annotation)
-    if isinstance(annotation, types.UnionType) or origin in (typing.Union, typing.Annotated, list):
-        return [m for part in typing.get_args(annotation) for m in _annotation_models(part)]
-    return []
+from ptl_rl.config.section import models_in
 
 
 def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
@@ -35,7 +25,7 @@ def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[Base
         if tagged:
             models = tagged
         elif key in models[0].model_fields:
-            models = _annotation_models(models[0].model_fields[key].annotation)
+            models = models_in(models[0].model_fields[key].annotation)
         if not models:
             return None
     return models[0]

@@ -11,11 +11,11 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ptl_rl.config import CptConfig, DistillConfig, EvalConfig, GrpoConfig, RecoveryConfig, RunConfig, ScoreConfig
+from ptl_rl.config.section import models_in
 from ptl_rl.config.verl_keys import TABLE, Trainer
 
 HEAD = """\
@@ -50,6 +50,7 @@ TITLES = {
     ),
 }
 EVERYWHERE: tuple[tuple[Trainer, str], ...] = (("rl", "RL"), ("distill", "distill"), ("sft", "CPT"))
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "entries: at least"}
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 
 
@@ -83,14 +84,8 @@ def _method(section: type[BaseModel]) -> str | None:
 def _bounds(field: FieldInfo) -> str:
     found = []
     for limit in field.metadata:
-        for kind, attribute, sign in (
-            (annotated_types.Ge, "ge", "at least"),
-            (annotated_types.Gt, "gt", "above"),
-            (annotated_types.Le, "le", "at most"),
-            (annotated_types.Lt, "lt", "below"),
-            (annotated_types.MinLen, "min_length", "entries: at least"),
-        ):
-            if isinstance(limit, kind):
+        for attribute, sign in BOUNDS.items():
+            if hasattr(limit, attribute):
                 found.append(f"{sign} {getattr(limit, attribute)}")
         if getattr(limit, "pattern", None):
             found.append("letters, digits, `.`, `_`, `-`")
@@ -167,17 +162,10 @@ def sections(root: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[
     """Dotted path and class of every section below ``root``, in the order of the code, without recoveries."""
     for name, field in root.model_fields.items():
         below = f"{path}.{name}" if path else name
-        for section in dict.fromkeys(_models(field.annotation)):
+        for section in dict.fromkeys(models_in(field.annotation)):
             if not issubclass(section, RecoveryConfig):
                 yield below, section
                 yield from sections(section, below)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in typing.get_args(annotation):
-        yield from _models(part)
 
 
 def _summary(section: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ computed from several fields, the device or the cycle is code there; the table n
 ``docs/configuration.md`` can say where a field goes. Imports neither torch nor ray.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,12 @@ class Key:
     """How the value is converted, or what else it is computed with."""
 
 
-def _computed(note: str, *names: str) -> tuple[Key, ...]:
-    return tuple(Key(name, None, note) for name in names)
+def _computed(note: str, *names: str) -> list[Key]:
+    return [Key(name, None, note) for name in names]
+
+
+Keys = Sequence[Key | str]
+"""A plain name is a key that takes the field's value as it is."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,9 @@ class Row:
     """A field of :class:`RunConfig`, dotted; ``recovery.X`` is the field X of each method that has it."""
 
     field: str
-    rl: tuple[Key | str, ...] = ()
-    distill: tuple[Key | str, ...] = ()
-    sft: tuple[Key | str, ...] = ()
 
     def keys(self, trainer: Trainer) -> list[Key]:
-        return [Key(key) if isinstance(key, str) else key for key in getattr(self, trainer)]
+        return [Key(key) if isinstance(key, str) else key for key in KEYS[trainer].get(self.field, [])]
 
 
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
@@ -70,8 +71,6 @@ MICRO_SEQUENCES = (
     f"{REF}.log_prob_micro_batch_size_per_gpu",
     f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
 )
-SHARED_OUT = "largest that divides a worker's part"
-LONGEST = "prompt + response"
 
 
 def _saved(every: int) -> list[str]:
@@ -82,223 +81,139 @@ def _loaded(every: int) -> list[str]:
     return SAVE_ALL[1:] if every else []
 
 
-def _checkpoint(prefix: str) -> tuple[Key, ...]:
-    return (
+def _checkpoint(prefix: str) -> Keys:
+    return [
         *_computed("0: steps", "trainer.save_freq"),
         Key("trainer.resume_mode", lambda every: "auto" if every else "disable", "0: disable, else auto"),
         Key(f"{prefix}checkpoint.save_contents", _saved, "0: the model alone"),
         Key(f"{prefix}checkpoint.load_contents", _loaded, "0: nothing"),
-    )
-
-
-def _float32(prefix: str) -> tuple[Key, ...]:
-    return _computed("float32: fp32", f"{prefix}.model_dtype")
+    ]
 
 
 STEPS = _computed("of the cycle", "trainer.total_training_steps", "trainer.total_epochs", "trainer.save_freq")
-SEED = (
-    "data.seed",
-    f"{ACTOR}.data_loader_seed",
-    f"{ACTOR}.fsdp_config.seed",
-    f"{ROLLOUT}.seed",
-)
+SEED = ("data.seed", f"{ACTOR}.data_loader_seed", f"{ACTOR}.fsdp_config.seed", f"{ROLLOUT}.seed")
+_SHARED = _computed("largest that divides a worker's part", *MICRO_SEQUENCES)
+_SHARED_SFT = _computed("largest that divides a worker's part", "data.micro_batch_size_per_gpu")
+_FILLED_SFT = _computed("micro_batch_tokens / max_tokens", "data.micro_batch_size_per_gpu")
+_LENGTHS = _computed("prompt + response", f"{ROLLOUT}.max_model_len", *MICRO_TOKENS)
+_TEACHER_LENGTH = _computed("prompt + response + 1", f"{TEACHER}.inference.max_model_len")
+_DEVICE = _computed("what auto comes to", "trainer.device")
 
-_RUN = (
-    Row("name", rl=("trainer.experiment_name",), sft=("trainer.experiment_name",)),
-    Row(
-        "seed",
-        rl=_computed("with cycle, round and part", *SEED),
-        sft=("engine.seed", *_computed("with cycle, round and part", "trainer.seed")),
+_RL: dict[str, Keys] = {
+    "name": ["trainer.experiment_name"],
+    "seed": _computed("with cycle, round and part", *SEED),
+    "model.path": _computed("the cut model's folder", f"{MODEL}.path"),
+    "model.dtype": [
+        *(f"{part}.dtype" for part in (f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config", ROLLOUT)),
+        *_computed("float32: fp32", f"{ACTOR}.fsdp_config.model_dtype", f"{REF}.fsdp_config.model_dtype"),
+    ],
+    "model.attention": _computed(
+        "what auto comes to", f"{MODEL}.override_config.attn_implementation", f"{MODEL}.use_remove_padding"
     ),
-    Row(
-        "model.path",
-        rl=_computed("the cut model's folder", f"{MODEL}.path"),
-        sft=_computed("the cut model's folder", "model.path"),
-    ),
-    Row("model.parent", distill=_computed("the original's folder", f"{TEACHER}.model_path")),
-    Row(
-        "model.dtype",
-        rl=(
-            f"{ACTOR}.fsdp_config.dtype",
-            f"{REF}.fsdp_config.dtype",
-            f"{ROLLOUT}.dtype",
-            *_float32(f"{ACTOR}.fsdp_config"),
-            *_float32(f"{REF}.fsdp_config"),
-        ),
-        distill=(f"{TEACHER}.inference.dtype",),
-        sft=("engine.dtype", *_float32("engine")),
-    ),
-    Row(
-        "model.attention",
-        rl=_computed(
-            "what auto comes to", f"{MODEL}.override_config.attn_implementation", f"{MODEL}.use_remove_padding"
-        ),
-        sft=_computed(
-            "what auto comes to",
-            "model.override_config.attn_implementation",
-            "model.use_remove_padding",
-            "data.use_dynamic_bsz",
-        ),
-    ),
-    Row(
-        "model.trust_remote_code",
-        rl=("data.trust_remote_code", f"{MODEL}.trust_remote_code"),
-        sft=("model.trust_remote_code",),
-    ),
-    Row("data.train", rl=_computed("the cycle's subset, prepared", "data.train_files")),
-    Row("data.corpus", sft=_computed("the cycle's subset, prepared", "data.train_files")),
-    Row("data.validation", rl=_computed("prepared", "data.val_files")),
-    Row(
-        "data.max_prompt_tokens",
-        rl=("data.max_prompt_length", *_computed(LONGEST, f"{ROLLOUT}.max_model_len", *MICRO_TOKENS)),
-        distill=_computed(f"{LONGEST} + 1", f"{TEACHER}.inference.max_model_len"),
-    ),
-    Row(
-        "data.max_response_tokens",
-        rl=("data.max_response_length", *_computed(LONGEST, f"{ROLLOUT}.max_model_len", *MICRO_TOKENS)),
-        distill=_computed(f"{LONGEST} + 1", f"{TEACHER}.inference.max_model_len"),
-    ),
-    Row("calibration.source", rl=_computed("a folder unless corpus", "trainer.rollout_data_dir")),
-    Row("reward.path", rl=_computed("absolute", f"{REWARD}.user_path")),
-    Row("reward.name", rl=(f"{REWARD}.user_name",)),
-    Row("reward.accuracy_weight", rl=_computed("without reward.path", f"{REWARD}.accuracy_weight")),
-    Row("reward.format_weight", rl=_computed("without reward.path", f"{REWARD}.format_weight")),
-    Row("reward.format_style", rl=_computed("without reward.path", f"{REWARD}.format_style")),
-    Row(
-        "resources.device",
-        rl=_computed("what auto comes to", "trainer.device"),
-        sft=_computed("what auto comes to", "trainer.device"),
-    ),
-    Row(
-        "resources.nodes",
-        rl=("trainer.nnodes", *_computed(SHARED_OUT, *MICRO_SEQUENCES)),
-        distill=("distillation.nnodes",),
-        sft=("trainer.nnodes", *_computed(SHARED_OUT, "data.micro_batch_size_per_gpu")),
-    ),
-    Row(
-        "resources.workers_per_node",
-        rl=(
-            *_computed("less those of the parent", "trainer.n_gpus_per_node"),
-            *_computed(SHARED_OUT, *MICRO_SEQUENCES),
-        ),
-        sft=("trainer.n_gpus_per_node", *_computed(SHARED_OUT, "data.micro_batch_size_per_gpu")),
-    ),
-    Row("resources.tensor_parallel_size", rl=(f"{ROLLOUT}.tensor_model_parallel_size",)),
-    Row("resources.gpu_memory_utilization", rl=(f"{ROLLOUT}.gpu_memory_utilization",)),
-)
-
-_EVERY_RECOVERY = (
-    Row("recovery.steps", rl=STEPS, sft=STEPS),
-    Row("recovery.learning_rate", rl=(f"{ACTOR}.optim.lr",), sft=("optim.lr",)),
-    Row("recovery.learning_rate_schedule", rl=(f"{ACTOR}.optim.lr_scheduler_type",), sft=("optim.lr_scheduler_type",)),
-    Row(
-        "recovery.warmup_steps",
-        rl=(f"{ACTOR}.optim.lr_warmup_steps",),
-        sft=_computed("-1 with warmup_ratio", "optim.lr_warmup_steps"),
-    ),
-    Row("recovery.weight_decay", rl=(f"{ACTOR}.optim.weight_decay",), sft=("optim.weight_decay",)),
-    Row(
-        "recovery.gradient_checkpointing",
-        rl=(f"{MODEL}.enable_gradient_checkpointing",),
-        sft=("model.enable_gradient_checkpointing",),
-    ),
-    Row(
-        "recovery.offload",
-        rl=(
-            f"{ACTOR}.fsdp_config.param_offload",
-            f"{ACTOR}.fsdp_config.optimizer_offload",
-            f"{REF}.fsdp_config.param_offload",
-        ),
-        sft=("engine.param_offload", "engine.optimizer_offload"),
-    ),
-    Row("recovery.save_every_steps", rl=_checkpoint(f"{ACTOR}."), sft=_checkpoint("")),
-)
-
-_RL = (
-    Row(
-        "recovery.prompts_per_step",
-        rl=(
-            "data.train_batch_size",
-            *_computed("without mini_batch_prompts", f"{ACTOR}.ppo_mini_batch_size"),
-            *_computed(SHARED_OUT, *MICRO_SEQUENCES),
-        ),
-    ),
-    Row("recovery.rollouts_per_prompt", rl=(f"{ROLLOUT}.n", *_computed(SHARED_OUT, *MICRO_SEQUENCES))),
-    Row("recovery.temperature", rl=(f"{ROLLOUT}.temperature",)),
-    Row(
-        "recovery.kl_loss",
-        rl=(Key(f"{ACTOR}.use_kl_loss", lambda weight: weight > 0, "whether above 0"), f"{ACTOR}.kl_loss_coef"),
-    ),
-    Row("recovery.clip_low", rl=(f"{ACTOR}.clip_ratio", f"{ACTOR}.clip_ratio_low")),
-    Row("recovery.clip_high", rl=(f"{ACTOR}.clip_ratio_high",)),
-    Row(
-        "recovery.mini_batch_prompts",
-        rl=(
-            *_computed("null: prompts_per_step", f"{ACTOR}.ppo_mini_batch_size"),
-            *_computed(SHARED_OUT, *MICRO_SEQUENCES),
-        ),
-    ),
-    Row(
-        "recovery.micro_batch_sequences",
-        rl=(*_computed(SHARED_OUT, *MICRO_SEQUENCES), *_computed(f"times {LONGEST}", *MICRO_TOKENS)),
-    ),
-    Row("recovery.dynamic_batches", rl=_computed("null: with flash attention", *DYNAMIC)),
-    Row("recovery.validate_before", rl=("trainer.val_before_train",)),
-)
-
-_CPT = (
-    Row(
-        "recovery.warmup_ratio",
-        sft=(
-            Key("optim.lr_warmup_steps_ratio", lambda ratio: ratio or 0.0, "null: 0"),
-            *_computed("-1 unless null", "optim.lr_warmup_steps"),
-        ),
-    ),
-    Row(
-        "recovery.sequences_per_step",
-        sft=(
-            *_computed("without tokens_per_step", "data.train_batch_size"),
-            *_computed(SHARED_OUT, "data.micro_batch_size_per_gpu"),
-        ),
-    ),
-    Row("recovery.tokens_per_step", sft=_computed("by mean length", "data.train_batch_size")),
-    Row(
-        "recovery.max_tokens",
-        sft=("data.max_length", *_computed("micro_batch_tokens / max_tokens", "data.micro_batch_size_per_gpu")),
-    ),
-    Row(
-        "recovery.micro_batch_tokens",
-        sft=(
-            "data.max_token_len_per_gpu",
-            *_computed("micro_batch_tokens / max_tokens", "data.micro_batch_size_per_gpu"),
-        ),
-    ),
-    Row("recovery.reshard_after_forward", sft=("engine.reshard_after_forward",)),
-)
-
-_DISTILL = (
-    Row(
-        "recovery.loss",
-        distill=(f"{LOSS}.loss_mode", Key(f"{LOSS}.use_policy_gradient", lambda loss: loss == "k1", "whether k1")),
-    ),
-    Row("recovery.topk", distill=(f"{LOSS}.topk",)),
-    Row("recovery.rewards", distill=(f"{LOSS}.use_task_rewards",)),
-    Row("recovery.distillation_weight", distill=(f"{LOSS}.distillation_loss_coef",)),
-    Row(
-        "recovery.teacher_workers_per_node",
-        distill=(
-            "distillation.n_gpus_per_node",
-            *_computed("workers_per_node less these, on GPUs", "trainer.n_gpus_per_node"),
-            *_computed(SHARED_OUT, *MICRO_SEQUENCES),
-        ),
-    ),
-    Row(
-        "recovery.teacher_tensor_parallel_size",
-        distill=(f"{TEACHER}.inference.tensor_model_parallel_size",),
-    ),
-)
-
-TABLE = (*_RUN, *_EVERY_RECOVERY, *_RL, *_CPT, *_DISTILL)
+    "model.trust_remote_code": ["data.trust_remote_code", f"{MODEL}.trust_remote_code"],
+    "data.train": _computed("the cycle's subset, prepared", "data.train_files"),
+    "data.validation": _computed("prepared", "data.val_files"),
+    "data.max_prompt_tokens": ["data.max_prompt_length", *_LENGTHS],
+    "data.max_response_tokens": ["data.max_response_length", *_LENGTHS],
+    "calibration.source": _computed("a folder unless corpus", "trainer.rollout_data_dir"),
+    "reward.path": _computed("absolute", f"{REWARD}.user_path"),
+    "reward.name": [f"{REWARD}.user_name"],
+    "reward.accuracy_weight": _computed("without reward.path", f"{REWARD}.accuracy_weight"),
+    "reward.format_weight": _computed("without reward.path", f"{REWARD}.format_weight"),
+    "reward.format_style": _computed("without reward.path", f"{REWARD}.format_style"),
+    "resources.device": _DEVICE,
+    "resources.nodes": ["trainer.nnodes", *_SHARED],
+    "resources.workers_per_node": [*_computed("less those of the parent", "trainer.n_gpus_per_node"), *_SHARED],
+    "resources.tensor_parallel_size": [f"{ROLLOUT}.tensor_model_parallel_size"],
+    "resources.gpu_memory_utilization": [f"{ROLLOUT}.gpu_memory_utilization"],
+    "recovery.steps": STEPS,
+    "recovery.learning_rate": [f"{ACTOR}.optim.lr"],
+    "recovery.learning_rate_schedule": [f"{ACTOR}.optim.lr_scheduler_type"],
+    "recovery.warmup_steps": [f"{ACTOR}.optim.lr_warmup_steps"],
+    "recovery.weight_decay": [f"{ACTOR}.optim.weight_decay"],
+    "recovery.gradient_checkpointing": [f"{MODEL}.enable_gradient_checkpointing"],
+    "recovery.offload": [
+        f"{ACTOR}.fsdp_config.param_offload",
+        f"{ACTOR}.fsdp_config.optimizer_offload",
+        f"{REF}.fsdp_config.param_offload",
+    ],
+    "recovery.save_every_steps": _checkpoint(f"{ACTOR}."),
+    "recovery.prompts_per_step": [
+        "data.train_batch_size",
+        *_computed("without mini_batch_prompts", f"{ACTOR}.ppo_mini_batch_size"),
+        *_SHARED,
+    ],
+    "recovery.rollouts_per_prompt": [f"{ROLLOUT}.n", *_SHARED],
+    "recovery.temperature": [f"{ROLLOUT}.temperature"],
+    "recovery.kl_loss": [
+        Key(f"{ACTOR}.use_kl_loss", lambda weight: weight > 0, "whether above 0"),
+        f"{ACTOR}.kl_loss_coef",
+    ],
+    "recovery.clip_low": [f"{ACTOR}.clip_ratio", f"{ACTOR}.clip_ratio_low"],
+    "recovery.clip_high": [f"{ACTOR}.clip_ratio_high"],
+    "recovery.mini_batch_prompts": [
+        *_computed("null: prompts_per_step", f"{ACTOR}.ppo_mini_batch_size"),
+        *_SHARED,
+    ],
+    "recovery.micro_batch_sequences": [*_SHARED, *_computed("times prompt + response", *MICRO_TOKENS)],
+    "recovery.dynamic_batches": _computed("null: with flash attention", *DYNAMIC),
+    "recovery.validate_before": ["trainer.val_before_train"],
+}
+_DISTILL: dict[str, Keys] = {
+    "model.parent": _computed("the original's folder", f"{TEACHER}.model_path"),
+    "model.dtype": [f"{TEACHER}.inference.dtype"],
+    "data.max_prompt_tokens": _TEACHER_LENGTH,
+    "data.max_response_tokens": _TEACHER_LENGTH,
+    "resources.nodes": ["distillation.nnodes"],
+    "recovery.loss": [
+        f"{LOSS}.loss_mode",
+        Key(f"{LOSS}.use_policy_gradient", lambda loss: loss == "k1", "whether k1"),
+    ],
+    "recovery.topk": [f"{LOSS}.topk"],
+    "recovery.rewards": [f"{LOSS}.use_task_rewards"],
+    "recovery.distillation_weight": [f"{LOSS}.distillation_loss_coef"],
+    "recovery.teacher_workers_per_node": [
+        "distillation.n_gpus_per_node",
+        *_computed("workers_per_node less these, on GPUs", "trainer.n_gpus_per_node"),
+        *_SHARED,
+    ],
+    "recovery.teacher_tensor_parallel_size": [f"{TEACHER}.inference.tensor_model_parallel_size"],
+}
+_SFT: dict[str, Keys] = {
+    "name": ["trainer.experiment_name"],
+    "seed": ["engine.seed", *_computed("with cycle, round and part", "trainer.seed")],
+    "model.path": _computed("the cut model's folder", "model.path"),
+    "model.dtype": ["engine.dtype", *_computed("float32: fp32", "engine.model_dtype")],
+    "model.attention": [
+        *_computed("what auto comes to", "model.override_config.attn_implementation", "model.use_remove_padding"),
+        *_computed("what auto comes to", "data.use_dynamic_bsz"),
+    ],
+    "model.trust_remote_code": ["model.trust_remote_code"],
+    "data.corpus": _computed("the cycle's subset, prepared", "data.train_files"),
+    "resources.device": _DEVICE,
+    "resources.nodes": ["trainer.nnodes", *_SHARED_SFT],
+    "resources.workers_per_node": ["trainer.n_gpus_per_node", *_SHARED_SFT],
+    "recovery.steps": STEPS,
+    "recovery.learning_rate": ["optim.lr"],
+    "recovery.learning_rate_schedule": ["optim.lr_scheduler_type"],
+    "recovery.warmup_steps": _computed("-1 with warmup_ratio", "optim.lr_warmup_steps"),
+    "recovery.weight_decay": ["optim.weight_decay"],
+    "recovery.gradient_checkpointing": ["model.enable_gradient_checkpointing"],
+    "recovery.offload": ["engine.param_offload", "engine.optimizer_offload"],
+    "recovery.save_every_steps": _checkpoint(""),
+    "recovery.warmup_ratio": [
+        Key("optim.lr_warmup_steps_ratio", lambda ratio: ratio or 0.0, "null: 0"),
+        *_computed("-1 unless null", "optim.lr_warmup_steps"),
+    ],
+    "recovery.sequences_per_step": [*_computed("without tokens_per_step", "data.train_batch_size"), *_SHARED_SFT],
+    "recovery.tokens_per_step": _computed("by mean length", "data.train_batch_size"),
+    "recovery.max_tokens": ["data.max_length", *_FILLED_SFT],
+    "recovery.micro_batch_tokens": ["data.max_token_len_per_gpu", *_FILLED_SFT],
+    "recovery.reshard_after_forward": ["engine.reshard_after_forward"],
+}
+KEYS: dict[Trainer, dict[str, Keys]] = {"rl": _RL, "distill": _DISTILL, "sft": _SFT}
+"""By trainer and field."""
+TABLE = tuple(Row(field) for field in dict.fromkeys([*_RL, *_DISTILL, *_SFT]))
 
 
 def trainers_of(recovery: AnyRecovery) -> tuple[Trainer, ...]:

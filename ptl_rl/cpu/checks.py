@@ -80,12 +80,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_env_vars(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
+def cpu_env_vars(num_workers: int = 1) -> dict[str, str]:
     """Environment of a CPU run: for the stage process and for Ray's `runtime_env["env_vars"]`.
 
     Args:
         num_workers: trainer workers, and as many vLLM replicas, that share this machine.
-        kv_cache_gib: KV cache per vLLM replica, GiB. vLLM would take most of the memory.
     """
     # Training and generation alternate, so both get the same threads. Half of the cores stay with the
     # processes that schedule, serve and judge: threads that share a core stall at every barrier.
@@ -96,7 +95,7 @@ def cpu_env_vars(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         # vLLM would pin every replica's threads to the same cores, and keep one core free.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per vLLM replica, which would take most of the memory
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -111,7 +110,7 @@ def cuda_env_vars() -> dict[str, str]:
     return {name: value for name, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0"}.items() if name not in os.environ}
 
 
-def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, dict[str, str]]:
+def ray_runtime_env(num_workers: int = 1) -> dict[str, dict[str, str]]:
     """The `runtime_env` for `ray.init` when a stage starts Ray itself, before verl's `run_ppo`.
 
     verl builds its runtime environment only when it is the one that initialises Ray, so a stage
@@ -122,8 +121,7 @@ def ray_runtime_env(num_workers: int = 1, kv_cache_gib: int = 1) -> dict[str, di
 
     set_here = {name: os.environ[name] for name in PPO_RAY_RUNTIME_ENV["env_vars"] if name in os.environ}
     verl_env = get_ppo_ray_runtime_env()["env_vars"]
-    ours = cpu_env_vars(num_workers, kv_cache_gib)
-    return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **ours}}
+    return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **cpu_env_vars(num_workers)}}
 
 
 def float32_engine(prefix: str) -> dict[str, object]:
@@ -143,7 +141,7 @@ def _fsdp_cpu_overrides(prefix: str) -> dict[str, object]:
     return {**float32_engine(prefix), f"{prefix}.use_torch_compile": False}
 
 
-def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
+def verl_cpu_overrides() -> dict[str, object]:
     """Settings that `verl.trainer.main_ppo` needs on CPUs, as dotted keys.
 
     Pass each to Hydra as `++key=value`, which sets keys present in verl's YAML as well as absent ones.
@@ -151,8 +149,6 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     return {
         "trainer.device": CPU_PLATFORM,
-        "trainer.nnodes": 1,
-        "trainer.n_gpus_per_node": num_workers,
         # The padding-free path needs flash-attn, which has no CPU build.
         "actor_rollout_ref.model.use_remove_padding": False,
         f"{actor}.strategy": "fsdp2",
@@ -180,12 +176,10 @@ def verl_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
     }
 
 
-def verl_sft_cpu_overrides(num_workers: int = 1) -> dict[str, object]:
+def verl_sft_cpu_overrides() -> dict[str, object]:
     """Settings that `verl.trainer.sft_trainer_ray` needs on CPUs; keys as in `verl_cpu_overrides`."""
     return {
         "trainer.device": CPU_PLATFORM,
-        "trainer.nnodes": 1,
-        "trainer.n_gpus_per_node": num_workers,
         "model.use_remove_padding": False,
         "engine.strategy": "fsdp2",
         **_fsdp_cpu_overrides("engine"),

@@ -15,30 +15,16 @@ from torch import Tensor
 _KIB = 1024
 
 
-def empty_cache() -> None:
-    """Nothing to do: torch does not cache host memory."""
+def _nothing(*_arguments: Any, **_options: Any) -> None:
+    """torch caches no host memory and hands out no handles to it; the operating system alone has limits and peaks."""
 
 
-def ipc_collect() -> None:
-    """Nothing to do: there are no device memory handles to collect."""
-
-
-def reset_peak_memory_stats(device: Any = None) -> None:
-    """Nothing to do: the operating system's peak cannot be reset."""
-
-
-def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
-    """Nothing to do: host memory is limited from outside the process."""
+empty_cache = ipc_collect = reset_peak_memory_stats = set_per_process_memory_fraction = _nothing
 
 
 def memory_allocated(device: Any = None) -> int:
     """Resident memory of this process, bytes."""
     return psutil.Process().memory_info().rss
-
-
-def memory_reserved(device: Any = None) -> int:
-    """Resident memory of this process, bytes: the host has no caching allocator to tell apart."""
-    return memory_allocated()
 
 
 def max_memory_allocated(device: Any = None) -> int:
@@ -47,9 +33,8 @@ def max_memory_allocated(device: Any = None) -> int:
     return max(peak, memory_allocated())  # the kernel updates the peak with a delay
 
 
-def max_memory_reserved(device: Any = None) -> int:
-    """Highest resident memory of this process so far, bytes."""
-    return max_memory_allocated()
+memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated
+"""The host has no caching allocator to tell apart."""
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -63,14 +48,7 @@ def get_device_name(device: Any = None) -> str:
     return "cpu"
 
 
-def manual_seed(seed: int) -> None:
-    """Seed torch's CPU generator."""
-    torch.manual_seed(seed)
-
-
-def manual_seed_all(seed: int) -> None:
-    """Seed torch's CPU generator, the only one there is."""
-    torch.manual_seed(seed)
+manual_seed = manual_seed_all = torch.manual_seed
 
 
 def get_rng_state(device: Any = None) -> Tensor:

@@ -54,8 +54,7 @@ class PlatformCPU(PlatformBase):
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
     def set_allocator_settings(self, settings: str) -> None:
         """The host allocator takes no such settings."""
@@ -79,8 +78,7 @@ class PlatformCPU(PlatformBase):
     def profiler_start(self) -> None:
         """No device profiler."""
 
-    def profiler_stop(self) -> None:
-        """No device profiler."""
+    profiler_stop = profiler_start
 
     def ray_resource_name(self) -> str:
         return "GPU"

@@ -3,7 +3,6 @@
 A failed call inside a vLLM worker can leave verl waiting for ever, so silence is the only sign there is.
 """
 
-import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,28 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptl_rl.config import WatchdogConfig
+from ptl_rl.stage import NewLines
 
 
 class StageStalled(RuntimeError):
     """No progress within the limit."""
-
-
-class ProgressReader:
-    """Reads new whole lines of a stage's progress file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._position = path, 0
-
-    def new_lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        lines = []
-        with self.path.open() as file:
-            file.seek(self._position)
-            while (line := file.readline()).endswith("\n"):
-                self._position = file.tell()
-                lines.append(json.loads(line))
-        return lines
 
 
 _interrupted = False
@@ -57,12 +39,12 @@ def watch(
     Raises:
         StageStalled: it made no first progress within ``startup_seconds``, or no further within ``stall_seconds``.
     """
-    reader, last, started = ProgressReader(progress), time.monotonic(), False
+    reader, last, started = NewLines(progress), time.monotonic(), False
     while True:
         if _interrupted:
             raise KeyboardInterrupt
         status = process.poll()
-        for line in reader.new_lines():
+        for line in reader.read():
             on_progress(line["done"], line["total"], line["metrics"])
             last, started = time.monotonic(), True
         if status is not None:

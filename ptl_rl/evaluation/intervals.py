@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000
 
 
-def accuracy_interval(correct: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``correct`` (a value from 0 to 1 per problem).
+def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of ``correct`` (a value from 0 to 1 per problem).
 
     Of problems that are all right, or all wrong, it is that one point: resampling them shows no other.
     """
     import numpy
 
-    return _interval(numpy.asarray(correct, dtype=float), numpy.random.default_rng(seed), level)
+    return _interval(numpy.asarray(correct, dtype=float), numpy.random.default_rng(seed))
 
 
-def _interval(values: "numpy.ndarray", rng: "numpy.random.Generator", level: float) -> tuple[float, float]:
+def _interval(values: "numpy.ndarray", rng: "numpy.random.Generator") -> tuple[float, float]:
     """Of the mean."""
     import numpy
     from scipy import stats
@@ -28,7 +28,7 @@ def _interval(values: "numpy.ndarray", rng: "numpy.random.Generator", level: flo
     if numpy.unique(values).size == 1:
         return float(values[0]), float(values[0])
     found = stats.bootstrap(
-        (values,), numpy.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", batch=500, rng=rng
+        (values,), numpy.mean, n_resamples=RESAMPLES, confidence_level=0.95, method="percentile", batch=500, rng=rng
     ).confidence_interval
     return float(found.low), float(found.high)
 
@@ -49,7 +49,7 @@ class Paired:
     lost: int
 
 
-def paired(first: Sequence[float], second: Sequence[float], seed: int = 0, level: float = 0.95) -> Paired:
+def paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Paired:
     """Compare per-problem results (0 to 1) of two models, in the same order.
 
     Raises:
@@ -66,14 +66,7 @@ def paired(first: Sequence[float], second: Sequence[float], seed: int = 0, level
     if not gained and not lost:
         return Paired(mean, mean, mean, 1.0, 0, 0)
     rng = numpy.random.default_rng(seed)
-    low, high = _interval(differences, rng, level)
-    test = stats.permutation_test(
-        (differences,),
-        numpy.mean,
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        batch=500,
-        vectorized=True,
-        rng=rng,
-    )
+    low, high = _interval(differences, rng)
+    options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": 500, "vectorized": True}
+    test = stats.permutation_test((differences,), numpy.mean, rng=rng, **options)
     return Paired(mean, low, high, float(test.pvalue), gained, lost)

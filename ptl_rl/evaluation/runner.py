@@ -5,27 +5,13 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.evaluation.judge import judge
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a vLLM engine is started with."""
-
-    model: str
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    seed: int
-    cpu: bool
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -51,24 +37,14 @@ def hide_other_gpus() -> None:
 
 
 class Engine:
-    """A vLLM engine in one Ray actor; with tensor parallelism it holds as many GPUs."""
+    """A vLLM engine in one Ray actor; with tensor parallelism it holds as many GPUs. ``options`` are vLLM's."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        if not options.cpu:
+    def __init__(self, cpu: bool, options: dict[str, Any]) -> None:
+        if not cpu:
             hide_other_gpus()
         from vllm import LLM
 
-        self.llm = LLM(
-            model=options.model,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            tensor_parallel_size=options.tensor_parallel_size,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            enforce_eager=options.cpu,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-        )
+        self.llm = LLM(**options, enforce_eager=cpu)
         self.generate([[1, 2, 3]], 4)  # the first batch pays for lazy set-up
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> tuple[list[Answer], float]:
@@ -83,18 +59,17 @@ class Engine:
         return [Answer(o.text, len(o.token_ids), o.finish_reason == "length") for o in firsts], seconds
 
 
-def _options(config: RunConfig, context: StageContext, max_tokens: int) -> EngineOptions:
-    return EngineOptions(
-        model=str(context.spec.source),
-        dtype=config.model.dtype,
-        max_model_len=config.data.max_prompt_tokens + max_tokens,
-        max_num_seqs=config.evaluation.batch_size,
-        tensor_parallel_size=config.resources.tensor_parallel_size,
-        gpu_memory_utilization=0.9 if context.spec.device == "cuda" else 0.6,
-        seed=config.seed,
-        cpu=context.spec.device == "cpu",
-        trust_remote_code=config.model.trust_remote_code,
-    )
+def _options(config: RunConfig, context: StageContext, max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": str(context.spec.source),
+        "dtype": config.model.dtype,
+        "max_model_len": config.data.max_prompt_tokens + max_tokens,
+        "max_num_seqs": config.evaluation.batch_size,
+        "tensor_parallel_size": config.resources.tensor_parallel_size,
+        "gpu_memory_utilization": 0.9 if context.spec.device == "cuda" else 0.6,
+        "seed": config.seed,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
 
 
 def _prompt_ids(config: RunConfig, source: Path, questions: list[str]) -> list[list[int]]:
@@ -118,7 +93,8 @@ def _generate(context: StageContext, prompts: list[list[int]], max_tokens: int) 
     # In the actor's own process: nothing is left behind when Ray ends the actor.
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     actor = ray.remote(num_cpus=1, num_gpus=tensor_parallel, runtime_env={"env_vars": env})(Engine)
-    engines = [actor.remote(_options(config, context, max_tokens)) for _ in range(replicas)]
+    options = _options(config, context, max_tokens)
+    engines = [actor.remote(context.spec.device == "cpu", options) for _ in range(replicas)]
     chunk = max(1, min(4 * config.evaluation.batch_size, -(-len(prompts) // replicas)))
     starts = list(range(0, len(prompts), chunk))
     pending = {

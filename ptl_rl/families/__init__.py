@@ -54,16 +54,3 @@ def read_prunable_shape(folder: Path) -> ModelShape:
             f"supported are {', '.join(sorted(FAMILIES))}"
         )
     return shape
-
-
-__all__ = [
-    "BASELINES",
-    "FAMILIES",
-    "Family",
-    "ModelShape",
-    "UnsupportedModelError",
-    "read_config_json",
-    "read_prunable_shape",
-    "read_shape",
-    "shape_from_config",
-]

@@ -8,29 +8,20 @@ from typing import Any
 _QWEN_VOCABULARY, _LLAMA_VOCABULARY, _GEMMA_VOCABULARY = 151936, 128256, 256000
 
 
-def _config(
-    model_type: str,
-    vocabulary: int,
-    hidden_size: int,
-    intermediate_size: int,
-    layers: int,
-    heads: int,
-    key_value_heads: int,
-    head_dim: int,
-    tied: bool = False,
-) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "vocab_size": vocabulary,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "head_dim": head_dim,
-        "tie_word_embeddings": tied,
-        "dtype": "bfloat16",
-    }
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def _config(model_type: str, vocabulary: int, *sizes: int, tied: bool = False) -> dict[str, Any]:
+    """``sizes`` are those of :data:`_SIZES`."""
+    values: dict[str, Any] = {"model_type": model_type, "vocab_size": vocabulary, "dtype": "bfloat16"}
+    return values | dict(zip(_SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied}
 
 
 _LLAMA_8B = _config("llama", _LLAMA_VOCABULARY, 4096, 14336, 32, 32, 8, 128)

@@ -115,7 +115,7 @@ def score_model(
     total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
     if config.criterion.compensate != "none":
         total += engine.batches_to_compensate(prunable, remove_layers, sequences, sensitivity=sensitivity)
-    prunable.progress = _counter(progress, total)
+    prunable.report(progress, total)
     scores = engine.score(
         prunable,
         config.criterion,
@@ -142,17 +142,6 @@ def score_model(
     return plan, losses
 
 
-def _counter(progress: Progress, total: int) -> Callable[[], None]:
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total)
-
-    return count
-
-
 def _prunable(
     folder: Path, config: ScoreConfig, texts: Texts, general: Texts
 ) -> tuple[engine.PrunableModel, list[Sequence], list[Sequence]]:
@@ -162,7 +151,7 @@ def _prunable(
         model=model,
         family=read_shape(folder).family,
         source=folder,
-        device=next(model.parameters()).device,
+        device=model.device,
         batch_size=config.calibration.batch_size,
         pad_token_id=tokenizer.pad_token_id or 0,
         prompt_weight=config.calibration.prompt_weight,

@@ -3,18 +3,29 @@
 Also what scoring reads with when blocks are already chosen to go.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ptl_rl.families import Family
 from ptl_rl.pruning.plan import PruningPlan
 
 NewWeights = Callable[[int, str], torch.Tensor | None]
 """From a source block and the name of a projection to the weight that slicing gives it; None: its own."""
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are in place; they are removed behind this context."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -40,15 +51,13 @@ def masked(
                 lambda _m, inputs, keep_C=keep_C: (inputs[0] * keep_C.to(inputs[0]), *inputs[1:])
             )
         )
-    try:
-        with ExitStack() as stack:
-            if new_weights is not None:
-                stack.enter_context(replaced(model, family, new_weights, plan.keep_layers, plan.keep_channels))
-            stack.enter_context(skipped(model, family, [x for x in range(len(blocks)) if x not in keep_layers]))
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    gone = [layer for layer in range(len(blocks)) if layer not in keep_layers]
+    with (
+        hooked(handles),
+        replaced(model, family, new_weights, plan.keep_layers, plan.keep_channels) if new_weights else nullcontext(),
+        skipped(model, family, gone),
+    ):
+        yield
 
 
 @contextmanager
@@ -69,11 +78,8 @@ def replaced(
         if layer in layers:
             channels = None if keep_channels is None else keep_channels[layer]
             handles += replaced_in(block, family, partial(new_weights, layer), channels)
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def replaced_in(
@@ -81,7 +87,7 @@ def replaced_in(
     family: Family,
     new_weights: Callable[[str], torch.Tensor | None],
     channels: list[int] | None = None,
-) -> list[torch.utils.hooks.RemovableHandle]:
+) -> list[RemovableHandle]:
     """Hooks that give one block the new weights by the projections' names; the block's own until they are removed.
 
     Args:
@@ -103,7 +109,7 @@ def _replaced(
     name: str,
     new_weights: Callable[[str], torch.Tensor | None],
     channels: list[int] | None = None,
-) -> torch.utils.hooks.RemovableHandle:
+) -> RemovableHandle:
     def forward(module: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         weight = new_weights(name)
         if weight is None:
@@ -116,7 +122,7 @@ def _replaced(
 
 def _replaced_norm(
     norm: nn.Module, offset: float, new_weights: Callable[[str], torch.Tensor | None]
-) -> torch.utils.hooks.RemovableHandle:
+) -> RemovableHandle:
     def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         weight = new_weights("output_norm")
         if weight is None:
@@ -132,12 +138,8 @@ def _replaced_norm(
 def skipped(model: nn.Module, family: Family, layers: Collection[int]) -> Iterator[None]:
     """Within this context the blocks ``layers`` pass their input on."""
     blocks = list(model.get_submodule(family.layers).children())
-    handles = [blocks[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in layers]
-    try:
+    with hooked([blocks[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in layers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _pass_input_on(_module: nn.Module, args: tuple, kwargs: dict, output):

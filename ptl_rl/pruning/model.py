@@ -1,5 +1,6 @@
 """A model to be pruned, on one rank of many or in one process, and how it reads."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +85,18 @@ class PrunableModel:
             yield batch
             self.progress()
 
+    def report(self, tell: Callable[[int, int], None], total: int) -> None:
+        """Have ``tell`` called after every batch, with how many were read and how many there are to read."""
+        done = itertools.count(1)
+        self.progress = lambda: tell(min(next(done), total), total)
+
     def rounds(self, sequences: list[Sequence]) -> int:
         """Batches that every rank reads in one pass."""
         return -(-len(sequences) // (self.batch_size * self.ranks))
 
     def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
-        stream(
-            self.model,
-            self.family,
-            self.counted(self.batches(sequences)),
-            listeners,
-            self.device,
-            sensitivity=sensitivity,
-        )
+        batches = self.counted(self.batches(sequences))
+        stream(self.model, self.family, batches, listeners, self.device, sensitivity=sensitivity)
 
     def weight(self, layer: int, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a projection's weight, read from the checkpoint, all of them by default."""

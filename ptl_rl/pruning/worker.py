@@ -84,7 +84,7 @@ class PruningWorker(Worker):
         prunable, sequences, general_sequences = self._prunable(), self._sequences(texts), self._sequences(general)
         cut = engine.Removal(spec.remove_channels, spec.remove_layers, spec.removed_layers)
         total = engine.batches_to_read(prunable, config.criterion, cut, sequences, general_sequences)
-        prunable.progress = self._progress(total)
+        prunable.report(self._report, total)
         scores = engine.score(
             prunable,
             config.criterion,
@@ -101,17 +101,10 @@ class PruningWorker(Worker):
             "calibration_sequences": len(sequences),
         }
 
-    def _progress(self, total: int):
-        """Counts batches and has rank 0 report them."""
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            if self.rank == 0:
-                self.context.report(done, total)
-
-        return count
+    def _report(self, done: int, total: int) -> None:
+        """Tell the driver how far it is; rank 0 does."""
+        if self.rank == 0:
+            self.context.report(done, total)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def compensate(self, plan: PruningPlan, texts: Texts) -> engine.Losses:
@@ -119,7 +112,7 @@ class PruningWorker(Worker):
         prunable, sequences = self._prunable(), self._sequences(texts)
         sensitivity = self.context.config.calibration.token_weights == "sensitivity"
         total = engine.batches_to_compensate(prunable, len(plan.layer_order), sequences, sensitivity=sensitivity)
-        prunable.progress = self._progress(total)
+        prunable.report(self._report, total)
         folder = self.context.spec.out / NEW_WEIGHTS
         return engine.compensate(prunable, plan, sequences, folder, sensitivity=sensitivity)
 
@@ -128,7 +121,6 @@ class PruningWorker(Worker):
         """Write this rank's files of the sliced checkpoint; rank 0 adds the configuration and tokenizer."""
         spec = self.context.spec
         new_weights = spec.out / NEW_WEIGHTS if plan.compensate == "least_squares" else None
-        report = self.context.report if self.rank == 0 else lambda done, total: None
         weight_map = slice_weights(
             spec.source,
             plan,
@@ -136,7 +128,7 @@ class PruningWorker(Worker):
             rank=self.rank,
             ranks=self.world_size,
             new_weights=new_weights,
-            progress=report,
+            progress=self._report,
         )
         dist.barrier()
         if self.rank == 0:

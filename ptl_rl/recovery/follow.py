@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.stage import StageContext
+from ptl_rl.stage import NewLines, StageContext
 
 POLL_SECONDS = 0.2
 
@@ -32,7 +32,7 @@ class MetricsFollower(threading.Thread):
         self.steps: dict[int, dict[str, float]] = {}
         self._last: float | None = None
         self._stop_asked = threading.Event()
-        self._read = 0
+        self._new = NewLines(path)
         self._earlier = path.with_name(f"earlier-{path.name}")
         self._keep_earlier()
 
@@ -52,18 +52,12 @@ class MetricsFollower(threading.Thread):
                 self.steps.setdefault(int(row["step"]), {}).update(self.select(row["data"]))
 
     def _poll(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open() as file:
-            file.seek(self._read)
-            while (line := file.readline()).endswith("\n"):
-                self._read = file.tell()
-                row = json.loads(line)
-                step, metrics = int(row["step"]), self.select(row["data"])
-                if self.timed:
-                    self._time(metrics)
-                self.steps.setdefault(step, {}).update(metrics)
-                self.context.report(step, self.context.spec.steps, **metrics)
+        for row in self._new.read():
+            step, metrics = int(row["step"]), self.select(row["data"])
+            if self.timed:
+                self._time(metrics)
+            self.steps.setdefault(step, {}).update(metrics)
+            self.context.report(step, self.context.spec.steps, **metrics)
 
     def _time(self, metrics: dict[str, float]) -> None:
         now = time.monotonic()

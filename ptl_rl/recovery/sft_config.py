@@ -43,11 +43,7 @@ def render_sft(
     if spec.device == "cpu":
         from ptl_rl.cpu.checks import verl_sft_cpu_overrides
 
-        settings |= {
-            **verl_sft_cpu_overrides(resources.workers),
-            "trainer.nnodes": resources.nodes,
-            "trainer.n_gpus_per_node": resources.workers_per_node,
-        }
+        settings |= verl_sft_cpu_overrides()
     return {**settings, **recovery.verl}
 
 

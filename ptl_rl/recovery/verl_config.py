@@ -16,6 +16,7 @@ from ptl_rl.config.verl_keys import (
     MICRO_SEQUENCES,
     MICRO_TOKENS,
     MODEL,
+    REF,
     REWARD,
     ROLLOUT,
     SEED,
@@ -77,6 +78,7 @@ def _batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
 
 
 def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+    engines = float32_engine(f"{ACTOR}.fsdp_config") | float32_engine(f"{REF}.fsdp_config")
     return {
         f"{ACTOR}.strategy": "fsdp2",
         f"{ACTOR}.kl_loss_type": "low_var_kl",
@@ -89,29 +91,17 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         f"{ROLLOUT}.val_kwargs.do_sample": False,
         f"{ROLLOUT}.val_kwargs.temperature": 0,
         **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.part * PART_SEED + spec.round),
-        **(_engines_in_float32() if config.model.dtype == "float32" else {}),
+        **(engines if config.model.dtype == "float32" else {}),
     }
-
-
-def _engines_in_float32() -> dict[str, Any]:
-    parts = [float32_engine(f"actor_rollout_ref.{part}.fsdp_config") for part in ("actor", "ref")]
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.file
-    settings: dict[str, Any] = {
-        "user_path": str(Path(user).resolve()) if user else None,
-        "user_keys": user_keys,
-    }
+    settings: dict[str, Any] = {"user_path": str(Path(user).resolve()) if user else None, "user_keys": user_keys}
     if user is None:
-        settings |= {
-            "accuracy_weight": config.reward.accuracy_weight,
-            "format_weight": config.reward.format_weight,
-            "format_style": config.reward.format_style,
-        }
+        settings |= config.reward.model_dump(include={"accuracy_weight", "format_weight", "format_style"})
     return {f"{REWARD}.{key}": value for key, value in settings.items()} | {
         "reward.custom_reward_function.path": reward.user.__file__,
         "reward.custom_reward_function.name": "compute_score",
@@ -186,11 +176,7 @@ def render(
     if spec.device == "cpu":
         from ptl_rl.cpu.checks import verl_cpu_overrides
 
-        settings |= {
-            **verl_cpu_overrides(config.resources.workers),
-            "trainer.nnodes": config.resources.nodes,
-            "trainer.n_gpus_per_node": _trainer_workers(config, recovery, spec.device),
-        }
+        settings |= verl_cpu_overrides()
         if any(key.startswith("algorithm.filter_groups") for key in {**config.verl, **recovery.verl}):
             # verl hands this filter to its own buffer only.
             settings |= {f"trainer.v1.sampler.custom_sampler.{key}": None for key in ("path", "name")}

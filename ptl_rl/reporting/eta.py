@@ -53,19 +53,6 @@ def remaining_seconds(
     """
     if stage.cycle == 0:
         return None
-    try:
-        return _remaining(entries, state, stage, now, recoveries)
-    except _Unknown:
-        return None
-
-
-def _remaining(
-    entries: list[Entry],
-    state: State,
-    stage: Stage,
-    now: StageProgress,
-    recoveries: Callable[[int], list[tuple[str, int]]],
-) -> float:
     fixed, cut = _fixed_seconds(entries), state.cuts[0]
     at_work = recoveries(cut.planned)[stage.part][0] if stage.name == "recover" else None
 
@@ -91,7 +78,11 @@ def _remaining(
                 found.append(seconds(name))
         return found
 
-    this, *rest = from_stage(stage.name, stage.part, cut.planned)
+    try:
+        this, *rest = from_stage(stage.name, stage.part, cut.planned)
+        later = [took for following in state.cuts[1:] for took in from_stage("score", 0, following.planned)]
+    except _Unknown:
+        return None
     if stage.name == "recover" and now.step_seconds:
         method, steps = recoveries(cut.planned)[stage.part]
         pace = _pace(entries, method, now)
@@ -99,4 +90,4 @@ def _remaining(
         left = (steps - len(now.step_seconds)) * pace[1]
     else:
         left = max(1.0, this - now.elapsed_seconds)
-    return left + sum(rest) + sum(sum(from_stage("score", 0, later.planned)) for later in state.cuts[1:])
+    return left + sum(rest) + sum(later)

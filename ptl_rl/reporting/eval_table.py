@@ -5,52 +5,46 @@ from typing import Any
 from rich.table import Table
 
 from ptl_rl.evaluation.speed import Load, ModelSpeed
+from ptl_rl.tables import text_table
 
 
 def task_table(option: str) -> Table:
     """What can be evaluated, and whose questions it asks; ``option`` names others."""
     from ptl_rl.evaluation.tasks import TASKS
 
-    table = Table(title="tasks", title_justify="left")
-    for head in ("task", "what", "questions", "max tokens"):
-        table.add_column(head, justify="right" if head == "max tokens" else "left")
-    for task in TASKS.values():
-        questions = task.sources[0].path if task.sources else f"{option} {task.name}=FILE"
-        table.add_row(task.name, task.what, questions, f"{task.max_tokens}")
-    return table
+    rows = [
+        {
+            "task": task.name,
+            "what": task.what,
+            "questions": task.sources[0].path if task.sources else f"{option} {task.name}=FILE",
+            "max tokens": f"{task.max_tokens}",
+        }
+        for task in TASKS.values()
+    ]
+    return text_table(rows, left=("task", "what", "questions"), title="tasks")
 
 
 def result_table(results: dict[str, Any]) -> Table:
     """Accuracy with its interval, lm-eval's own metrics, and what to know before believing them."""
-    table = Table(title=results["model"], title_justify="left")
-    table.add_column("task")
-    for head in (
-        "problems",
-        "accuracy",
-        "95 % interval",
-        "truncated",
-        "prompts cut",
-        "tokens/answer",
-        "s/solved",
-        "time",
-    ):
-        table.add_column(head, justify="right")
-    table.add_column("lm-eval's own")
+    rows = []
     for name, figures in results["tasks"].items():
         own = "\n".join(f"{metric} {value:.1%}" for metric, value in figures["lm_eval"].items())
-        table.add_row(
-            f"{name} ({figures['few_shot']}-shot)",
-            f"{figures['problems']:,}",
-            f"{figures['accuracy']:.1%}",
-            f"{figures['low']:.1%}-{figures['high']:.1%}",
-            f"{figures['truncated']}",
-            f"{figures['prompts_cut']}",
-            f"{figures['tokens_per_answer']:.0f}",
-            "-" if figures["seconds_per_solved"] is None else f"{figures['seconds_per_solved']:.2f}",
-            f"{figures['seconds']:.0f} s",
-            own or "-",
+        solved = figures["seconds_per_solved"]
+        rows.append(
+            {
+                "task": f"{name} ({figures['few_shot']}-shot)",
+                "problems": f"{figures['problems']:,}",
+                "accuracy": f"{figures['accuracy']:.1%}",
+                "95 % interval": f"{figures['low']:.1%}-{figures['high']:.1%}",
+                "truncated": f"{figures['truncated']}",
+                "prompts cut": f"{figures['prompts_cut']}",
+                "tokens/answer": f"{figures['tokens_per_answer']:.0f}",
+                "s/solved": "-" if solved is None else f"{solved:.2f}",
+                "time": f"{figures['seconds']:.0f} s",
+                "lm-eval's own": own or "-",
+            }
         )
-    return table
+    return text_table(rows, left=("task", "lm-eval's own"), title=results["model"])
 
 
 def speed_table(models: list[ModelSpeed], loads: list[Load]) -> Table:

@@ -6,6 +6,7 @@ from rich.table import Table
 from ptl_rl.planning.forecast import Forecast
 from ptl_rl.planning.hardware import GIB
 from ptl_rl.planning.memory import CPU_OTHERS_GIB, CPU_RL_OTHERS_GIB, Phase
+from ptl_rl.tables import text_table
 
 GROUPS = {
     "policy": ("parameters", "gathered", "loading"),
@@ -39,40 +40,29 @@ def _gpus(found: Forecast) -> str:
 
 def cycle_table(found: Forecast) -> Table:
     """One row per planned cycle; gate decisions can only add recovery or smaller cuts."""
-    table = Table()
-    for heading in (
-        "cycle",
-        "layers",
-        "channels",
-        "parameters",
-        "FLOPs/token",
-        "steps",
-        "rollouts",
-        "read tokens",
-        "hours",
-    ):
-        table.add_column(heading, justify="right")
-    first = found.cycles[0].shape
+    first, rows = found.cycles[0].shape, []
     for number, row in enumerate(found.cycles):
         shape = row.shape
-        table.add_row(
-            str(number) if number else "original",
-            str(shape.num_hidden_layers),
-            str(shape.intermediate_size),
-            f"{shape.parameters:,} ({shape.parameters / first.parameters:.0%})",
-            f"{shape.flops_per_token():,} ({shape.flops_per_token() / first.flops_per_token():.0%})",
-            row.recoveries,
-            f"{row.rollouts:,}" if row.rollouts else "",
-            f"{row.read_tokens:,}" if row.read_tokens else "",
-            f"{found.cycle_seconds(number) / 3600:.2f}",
+        flops = shape.flops_per_token()
+        rows.append(
+            {
+                "cycle": str(number) if number else "original",
+                "layers": str(shape.num_hidden_layers),
+                "channels": str(shape.intermediate_size),
+                "parameters": f"{shape.parameters:,} ({shape.parameters / first.parameters:.0%})",
+                "FLOPs/token": f"{flops:,} ({flops / first.flops_per_token():.0%})",
+                "steps": row.recoveries,
+                "rollouts": f"{row.rollouts:,}" if row.rollouts else "",
+                "read tokens": f"{row.read_tokens:,}" if row.read_tokens else "",
+                "hours": f"{found.cycle_seconds(number) / 3600:.2f}",
+            }
         )
     captions = []
     if rollouts := sum(row.rollouts for row in found.cycles):
         captions.append(f"{rollouts:,} rollouts of at most {found.config.data.max_response_tokens:,} tokens in all")
     if any(row.read_tokens for row in found.cycles):
         captions.append("read tokens: at most; a sequence may be shorter")
-    table.caption = "; ".join(captions)
-    return table
+    return text_table(rows, caption="; ".join(captions))
 
 
 def _group(phase: Phase, names: tuple[str, ...]) -> float:

@@ -45,32 +45,16 @@ def _cards(run: RunData) -> list[dict[str, str]]:
     low_high = run.interval(final.cycle)
     against = run.against_original(final.cycle)
     cards = [
-        {
-            "value": f"{final.accuracy:.1%}",
-            "label": "accuracy",
-            "note": f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else "",
-        },
-        {"value": f"{first.accuracy:.1%}", "label": f"accuracy of the {run.start}", "note": ""},
-        {
-            "value": f"{final.parameters / first.parameters:.0%}",
-            "label": "of the parameters",
-            "note": f"{final.parameters:,}",
-        },
-        {
-            "value": f"{final.flops_per_token / first.flops_per_token:.0%}",
-            "label": "of the FLOPs per token",
-            "note": "",
-        },
-        {
-            "value": f"{final.tokens_per_second / first.tokens_per_second:.2f}x",
-            "label": "tokens per second",
-            "note": "while evaluating",
-        },
+        ("accuracy", f"{final.accuracy:.1%}", f"{low_high[0]:.1%} to {low_high[1]:.1%}" if low_high else ""),
+        (f"accuracy of the {run.start}", f"{first.accuracy:.1%}", ""),
+        ("of the parameters", f"{final.parameters / first.parameters:.0%}", f"{final.parameters:,}"),
+        ("of the FLOPs per token", f"{final.flops_per_token / first.flops_per_token:.0%}", ""),
+        ("tokens per second", f"{final.tokens_per_second / first.tokens_per_second:.2f}x", "while evaluating"),
     ]
     if against is not None:
         note = f"p = {against.p_value:.2g}; {against.gained} gained, {against.lost} lost"
-        cards.append({"value": f"{100 * against.difference:+.1f}", "label": "points, paired", "note": note})
-    return cards
+        cards.append(("points, paired", f"{100 * against.difference:+.1f}", note))
+    return [{"label": label, "value": value, "note": note} for label, value, note in cards]
 
 
 def _run(run: RunData) -> dict[str, Any]:
@@ -90,18 +74,13 @@ def _run(run: RunData) -> dict[str, Any]:
         "recoveries": ", ".join(method.upper() for method in run.methods),
         "start": run.start,
         "cards": _cards(run),
-        "headings": summary.HEADINGS,
-        "table": [_named(run, summary.cells(row, run.rows[0])) for row in run.rows],
+        "table": [summary.cells(row, run.rows[0], run.start) for row in run.rows],
         "figures": [{"caption": caption} | sources for caption, sources in drawn if sources],
         "notes": run.notes,
         "examples": [_example(example) for example in run.examples()],
         "config": [(key, "" if value is None else str(value)) for key, value in run.flat_config()],
         "versions": sorted(run.versions.items()),
     }
-
-
-def _named(run: RunData, cells: list[str]) -> list[str]:
-    return [run.start if cells[0] == "original" else cells[0], *cells[1:]]
 
 
 def page(runs: list[RunData]) -> str:
@@ -112,11 +91,7 @@ def page(runs: list[RunData]) -> str:
     title = f"{runs[0].config.name}: report" if len(runs) == 1 else f"{len(runs)} runs compared"
     compared = None
     if len(runs) > 1:
-        headings, rows = comparison(runs)
-        compared = {
-            "headings": headings,
-            "rows": rows,
-            "figure": _sources(lambda width: figures.accuracy_by_size(runs, width)),
-        }
+        figure = _sources(lambda width: figures.accuracy_by_size(runs, width))
+        compared = {"rows": comparison(runs), "figure": figure}
     template = environment.get_template("report.html.j2")
     return template.render(title=title, runs=[_run(run) for run in runs], compared=compared)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.driver.journal import Entry, Journal
+from ptl_rl.tables import Cells, markdown_table, text_table
 
 
 @dataclass(frozen=True)
@@ -65,56 +66,35 @@ def _sliced_accuracy(recoveries: list[Entry]) -> float | None:
 
 
 PICTURE = "summary.png"
-HEADINGS = (
-    "cycle",
-    "layers",
-    "channels",
-    "parameters",
-    "FLOPs/token",
-    "accuracy",
-    "after cut",
-    "tokens/answer",
-    "tokens/s",
-    "steps",
-    "time",
-    "gate",
-)
 
 
-def cells(row: Row, first: Row) -> list[str]:
-    """A row as text, in the order of :data:`HEADINGS`."""
-    return [
-        str(row.cycle) if row.cycle else "original",
-        str(row.layers),
-        str(row.channels),
-        f"{row.parameters:,} ({row.parameters / first.parameters:.0%})",
-        f"{row.flops_per_token / first.flops_per_token:.0%}",
-        f"{row.accuracy:.1%}",
-        "" if row.sliced_accuracy is None else f"{row.sliced_accuracy:.1%}",
-        f"{row.tokens_per_answer:.1f}",
-        f"{row.tokens_per_second:,.0f}",
-        str(row.steps or ""),
-        f"{row.seconds:.0f} s",
-        row.decision.replace("_", " "),
-    ]
+def cells(row: Row, first: Row, start: str = "original") -> Cells:
+    """A row as text; ``start`` is what cycle 0 is called."""
+    return {
+        "cycle": str(row.cycle or start),
+        "layers": str(row.layers),
+        "channels": str(row.channels),
+        "parameters": f"{row.parameters:,} ({row.parameters / first.parameters:.0%})",
+        "FLOPs/token": f"{row.flops_per_token / first.flops_per_token:.0%}",
+        "accuracy": f"{row.accuracy:.1%}",
+        "after cut": "" if row.sliced_accuracy is None else f"{row.sliced_accuracy:.1%}",
+        "tokens/answer": f"{row.tokens_per_answer:.1f}",
+        "tokens/s": f"{row.tokens_per_second:,.0f}",
+        "steps": str(row.steps or ""),
+        "time": f"{row.seconds:.0f} s",
+        "gate": row.decision.replace("_", " "),
+    }
 
 
 def table(all_rows: list[Row]) -> Table:
-    """The rows as a rich table."""
-    result = Table(title="cycles", title_justify="left")
-    for heading in HEADINGS:
-        result.add_column(heading, justify="left" if heading in ("cycle", "gate") else "right")
-    for row in all_rows:
-        result.add_row(*cells(row, all_rows[0]))
-    return result
+    """The rows for a terminal."""
+    return text_table([cells(row, all_rows[0]) for row in all_rows], left=("cycle", "gate"), title="cycles")
 
 
 def markdown(entries: list[Entry]) -> str:
     """The rows as a markdown table."""
     all_rows = rows(entries)
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(cells(row, all_rows[0])) + " |" for row in all_rows]
-    return "\n".join(lines) + "\n"
+    return markdown_table([cells(row, all_rows[0]) for row in all_rows])
 
 
 def write(folder: Path) -> list[Entry]:

@@ -17,6 +17,7 @@ from ptl_rl.planning.schedule import planned_cuts
 from ptl_rl.studies import results
 from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
 from ptl_rl.studies.runner import StudyFailed, check_folder, make_runs, save_study
+from ptl_rl.tables import text_table
 
 __all__ = ["Made", "StudyFailed", "design_table", "make", "prepare"]
 
@@ -98,9 +99,7 @@ def _only(study: Study, names: list[str] | None) -> Study:
 
 def design_table(made: Made) -> Table:
     """The rows of a study, before any is made."""
-    table = Table(title=f"{made.study.name}: {made.study.question}", title_justify="left")
-    for heading in ("row", "what", "cycles", "parameters", "steps"):
-        table.add_column(heading, justify="left" if heading in ("row", "what") else "right")
+    rows = []
     for row in made.study.rows:
         config = row.config(seed=0)
         size = row.slicegpt_size
@@ -109,10 +108,11 @@ def design_table(made: Made) -> Table:
         steps = " + ".join(
             f"{sum(recovery.steps_of(cut.planned) for cut in cuts)} {recovery.method}" for recovery in config.recovery
         )
-        share = shape.parameters / made.shape.parameters
-        table.add_row(row.name, row.label, str(len(cuts)), f"{shape.parameters:,} ({share:.0%})", steps)
-    table.caption = "; ".join(made.study.notes)
-    return table
+        parameters = f"{shape.parameters:,} ({shape.parameters / made.shape.parameters:.0%})"
+        cells = (row.name, row.label, str(len(cuts)), parameters, steps)
+        rows.append(dict(zip(("row", "what", "cycles", "parameters", "steps"), cells, strict=True)))
+    title, caption = f"{made.study.name}: {made.study.question}", "; ".join(made.study.notes)
+    return text_table(rows, left=("row", "what"), title=title, caption=caption)
 
 
 def make(

@@ -11,6 +11,7 @@ from ptl_rl.evaluation.intervals import Paired, accuracy_interval, paired
 from ptl_rl.families import ModelShape
 from ptl_rl.studies.design import Row, Study
 from ptl_rl.studies.runner import StudyRun, runs_found
+from ptl_rl.tables import Cells, markdown_table
 
 RESULTS, TABLE, FIGURE, TEXT = "results.json", "table.md", "figure.png", "README.md"
 
@@ -152,23 +153,8 @@ def _adjusted(lines: list[Line]) -> list[Line]:
     return [replace(line, adjusted_p=adjusted.get(place)) for place, line in enumerate(lines)]
 
 
-HEADINGS = (
-    "row",
-    "parameters",
-    "FLOPs/token",
-    "accuracy",
-    "95 % interval",
-    "of the original's",
-    "each seed",
-    "against the reference",
-    "tokens/answer",
-    "steps",
-    "time",
-)
-
-
-def cells(line: Line, shape: ModelShape, original: dict[str, Any] | None, reference: str) -> list[str]:
-    """A line as text, in the order of :data:`HEADINGS`."""
+def cells(line: Line, shape: ModelShape, original: dict[str, Any] | None, reference: str) -> Cells:
+    """A line as text."""
     if line.row.name == reference:
         against = "reference"
     elif line.against is None:
@@ -176,26 +162,19 @@ def cells(line: Line, shape: ModelShape, original: dict[str, Any] | None, refere
     else:
         against = f"{100 * line.against.difference:+.1f} points (p = {line.adjusted_p:.2g})"
     start = original["accuracy"] if original else 0.0
-    return [
-        line.row.label,
-        f"{line.parameters:,} ({line.parameters / shape.parameters:.0%})",
-        f"{line.flops_per_token / shape.flops_per_token():.0%}",
-        f"{line.mean:.1%}",
-        f"{line.low:.1%}-{line.high:.1%}",
-        f"{line.mean / start:.3f}" if start else "",
-        " / ".join(f"{100 * value:.1f}" for value in line.accuracies),
-        against,
-        f"{line.tokens_per_answer:.1f}",
-        str(line.steps),
-        f"{line.seconds:.0f} s",
-    ]
-
-
-def markdown(lines: list[Line], shape: ModelShape, original: dict[str, Any] | None, reference: str) -> str:
-    """The table."""
-    text = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    text += ["| " + " | ".join(cells(line, shape, original, reference)) + " |" for line in lines]
-    return "\n".join(text) + "\n"
+    return {
+        "row": line.row.label,
+        "parameters": f"{line.parameters:,} ({line.parameters / shape.parameters:.0%})",
+        "FLOPs/token": f"{line.flops_per_token / shape.flops_per_token():.0%}",
+        "accuracy": f"{line.mean:.1%}",
+        "95 % interval": f"{line.low:.1%}-{line.high:.1%}",
+        "of the original's": f"{line.mean / start:.3f}" if start else "",
+        "each seed": " / ".join(f"{100 * value:.1f}" for value in line.accuracies),
+        "against the reference": against,
+        "tokens/answer": f"{line.tokens_per_answer:.1f}",
+        "steps": str(line.steps),
+        "time": f"{line.seconds:.0f} s",
+    }
 
 
 def paragraph(study: Study, lines: list[Line], original: dict[str, Any] | None) -> str:
@@ -275,7 +254,7 @@ def write(study: Study, out: Path, shape: ModelShape, command: str) -> str | Non
     if not lines:
         return None
     command += f" --seeds {1 + max(seed for line in lines for seed in line.seeds)}"
-    table = markdown(lines, shape, original, study.reference)
+    table = markdown_table([cells(line, shape, original, study.reference) for line in lines])
     text = f"# Study: {study.name}\n`{command}`\n\n{paragraph(study, lines, original)}\n\n{table}\n"
     (out / TABLE).write_text(table)
     (out / TEXT).write_text(text + f"![{study.question}]({FIGURE})\n")

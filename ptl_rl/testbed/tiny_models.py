@@ -13,25 +13,28 @@ FAMILIES = ("qwen2", "llama", "qwen3", "mistral", "gemma2", "gemma3_text")
 _ALIASES = {"gemma3": "gemma3_text"}
 
 
-def tiny_config(
-    family: str = "qwen2",
-    *,
-    vocab_size: int = 512,
-    hidden_size: int = 192,
-    intermediate_size: int = 768,
-    num_hidden_layers: int = 4,
-    num_attention_heads: int = 4,
-    num_key_value_heads: int = 2,
-    max_position_embeddings: int = 512,
-    eos_token_id: int = 511,
-    pad_token_id: int = 509,
-    **overrides: Any,
-):
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 511,
+    "pad_token_id": 509,
+}
+"""Of every family, where nothing else is asked for."""
+
+
+def tiny_config(family: str = "qwen2", **overrides: Any):
     """A small ``PretrainedConfig`` of ``family`` with tied embeddings.
 
     Args:
         family: one of :data:`FAMILIES` (``gemma3`` means its text model).
-        overrides: further attributes of that family's config, e.g. ``sliding_window=16``.
+        overrides: of :data:`SIZES`, or further attributes of that family's config, e.g. ``sliding_window=16``.
 
     Raises:
         ValueError: for an unknown family.
@@ -39,26 +42,16 @@ def tiny_config(
     family = _ALIASES.get(family, family)
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
-    fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "max_position_embeddings": max_position_embeddings,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-    }
+    fields = SIZES | overrides
+    of_head = fields["hidden_size"] // fields["num_attention_heads"]
+    own: dict[str, Any] = {}
     if family in ("qwen3", "gemma2", "gemma3_text"):
-        fields["head_dim"] = hidden_size // num_attention_heads
+        own["head_dim"] = of_head
     if family in ("gemma2", "gemma3_text"):
-        fields["query_pre_attn_scalar"] = hidden_size // num_attention_heads
+        own["query_pre_attn_scalar"] = of_head
     if family in ("gemma2", "gemma3_text", "mistral"):
-        fields["sliding_window"] = 64
-    return AutoConfig.for_model(family, **{**fields, **overrides})
+        own["sliding_window"] = 64
+    return AutoConfig.for_model(family, **(own | fields))
 
 
 def tiny_model(family: str = "qwen2", *, seed: int = 0, **config: Any) -> PreTrainedModel:

@@ -51,13 +51,13 @@ def test_flash_attention_where_it_can_be_had(flash_attn):
     for config in (LLAMA, GEMMA2):
         for setting in ("auto", "flash_attention_2"):
             found = resolve_attention(setting, "cuda", "bfloat16", config)
-            assert (found.name, found.note, found.is_unpadded) == ("flash_attention_2", None, True)
+            assert (found.name, found.note) == ("flash_attention_2", None)
 
 
 @pytest.mark.parametrize(("config", "plain"), [(LLAMA, "sdpa"), (GEMMA2, "eager"), ({"model_type": "gemma2"}, "eager")])
 def test_padded_rows_elsewhere_and_what_they_cost(config, plain, flash_attn):
     found = resolve_attention("auto", "cuda", "bfloat16", config)
-    assert found.name == plain and not found.is_unpadded
+    assert found.name == plain
     assert found.note is not None
     assert f"model.attention is {plain}, as the package flash-attn is not installed" in found.note
     assert "padded to their longest sequence" in found.note and "install flash-attn" in found.note

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from ptl_rl.baselines.slicegpt import NOTE
-from ptl_rl.baselines.slicegpt.rotate import Basis, check, slice_stream
+from ptl_rl.baselines.slicegpt.rotate import check, slice_stream
 from ptl_rl.config import CalibrationConfig, ConfigError, ScoreConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
@@ -24,6 +24,7 @@ from ptl_rl.families import read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import load_tokenizer, resolve_model
 from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.streaming import on_device
 from ptl_rl.pruning.score.texts import texts_of
 
 
@@ -60,7 +61,6 @@ def slice_with_slicegpt(
     *,
     remove: str,
     alignment: int = 8,
-    basis: Basis | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sliced:
     """Write the sliced model of ``model`` into the empty or new folder ``out``.
@@ -79,7 +79,6 @@ def slice_with_slicegpt(
         hidden_size=hidden_size,
         dtype=config.dtype,
         prompt_suffix=config.prompt_suffix,
-        basis=basis,
         progress=progress,
     )
 
@@ -93,7 +92,6 @@ def slice_records(
     hidden_size: int,
     dtype: str,
     prompt_suffix: str = "",
-    basis: Basis | None = None,
     note: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sliced:
@@ -112,17 +110,8 @@ def slice_records(
     loaded = load_model(folder, getattr(torch, dtype))
     texts = texts_of(records[: calibration.sequences], prompt_suffix)
     sequences = encode_sequences(tokenizer, texts.questions, texts.solutions, calibration.max_tokens)
-    device = next(loaded.parameters()).device
-    padding = tokenizer.pad_token_id or 0
-    batches = [
-        batch._replace(
-            ids_BT=batch.ids_BT.to(device),
-            mask_BT=batch.mask_BT.to(device),
-            is_sequence_B=batch.is_sequence_B.to(device),
-        )
-        for batch in batches_for_rank(sequences, calibration.batch_size, 0, 1, padding, 1.0)
-    ]
-    sliced = slice_stream(loaded, batches, hidden_size, basis=basis, progress=progress)
+    batches = batches_for_rank(sequences, calibration.batch_size, 0, 1, tokenizer.pad_token_id or 0, 1.0)
+    sliced = slice_stream(loaded, list(on_device(batches, loaded.device)), hidden_size, progress=progress)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     sliced.to(getattr(torch, read_dtype(folder))).save_pretrained(partial)

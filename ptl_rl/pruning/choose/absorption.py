@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -52,10 +52,9 @@ def groups(prunable: PrunableModel, count: int) -> list[int]:
 @contextmanager
 def without(prunable: PrunableModel, gone: list[int], new_weights: NewWeights) -> Iterator[None]:
     """Within this context the blocks ``gone`` pass their input on and the others have their new weights."""
-    with ExitStack() as stack:
-        kept = [layer for layer in range(prunable.layers) if layer not in gone]
-        stack.enter_context(replaced(prunable.model, prunable.family, new_weights, kept))
-        stack.enter_context(skipped(prunable.model, prunable.family, gone))
+    model, family = prunable.model, prunable.family
+    kept = [layer for layer in range(prunable.layers) if layer not in gone]
+    with replaced(model, family, new_weights, kept), skipped(model, family, gone):
         yield
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptl_rl.families import Family
-from ptl_rl.pruning.masking import replaced_in
+from ptl_rl.pruning.masking import hooked, replaced_in
 from ptl_rl.pruning.score.calibration import Batch
 from ptl_rl.pruning.score.streaming import inputs_of, without_head
 
@@ -119,11 +119,8 @@ class BlockByBlock:
         tap(f"{family.attention}.{family.o_proj}", "attended_BTH", "heads_BTA")
         tap(f"{family.mlp}.{family.down_proj}", "fed_BTH", "hidden_BTC")
         tap(family.attention_norm or f"{family.attention}.{family.o_proj}", "attention_BTH")
-        try:
+        with hooked(handles):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @contextmanager

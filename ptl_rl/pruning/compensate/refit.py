@@ -164,7 +164,7 @@ class _Refit:
         sums = None
         for index, batch in enumerate(self.batches):
 
-            def first(run: Callable[..., Seen], index: int = index, batch: Batch = batch) -> None:
+            def first(run: Callable[..., Seen], index: int = index) -> None:
                 nonlocal sums
                 original = run(self.original[index])
                 if self.diverged:
@@ -185,7 +185,7 @@ class _Refit:
         bias_H = self._bias(layer)
         for index, batch in enumerate(self.batches):
 
-            def second(run: Callable[..., Seen], index: int = index, batch: Batch = batch) -> None:
+            def second(run: Callable[..., Seen], index: int = index) -> None:
                 nonlocal sums
                 cut = run(self.cut[index], new=new)
                 sums = sums or self._sums(cut.hidden_BTC, cut.out_BTH)

@@ -4,7 +4,7 @@ Nothing per token is kept, so the cost is one forward pass and a few vectors per
 listener or the weights need gradients, one backward pass more, and one batch's activations.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family
+from ptl_rl.pruning.masking import hooked
 from ptl_rl.pruning.score.calibration import Batch
 
 
@@ -196,11 +197,8 @@ class _Taps:
             # The parameters are frozen, so gradients flow only if the embedded tokens ask for them.
             embeddings = model.get_submodule(family.embeddings)
             handles.append(embeddings.register_forward_hook(lambda _m, _args, output: output.requires_grad_()))
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def inputs_of(batch: Batch) -> dict:
@@ -235,7 +233,6 @@ def stream(
     device: torch.device,
     *,
     sensitivity: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """One pass over ``batches`` that feeds ``listeners``.
 
@@ -243,7 +240,6 @@ def stream(
         model: with frozen parameters if gradients are needed.
         sensitivity: weigh a position's channels by the norm of the gradient that reaches the block's FFN output there,
             instead of by ``weight_BT``.
-        progress: called with the number of batches read.
 
     Raises:
         ValueError: a listener wants the gradient of the sequences' likelihood, and ``sensitivity`` one of its own.
@@ -254,7 +250,7 @@ def stream(
             "criterion.channels reads gradients of its own; set calibration.token_weights to uniform, not sensitivity"
         )
     with taps.on(model, family):
-        for done, batch in enumerate(on_device(batches, device), 1):
+        for batch in on_device(batches, device):
             taps.begin(batch)
             if sensitivity or taps.for_gradient:
                 with torch.enable_grad():
@@ -266,7 +262,6 @@ def stream(
             else:
                 with torch.no_grad(), without_head(model):
                     model(**inputs_of(batch))
-            progress(done)
 
 
 @torch.no_grad()

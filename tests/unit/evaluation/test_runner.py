@@ -7,12 +7,7 @@ import types
 import pytest
 import ray
 
-from ptl_rl.evaluation.runner import Engine, EngineOptions
-
-OPTIONS = EngineOptions(
-    model="m", dtype="bfloat16", max_model_len=8, max_num_seqs=1, tensor_parallel_size=2, gpu_memory_utilization=0.9,
-    seed=0, cpu=False, trust_remote_code=False,
-)  # fmt: skip
+from ptl_rl.evaluation.runner import Engine
 
 
 @pytest.mark.parametrize(("cpu", "seen"), [(False, "5,6"), (True, "0,1,2,3,4,5,6,7")])
@@ -33,5 +28,5 @@ def test_an_engine_sees_its_own_gpus_only(cpu, seen, monkeypatch):
 
     fake = types.SimpleNamespace(LLM=Model, SamplingParams=lambda **_: None)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    Engine(OPTIONS.__class__(**{**OPTIONS.__dict__, "cpu": cpu}))
+    Engine(cpu, {"model": "m", "tensor_parallel_size": 2})
     assert visible == [seen]

@@ -85,8 +85,7 @@ def test_pictures_are_well_formed_and_name_what_they_show(run, width):
 
 def test_runs_side_by_side(run, tmp_path):
     other = RunData(make_run(tmp_path / "other", right=(10, 10)))
-    headings, rows = comparison([run, other])
-    first, second = (dict(zip(headings, row, strict=True)) for row in rows)
+    first, second = comparison([run, other])
     assert first["against the first"] == "reference"
     assert second["against the first"].startswith("+30.0 points")
     assert second["of the start's"] == "1.111" and second["steps"] == "6"
@@ -189,8 +188,7 @@ def test_a_wide_model_shows_every_cycles_share():
 
 def test_other_problems_of_the_same_names_are_not_compared(run, tmp_path):
     other = RunData(make_run(tmp_path / "other", question="How much is {i}?"))
-    headings, rows = comparison([run, other])
-    assert dict(zip(headings, rows[1], strict=True))["against the first"] == "other problems"
+    assert comparison([run, other])[1]["against the first"] == "other problems"
 
 
 def test_commands(run, tmp_path):
