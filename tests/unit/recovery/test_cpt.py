@@ -178,25 +178,38 @@ def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> No
 
     from verl.workers.utils.losses import sft_loss
 
-    verl = sft_config(Path(folder), Path(model), Path(sequences), ranks)
-    engine, file = _engine(verl), SequenceFile(sequences)
-    losses = []
-    for step in range(3):
+    verl = sft_config(Path(folder), Path(model), Path(sequences), ranks, save_every_steps=2)
+    file = SequenceFile(sequences)
+
+    def loss_of(engine, step: int) -> float:
         order = torch.randperm(len(file), generator=torch.Generator().manual_seed(step)).tolist()[:8]
         with engine.train_mode():
             found = engine.train_batch(_batch(file, order[rank::ranks], verl), partial(sft_loss, config=None))
             engine.lr_scheduler_step()
         loss = torch.tensor(sum(found["loss"]))
         torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
-        losses.append(float(loss))
+        return float(loss)
+
+    def parameters_of(engine) -> dict[str, torch.Tensor]:
+        return {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
+
+    engine = _engine(verl)
+    losses = [loss_of(engine, 0), loss_of(engine, 1)]
+    engine.save_checkpoint(f"{folder}/middle-{ranks}", global_step=2)
+    losses.append(loss_of(engine, 2))
     engine.save_checkpoint(f"{folder}/saved-{ranks}", global_step=3)
-    parameters = {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
+    parameters = parameters_of(engine)
+    resumed = _engine(verl)
+    resumed.load_checkpoint(f"{folder}/middle-{ranks}")
+    assert loss_of(resumed, 2) == losses[2]
+    again = parameters_of(resumed)
+    assert all(torch.equal(again[name], value) for name, value in parameters.items())
     if rank == 0:
         torch.save(parameters, Path(folder) / f"{ranks}.pt")
         (Path(folder) / f"{ranks}.json").write_text(json.dumps(losses))
 
 
-def test_two_ranks_train_as_one_does(tokenizer, make_checkpoint, tmp_path):
+def test_two_ranks_train_and_resume_as_one_does(tokenizer, make_checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM
 
     records = [PROBLEM, LONGER, TEXT] * 4
