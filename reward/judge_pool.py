@@ -11,12 +11,11 @@ import atexit
 import json
 import logging
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 logger = logging.getLogger("reward")
@@ -33,29 +32,23 @@ _START_SECONDS = 120.0
 _WALL_PER_CPU_SECOND = 4.0
 
 
-class _Died(Exception):
-    pass
-
-
-class _Hung(Exception):
-    pass
-
-
 class _Judge:
     """One child process. Not thread-safe: a judge belongs to one caller at a time."""
 
     def __init__(self, limit_seconds: float, memory_bytes: int) -> None:
-        limits = (os.getpid(), limit_seconds, memory_bytes)
-        arguments = [_WORKER, json.dumps([str(entry) for entry in sys.path]), *map(str, limits)]
+        self.connection, theirs = Pipe()
+        settings = (theirs.fileno(), os.getpid(), limit_seconds, memory_bytes)
+        arguments = [_WORKER, json.dumps([str(entry) for entry in sys.path]), json.dumps(settings)]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _BOOT, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
         )
+        theirs.close()
         try:
-            ready = self._read(_START_SECONDS)
-        except (_Died, _Hung) as error:
+            self._read(_START_SECONDS)
+        except (EOFError, OSError) as error:
             self.kill()
             raise RuntimeError(
                 f"the math-verify process did not start (exit status {self.process.returncode}); its message "
@@ -64,41 +57,21 @@ class _Judge:
         except BaseException:
             self.kill()
             raise
-        assert ready == "ready", ready
 
     def ask(self, gold: str, answer: str, whole_texts: bool, wall_seconds: float) -> str:
-        """Return the verdict; raise _Died or _Hung, after which the judge must be killed."""
-        assert self.process.stdin is not None
-        question = memoryview(json.dumps([gold, answer, whole_texts]).encode("ascii") + b"\n")
-        try:
-            while question:  # a signal can cut a write short
-                question = question[os.write(self.process.stdin.fileno(), question) :]
-        except OSError as error:
-            raise _Died from error
+        """Return the verdict. After any error (TimeoutError; EOFError or OSError of the dead) it must be killed."""
+        self.connection.send_bytes(json.dumps([gold, answer, whole_texts]).encode("ascii"))
         return self._read(wall_seconds)
 
     def _read(self, wall_seconds: float) -> str:
-        assert self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-        deadline = time.monotonic() + wall_seconds
-        reply = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while not reply.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise _Hung
-                piece = os.read(descriptor, 65536)
-                if not piece:
-                    raise _Died
-                reply += piece
-        return str(json.loads(reply))
+        if not self.connection.poll(wall_seconds):
+            raise TimeoutError
+        return self.connection.recv_bytes().decode("ascii")
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self.connection.close()
 
 
 class JudgePool:
@@ -142,9 +115,9 @@ class JudgePool:
             verdict = judge.ask(gold, answer, whole_texts, self.limit_seconds * _WALL_PER_CPU_SECOND)
             reusable = True
             return verdict
-        except _Hung:
+        except TimeoutError:
             return "timeout"
-        except _Died:
+        except (EOFError, OSError):
             return "timeout" if judge.process.wait() == -signal.SIGVTALRM else "died"
         finally:
             # Also on KeyboardInterrupt: a late reply would answer the next caller's question.
@@ -159,7 +132,7 @@ class JudgePool:
                 if judge.process.poll() is None:
                     self._busy.add(judge)
                     return judge
-                judge.kill()  # it died while idle; this frees its pipes
+                judge.kill()  # it died while idle; this frees its pipe
         judge = _Judge(self.limit_seconds, self.memory_bytes)
         with self._lock:
             self._busy.add(judge)

@@ -1,4 +1,4 @@
-r"""The child process that runs math-verify for `reward.judge_pool`: JSON lines in, JSON lines out.
+r"""The child process that runs math-verify for `reward.judge_pool`: questions as JSON in, one word out.
 
 It is a script and not a `multiprocessing` target, so that it imports neither the parent's main module nor
 this package. It bounds itself, because its parent may be gone by the time an answer turns out to be
@@ -9,7 +9,7 @@ this package. It bounds itself, because its parent may be gone by the time an an
   whose signal has no handler, lets the kernel end the process. (Not RLIMIT_CPU: set from getrusage before each
   answer, it was seen to strike early in a process that had already used its CPU time many times over.)
 - Address space: a huge power raises MemoryError here instead of waking the machine's OOM killer.
-- A parent that disappears: end of file on stdin, or a changed parent id for children of a forking parent,
+- A parent that disappears: end of file on its pipe, or a changed parent id for children of a forking parent,
   whose siblings keep the pipe open. (PR_SET_PDEATHSIG would fire when the *thread* that started us ends.)
 """
 
@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 _KILL_AFTER_SECONDS = 1.0
@@ -102,23 +103,23 @@ def _answer(timer: _Timer, gold: str, answer: str, whole_texts: bool) -> str:
         return "different"
 
 
-def main(parent_pid: int, limit_seconds: float, memory_bytes: int) -> None:
-    """Serve `[gold, answer, whole_texts]` lines from stdin until it closes; replies are JSON strings on stdout."""
+def main(descriptor: int, parent_pid: int, limit_seconds: float, memory_bytes: int) -> None:
+    """Answer `[gold, answer, whole_texts]` with a word until the pipe closes. The first word, `ready`, answers none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent closes us
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
-    # Keep stdout to ourselves: a library that prints must not end up inside a reply.
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)
+    connection = Connection(descriptor)
     logging.disable(logging.CRITICAL)
     timer = _Timer(limit_seconds)
     _is_equal("1", "1+0")  # imports and compiles everything before the first clock starts
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    print(json.dumps("ready"), file=replies, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(_answer(timer, *json.loads(line))), file=replies, flush=True)
+    word = "ready"
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send_bytes(word.encode("ascii"))
+            word = _answer(timer, *json.loads(connection.recv_bytes()))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    main(*json.loads(sys.argv[3]))

@@ -84,7 +84,7 @@ def _run_program(channel: _Channel, settings: dict[str, Any]) -> None:
     limits.limit_resources(
         settings["cpu_seconds"], settings["memory_bytes"], settings["file_bytes"], settings["open_files"]
     )
-    channel.send(limits.confine(settings["folder"], settings["without"]))
+    channel.send(limits.confine(settings["folder"], settings["without"], settings["filters"]))
     os.dup2(null, 2)
     os.close(null)
     request = channel.receive()

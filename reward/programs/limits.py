@@ -18,9 +18,8 @@ import resource
 import signal
 import sys
 
-from reward.programs.seccomp import install_filter
-
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAPSET = {"x86_64": 126, "aarch64": 91}
@@ -77,10 +76,11 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, open_f
         resource.setrlimit(kind, (limit, limit))
 
 
-def confine(folder: str, without: list[str]) -> list[str]:
+def confine(folder: str, without: list[str], filters: list[list[str]]) -> list[str]:
     """Confine this process for good, and return which of `seccomp` and `landlock` hold.
 
     Files can be written in `folder` only, and nowhere if Landlock is missing. `without` leaves layers out.
+    `filters` has seccomp's programs in hexadecimal, where Landlock does not keep the writing and where it does.
     """
     held = []
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -93,9 +93,21 @@ def confine(folder: str, without: list[str]) -> list[str]:
     _drop_capabilities()
     # After the last change of credentials, which clears it.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if "seccomp" not in without and install_filter(_libc, writable):
+    programs = [] if "seccomp" in without else filters[writable]
+    if programs and all(_install(bytes.fromhex(program)) for program in programs):
         held.append("seccomp")
     return held
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def _install(instructions: bytes) -> bool:
+    """Install a filter for this thread and all later ones; PR_SET_NO_NEW_PRIVS must have been set."""
+    program = _Program(len(instructions) // 8, instructions)
+    arguments = (ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(program), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    return bool(_libc.prctl(_PR_SET_SECCOMP, *arguments) == 0)
 
 
 def _landlock_version() -> int:

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reward.programs.seccomp import compile_filters
 from reward.programs.unit_tests import Plan
 
 # The child gets the folder of this package for as long as it imports, and no other path beside the standard library.
@@ -77,6 +78,7 @@ class Sandbox:
             raise ValueError(f"limits must be positive, and cpu_seconds a whole number: {self.limits}")
         self.allow_weaker_limits = allow_weaker_limits
         self.without = without
+        self._filters = [[program.hex() for program in compile_filters(writable)] for writable in (False, True)]
         self._slots = threading.BoundedSemaphore(workers or len(os.sched_getaffinity(0)))
 
     def run(self, program: str, plan: Plan) -> Outcome:
@@ -125,7 +127,7 @@ class Sandbox:
         settings["memory_bytes"] = settings.pop("memory_mib") * 2**20
         settings["file_bytes"] = settings.pop("file_mib") * 2**20
         settings |= {"folder": folder, "open_files": 64, "parent": os.getpid(), "without": list(self.without)}
-        return settings | {"allow_weaker_limits": self.allow_weaker_limits}
+        return settings | {"allow_weaker_limits": self.allow_weaker_limits, "filters": self._filters}
 
     @staticmethod
     def _end(process: subprocess.Popen[bytes]) -> bytes:

@@ -54,11 +54,11 @@ def test_hostile_power_returns_within_its_limit_and_the_next_answer_is_right(poo
 
 
 STUCK_WORKER = """
-import itertools, sys
+import itertools, json, sys
 from reward import judge_worker
 # One endless call into C that never looks for signals.
 judge_worker._is_equal = lambda gold, answer: gold == "1" or any(itertools.repeat(False))
-judge_worker.main(int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+judge_worker.main(*json.loads(sys.argv[3]))
 """
 
 
@@ -179,3 +179,36 @@ def test_a_forked_child_gets_a_pool_of_its_own():
         "assert right and os.waitpid(child, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+ANYWHERE = """
+import os, sys
+print("the top level runs", flush=True)
+from reward import judge_pool
+assert judge_pool.default_pool().judge("1/2", "0.5") == "equal"
+if os.fork() == 0:
+    sys.exit()  # runs what is registered for the exit, which must leave the parent's judges alone
+assert os.wait()[1] == 0
+judge_pool._Judge.__init__ = None  # no other judge can start
+assert judge_pool.default_pool().judge("1/4", "0.25") == "equal"
+"""
+
+
+@pytest.mark.parametrize("kind", ["script", "stdin"])
+def test_the_parents_main_module_is_not_executed_again(kind, tmp_path):
+    """It needs no main guard, and no file: a notebook has neither."""
+    script = tmp_path / "script.py"
+    script.write_text(ANYWHERE)
+    command, text = ([str(script)], None) if kind == "script" else (["-"], ANYWHERE)
+    result = subprocess.run([sys.executable, *command], input=text, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "the top level runs\n", "")
+
+
+def test_a_question_in_a_pool_that_is_closed_gets_an_error_at_once():
+    pool = JudgePool(workers=1, limit_seconds=30.0)
+    pool.judge("1", "1+0")
+    threading.Timer(0.5, pool.close).start()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.judge("7", TOWER)
+    assert time.monotonic() - start < 10.0
