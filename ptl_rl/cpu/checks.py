@@ -8,7 +8,6 @@ import os
 
 CPU_PLATFORM = "cpu"
 REPLAY_BUFFER = ("pkg://ptl_rl.cpu.replay_buffer", "QuickReplayBuffer")
-ENGINE_LIBRARY = "ptl_rl.verl_patches.engine"
 WORKER_EXTENSION = "ptl_rl.cpu.vllm_worker.CpuWorkerExtension"
 ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 """vLLM options: the engine's process computes, too, as another one takes some ten seconds to start. vLLM for CPUs takes

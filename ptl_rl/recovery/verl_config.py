@@ -23,9 +23,10 @@ from ptl_rl.config.verl_keys import (
     TEACHER,
     settings_of,
 )
-from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.cpu.checks import float32_engine
 from ptl_rl.families import ModelShape
 from ptl_rl.stage import PART_SEED, StageSpec
+from ptl_rl.verl_patches import ENGINE_LIBRARY
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""

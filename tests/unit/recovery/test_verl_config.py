@@ -9,13 +9,13 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.config.recipe import load_config
-from ptl_rl.cpu.checks import ENGINE_LIBRARY
 from ptl_rl.families import FAMILIES
 from ptl_rl.families.base import shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec
+from ptl_rl.verl_patches import ENGINE_LIBRARY
 from ptl_rl.verl_patches.engine import StepwiseCheckpointConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
