@@ -145,7 +145,7 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
     kill_in_stage(start, run_dir, "evaluate", 2)
     assert entries(run_dir) == []
     done: list[str] = []
-    for stage, after in (("score", 3), ("slice", 3), ("recover", 30), ("evaluate", 4)):
+    for stage, after in (("score", 3), ("slice", 3), ("recover", 15), ("evaluate", 4)):
         kill_in_stage(resume_command(run_dir), run_dir, stage, after)
         now = entries(run_dir)
         assert now[: len(done)] == done and f"1.{stage}" not in now
