@@ -123,6 +123,16 @@ def ray_runtime_env(num_workers: int = 1) -> dict[str, dict[str, str]]:
     return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **cpu_env_vars(num_workers)}}
 
 
+VLLM_ENV = {"VLLM_LOGGING_LEVEL": "WARN", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+"""What verl gives vLLM's processes. Evaluations take it from here: importing verl takes longer than their answers."""
+
+
+def evaluation_env(num_workers: int = 1) -> dict[str, str]:
+    """The same as :func:`ray_runtime_env` for a stage that has vLLM alone; what the calling process has set wins."""
+    set_here = {name: os.environ[name] for name in VLLM_ENV if name in os.environ}
+    return {**VLLM_ENV, **set_here, **cpu_env_vars(num_workers)}
+
+
 def float32_engine(prefix: str) -> dict[str, object]:
     """FSDP engine settings below the dotted key `prefix` for everything in float32, as in the rollouts.
 
