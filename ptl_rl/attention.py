@@ -12,8 +12,6 @@ from typing import Any
 from ptl_rl.config import ConfigError
 
 FLASH = "flash_attention_2"
-ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
-"""Of a ``config.json``: transformers obeys them on loading, so a checkpoint that is written names none."""
 OLDEST_CAPABILITY = 8.0
 """Compute capability of the oldest GPUs that flash attention 2 runs on."""
 OLDEST_FLASH = "2.6.3"

@@ -11,6 +11,7 @@ from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
 from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
+from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
 from ptl_rl.models import check_tokenizer, resolve_model
@@ -233,11 +234,13 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)
+    prompts = check_prompts(config, model, data)
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
     return [
         *([attention.note] if attention.note else []),
         *lengths,
+        *prompts,
         *data_notes(config, data),
     ]

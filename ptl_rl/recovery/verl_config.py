@@ -24,7 +24,10 @@ from ptl_rl.config.verl_keys import (
     settings_of,
 )
 from ptl_rl.cpu.checks import float32_engine
+from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.data.prompts import opens_thinking
 from ptl_rl.families import ModelShape
+from ptl_rl.models import load_tokenizer
 from ptl_rl.stage import PART_SEED, StageSpec
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
@@ -96,13 +99,15 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
+def _reward(config: RunConfig, user_keys: dict[str, str] | None, source: Path) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.file
     settings: dict[str, Any] = {"user_path": str(Path(user).resolve()) if user else None, "user_keys": user_keys}
     if user is None:
         settings |= config.reward.model_dump(include={"accuracy_weight", "format_weight", "format_style"})
+        if config.reward.format_style == "think_boxed":
+            settings["think_opened"] = opens_thinking(load_tokenizer(source))
     return {f"{REWARD}.{key}": value for key, value in settings.items()} | {
         "reward.custom_reward_function.path": reward.user.__file__,
         "reward.custom_reward_function.name": "compute_score",
@@ -171,7 +176,7 @@ def render(
         **_data(spec),
         **_policy(config, spec),
         **_batches(config, recovery, spec),
-        **_reward(config, user_keys),
+        **_reward(config, user_keys, spec.source),
         **_trainer(config, recovery, spec),
     }
     if spec.device == "cpu":

@@ -1,28 +1,14 @@
 """``ptl export``: the final model of a run as a folder to keep, load and publish."""
 
-import fnmatch
-import json
 import shutil
 from pathlib import Path
 
-from ptl_rl.attention import ATTENTION_KEYS
+from ptl_rl.checkpoints.companions import copy_companions, write_config
 from ptl_rl.checkpoints.write import convert_weights
 from ptl_rl.config import ConfigError
 from ptl_rl.errors import check_new_folder
 from ptl_rl.reporting.model_card import LICENCE, card, parent_card
 from ptl_rl.reporting.run_data import RunData
-
-_BESIDE_THE_WEIGHTS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
-"""Files that are published; what else lies in a run's checkpoint, its rollouts for one, is the run's."""
 
 
 def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = None, dtype: str | None = None) -> None:
@@ -46,15 +32,10 @@ def export_model(run_dir: Path, out: Path, *, name: str, licence: str | None = N
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in sorted(run.checkpoint.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _BESIDE_THE_WEIGHTS):
-            shutil.copy2(file, partial / file.name)
+    copy_companions(run.checkpoint, partial)
     dtype = dtype or run.config.model.dtype
     convert_weights(run.checkpoint, partial, dtype)
-    values = json.loads((run.checkpoint / "config.json").read_text()) | {"dtype": dtype}
-    for key in ("torch_dtype", *ATTENTION_KEYS):  # its former name; how the run computed
-        values.pop(key, None)
-    (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_config(run.checkpoint, partial, dtype)
     (partial / "README.md").write_text(card(run, name, known))
     if out.is_dir():
         out.rmdir()

@@ -115,7 +115,7 @@ def slice_records(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     sliced.to(getattr(torch, read_dtype(folder))).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    copy_companions(folder, partial)
     made = Sliced(hidden_size, shape.hidden_size, read_shape(partial).parameters, shape.parameters)
     facts = {"source": str(folder), "hidden_size": hidden_size, "source_hidden_size": shape.hidden_size}
     (partial / NOTE).write_text(json.dumps({**facts, **(note or {})}, indent=2) + "\n")
