@@ -47,9 +47,9 @@ def _end_notes(tokenizer: Any, end: int | None, config: RunConfig, model: Path) 
         return []
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(stopping))
     return [
-        f"{config.model.path}: its chat template ends an answer with {tokenizer.decode([end])!r}, but generation stops at "
-        f"{names} alone, so worked solutions end with {tokenizer.eos_token!r}; if the model was taught its template, add "
-        f"{end} to eos_token_id in its generation_config.json"
+        f"{config.model.path}: its chat template ends an answer with {tokenizer.decode([end])!r}, but generation stops "
+        f"at {names} alone, so worked solutions end with {tokenizer.eos_token!r}; if the model was taught its template, "
+        f"add {end} to eos_token_id in its generation_config.json"
     ]
 
 
@@ -67,8 +67,8 @@ def _length_notes(tokenizer: Any, config: RunConfig, data: RunData) -> list[str]
         wanted = _prompts_per_step(config) if name == "train" else 1
         if min(counts) < wanted:
             raise ConfigError(
-                f"data.max_prompt_tokens {most}: of the {total} questions of data.{name} {total - sum(counts)} are longer "
-                f"in the chat template, which leaves {min(counts)} of {_subset(len(parts))}, and {wanted} are needed; "
+                f"data.max_prompt_tokens {most}: of the {total} questions of data.{name} {total - sum(counts)} are "
+                f"longer in the chat template, which leaves {min(counts)} of {_subset(len(parts))}, and {wanted} are needed; "
                 "raise it, or shorten the questions"
             )
         becomes = "cut at their beginning in evaluations" if name == "test" else "left out"

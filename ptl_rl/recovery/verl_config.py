@@ -24,7 +24,6 @@ from ptl_rl.config.verl_keys import (
     settings_of,
 )
 from ptl_rl.cpu.checks import float32_engine
-from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
 from ptl_rl.data.prompts import opens_thinking
 from ptl_rl.families import ModelShape
 from ptl_rl.models import load_tokenizer

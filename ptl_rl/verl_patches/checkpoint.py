@@ -6,7 +6,6 @@ memory, beside an empty model of the same size: 45 GB at 7.6 B parameters in flo
 time, and kept by the one rank that writes its file.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from ptl_rl.baselines.slicegpt import NOTE
 from ptl_rl.baselines.slicegpt.rotate import check, slice_stream
+from ptl_rl.checkpoints.companions import copy_companions
 from ptl_rl.config import CalibrationConfig, ConfigError, ScoreConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences

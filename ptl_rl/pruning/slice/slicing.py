@@ -3,9 +3,7 @@
 The result is an ordinary Hugging Face folder with a smaller ``intermediate_size`` and ``num_hidden_layers``.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from ptl_rl.checkpoints.write import file_name, group_into_files, weight_map, wr
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
+
 
 class MissingWeightError(UserError, ValueError):
     """A compensated weight that the plan promises is not there."""

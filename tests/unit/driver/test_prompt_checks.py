@@ -107,9 +107,8 @@ def test_a_template_that_ends_answers_where_generation_does_not(model, tmp_path)
 
 
 def test_a_template_that_opens_the_thinking_is_known_to_the_format_reward(model, tmp_path):
-    from reward.style import format_reward
-
     from ptl_rl.recovery.verl_config import REWARD, _reward
+    from reward.style import format_reward
 
     values = run_config(tmp_path).model_dump()
     values["reward"]["format_style"] = "think_boxed"
