@@ -1,5 +1,6 @@
 """Whether the model's chat template, its end of an answer and the recipe's longest prompt suit the run's questions."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def check_prompts(config: RunConfig, model: Path, data: RunData) -> list[str]:
     Raises:
         ConfigError: the template fails, nothing can end an answer, or too few prompts are short enough.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
     questions = [corpus[0].question for corpus in data.sets.values() if len(corpus)]
@@ -32,6 +33,15 @@ def check_prompts(config: RunConfig, model: Path, data: RunData) -> list[str]:
         raise ConfigError(
             f"model.path: {model}: its chat template fails on a question ({reason}); mend chat_template.jinja or "
             "tokenizer_config.json beside its weights"
+        ) from None
+    try:  # as trainers do at the end of a training
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # of many kinds, by what the files say
+        raise ConfigError(
+            f"model.path: {model}: its configuration or tokenizer cannot be written back, at which a training would "
+            f"end ({' '.join(str(error).split())}); mend the files that this names"
         ) from None
     return [*_end_notes(tokenizer, end, config, model), *_length_notes(tokenizer, config, data)]
 
@@ -48,8 +58,8 @@ def _end_notes(tokenizer: Any, end: int | None, config: RunConfig, model: Path) 
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(stopping))
     return [
         f"{config.model.path}: its chat template ends an answer with {tokenizer.decode([end])!r}, but generation stops "
-        f"at {names} alone, so worked solutions end with {tokenizer.eos_token!r}; if the model was taught its template, "
-        f"add {end} to eos_token_id in its generation_config.json"
+        f"at {names} alone, so worked solutions end with {tokenizer.eos_token!r}; if the model was taught its "
+        f"template, add {end} to eos_token_id in its generation_config.json"
     ]
 
 
@@ -68,8 +78,8 @@ def _length_notes(tokenizer: Any, config: RunConfig, data: RunData) -> list[str]
         if min(counts) < wanted:
             raise ConfigError(
                 f"data.max_prompt_tokens {most}: of the {total} questions of data.{name} {total - sum(counts)} are "
-                f"longer in the chat template, which leaves {min(counts)} of {_subset(len(parts))}, and {wanted} are needed; "
-                "raise it, or shorten the questions"
+                f"longer in the chat template, which leaves {min(counts)} of {_subset(len(parts))}, and {wanted} are "
+                "needed; raise it, or shorten the questions"
             )
         becomes = "cut at their beginning in evaluations" if name == "test" else "left out"
         notes.append(

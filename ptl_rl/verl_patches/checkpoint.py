@@ -109,10 +109,11 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
         write_weights(state, folder, self.rank, self.world_size)
         # verl writes what transformers makes of the source's files, with the attention of the training.
         if self.rank == 0:
-            source = Path(self.model.config.name_or_path)
-            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-            write_config(source, folder, dtype)
-            copy_companions(source, folder)
+            source = Path(self.model.config.name_or_path or folder)
+            source = source if (source / "config.json").is_file() else folder
+            write_config(source, folder, str(next(iter(state.values())).dtype).removeprefix("torch."))
+            if source != folder:
+                copy_companions(source, folder)
             if self._to_register is not None:
                 super().register_checkpoint(*self._to_register)
                 self._to_register = None
