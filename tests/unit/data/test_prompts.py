@@ -18,6 +18,7 @@ def load(tokenizer, tmp_path):
         tokenizer.save_pretrained(tmp_path)
         made = AutoTokenizer.from_pretrained(tmp_path)
         made.eos_token, made.chat_template = eos, template
+        (tmp_path / "chat_template.jinja").unlink()
         made.save_pretrained(tmp_path)
         if listed is not None:
             values = {"eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in listed]}

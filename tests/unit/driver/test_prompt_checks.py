@@ -28,7 +28,7 @@ def model(tmp_path):
 
 def notes(tmp_path, model, train, test=None, recovery=GRPO, most=64):
     values = run_config(tmp_path, train, test).model_dump() | {"recovery": recovery}
-    values["data"]["max_prompt_tokens"] = most
+    values["data"] |= {"max_prompt_tokens": most, "prompt_suffix": ""}
     config = parse_config(values)
     return check_prompts(config, model, run_data(config, 2))
 
@@ -66,7 +66,7 @@ def test_too_few_that_are_short_enough_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match=r"max_prompt_tokens 64: of the 60 questions of data\.train 45 are longer"):
         notes(tmp_path, model, rows)
     assert notes(tmp_path, model, rows, recovery={"cpt": {"sequences_per_step": 8}}) == []  # which leaves none out
-    (note,) = notes(tmp_path, model, rows, recovery={"grpo": {"prompts_per_step": 7}})
+    (note,) = notes(tmp_path, model, rows, recovery={"grpo": {"prompts_per_step": 6}})
     assert "45 of 60" in note
 
 
@@ -83,7 +83,7 @@ def test_questions_of_the_test_set_that_would_be_cut(model, tmp_path):
     [
         ("{{ raise_exception('no users here') }}", "no users here"),
         ("{% for message in messages %}{{ message['content'] }", "unexpected '}'"),
-        ("{{ messages[0]['text']['more'] }}", "undefined"),
+        ("{{ messages[0]['text']['more'] }}", "no attribute 'text'"),
     ],
 )
 def test_a_template_that_fails_is_refused(model, tmp_path, template, reason):
