@@ -24,9 +24,7 @@ from ptl_rl.config.verl_keys import (
     settings_of,
 )
 from ptl_rl.cpu.checks import float32_engine
-from ptl_rl.data.prompts import opens_thinking
 from ptl_rl.families import ModelShape
-from ptl_rl.models import load_tokenizer
 from ptl_rl.stage import PART_SEED, StageSpec
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
@@ -98,15 +96,14 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def _reward(config: RunConfig, user_keys: dict[str, str] | None, source: Path) -> dict[str, Any]:
+def _reward(config: RunConfig, user_keys: dict[str, str] | None, think_opened: bool) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.file
     settings: dict[str, Any] = {"user_path": str(Path(user).resolve()) if user else None, "user_keys": user_keys}
     if user is None:
         settings |= config.reward.model_dump(include={"accuracy_weight", "format_weight", "format_style"})
-        if config.reward.format_style == "think_boxed":
-            settings["think_opened"] = opens_thinking(load_tokenizer(source))
+        settings["think_opened"] = think_opened
     return {f"{REWARD}.{key}": value for key, value in settings.items()} | {
         "reward.custom_reward_function.path": reward.user.__file__,
         "reward.custom_reward_function.name": "compute_score",
@@ -160,13 +157,18 @@ def _bucket(shape: ModelShape, device: str) -> dict[str, Any]:
 
 
 def render(
-    config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None, shape: ModelShape | None = None
+    config: RunConfig,
+    spec: StageSpec,
+    user_keys: dict[str, str] | None = None,
+    shape: ModelShape | None = None,
+    think_opened: bool = False,
 ) -> dict[str, Any]:
     """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
         shape: of the model in ``spec.source``; None for one of the test bed's size.
+        think_opened: whether its chat template ends prompts with ``<think>``.
     """
     recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
@@ -175,7 +177,7 @@ def render(
         **_data(spec),
         **_policy(config, spec),
         **_batches(config, recovery, spec),
-        **_reward(config, user_keys, spec.source),
+        **_reward(config, user_keys, think_opened),
         **_trainer(config, recovery, spec),
     }
     if spec.device == "cpu":

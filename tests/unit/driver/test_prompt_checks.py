@@ -12,7 +12,7 @@ from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.prepare import run_data
 from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.testbed import CHECKPOINT_DIR
-from ptl_rl.testbed.tokenizer import CHAT_TEMPLATE, PAD
+from ptl_rl.testbed.tokenizer import PAD
 
 LONG = "Which number follows the ones that were named before it? " * 6
 GRPO = {"grpo": {"prompts_per_step": 8}}
@@ -107,15 +107,8 @@ def test_a_template_that_ends_answers_where_generation_does_not(model, tmp_path)
 
 
 def test_a_template_that_opens_the_thinking_is_known_to_the_format_reward(model, tmp_path):
-    from ptl_rl.recovery.verl_config import REWARD, _reward
     from reward.style import format_reward
 
-    values = run_config(tmp_path).model_dump()
-    values["reward"]["format_style"] = "think_boxed"
-    config = parse_config(values)
-    assert _reward(config, None, model)[f"{REWARD}.think_opened"] is False
-    set_template(model, CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%"))
-    assert _reward(config, None, model)[f"{REWARD}.think_opened"] is True
     closed, whole = "2 and 2.</think> So \\boxed{4}.", "<think>2 and 2.</think> So \\boxed{4}."
     assert [format_reward(text, "think_boxed", think_opened=True) for text in (closed, whole)] == [1.0, 0.0]
     assert [format_reward(text, "think_boxed") for text in (closed, whole)] == [0.0, 1.0]

@@ -200,6 +200,8 @@ def test_keys_of_a_users_reward_reach_verl(tmp_path):
     arguments = verl.reward.custom_reward_function.reward_kwargs
     assert dict(arguments.user_keys) == {"acc": "number", "note": "text"}
     assert (arguments.user_path, arguments.user_name) == (f"{tmp_path}/mine.py", "f")
+    opened = compose(render(load_config(DEMO), spec("cpu", tmp_path), think_opened=True))
+    assert opened.reward.custom_reward_function.reward_kwargs.think_opened is True
 
 
 def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):
