@@ -23,7 +23,7 @@ from ptl_rl.config.verl_keys import (
     TEACHER,
     settings_of,
 )
-from ptl_rl.cpu.checks import float32_engine
+from ptl_rl.cpu.checks import ONE_PROCESS, float32_engine
 from ptl_rl.families import ModelShape
 from ptl_rl.stage import PART_SEED, StageSpec
 from ptl_rl.verl_patches import ENGINE_LIBRARY
@@ -134,8 +134,6 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
         "inference.temperature": 1.0,
     }
     if spec.device == "cpu":
-        from ptl_rl.cpu.checks import ONE_PROCESS
-
         if recovery.teacher_tensor_parallel_size == 1:
             teacher |= {f"inference.engine_kwargs.vllm.{key}": value for key, value in ONE_PROCESS.items()}
         teacher |= {
@@ -191,7 +189,11 @@ def render(
         settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
         settings |= _distillation(config, recovery, spec)
-    return {**settings, **config.verl, **recovery.verl}
+    settings |= {**config.verl, **recovery.verl}
+    if settings[f"{ROLLOUT}.tensor_model_parallel_size"] != 1 and spec.device == "cpu":
+        for key in ONE_PROCESS:  # an engine of several needs processes
+            settings.pop(f"{ROLLOUT}.engine_kwargs.vllm.{key}", None)
+    return settings
 
 
 def composed(name: str, settings: dict[str, Any]):

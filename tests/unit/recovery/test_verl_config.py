@@ -193,6 +193,13 @@ def test_what_verl_refuses_is_quoted(tmp_path):
         compose(render(config, spec("cpu", tmp_path)))
 
 
+def test_an_engine_of_several_workers_has_processes_for_them(tmp_path):
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    assert key in render(load_config(DEMO), spec("cpu", tmp_path))
+    parallel = load_config(DEMO, ["verl.actor_rollout_ref.rollout.tensor_model_parallel_size=2"])
+    assert key not in render(parallel, spec("cpu", tmp_path))
+
+
 def test_keys_of_a_users_reward_reach_verl(tmp_path):
     (tmp_path / "mine.py").write_text("def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0\n")
     config = load_config(DEMO, [f"reward.path={tmp_path}/mine.py", "reward.name=f"])
