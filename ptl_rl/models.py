@@ -6,7 +6,7 @@ from typing import Any
 from ptl_rl.checkpoints.headers import check_weights
 from ptl_rl.config import ConfigError
 from ptl_rl.errors import expanded, what_stands_there
-from ptl_rl.families import ModelShape, read_prunable_shape, read_shape
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_prunable_shape, read_shape
 from ptl_rl.testbed import shipped_checkpoint
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece.*")
@@ -68,11 +68,19 @@ def open_model(name: str, *, setting: str = "model", prunable: bool = False) -> 
         prunable: refuse models that other methods made.
 
     Raises:
-        UserError: it cannot be found, or :func:`check_weights` refuses it.
+        UserError: it cannot be found, or :func:`check_weights` or transformers refuses it.
     """
     folder = resolve_model(name, setting=setting)
     shape = read_prunable_shape(folder) if prunable else read_shape(folder)
     check_weights(folder, shape)
+    if shape.family.prunable:
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception as error:  # of every kind: each setting has a check of its own
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from error
     return folder, shape
 
 

@@ -146,7 +146,7 @@ def evaluate_model(
     if missing:
         starting("loading the model")
         cpu = prepare_machine()
-        from ptl_rl.checkpoints.read import check_finite  # torch, which reads what was just set
+        from ptl_rl.checkpoints.read import check_finite  # and torch with it, which --list-tasks does not wait for
 
         check_finite(folder)
         model = _model(folder, config, cpu)

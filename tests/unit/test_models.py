@@ -89,7 +89,15 @@ def test_tokenizers_that_cannot_be_read(name, content, says, model, tmp_path):
         preflight.check_tokenizer(recipe(tmp_path, path=str(model)), model)
 
 
-def test_a_tokenizer_of_another_model_or_of_no_words(model):
+@pytest.mark.parametrize("changes", [{"rope_parameters": "long"}, {"rms_norm_eps": []}, {"bos_token_id": {}}])
+def test_settings_that_transformers_cannot_read(changes, model, tmp_path):
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | changes))
+    for arguments in commands(model, tmp_path / "out"):
+        refused(arguments, f"error: {model}/config.json: transformers cannot read it (")
+
+
+def test_a_tokenizer_of_another_model(model):
     values = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(values | {"vocab_size": 200}))
     with pytest.raises(ConfigError, match=r"its tokenizer has 3.. tokens, but the model 200 embeddings"):

@@ -64,7 +64,7 @@ def test_what_a_configuration_does_not_say_is_what_transformers_takes(family):
     [
         ({"num_attention_heads": 0}, "has '0' as 'num_attention_heads', a whole number above 0"),
         ({"hidden_size": None}, "has 'None' as 'hidden_size'"),
-        ({"hidden_size": 2}, "lacks 'head_dim'"),
+        ({"hidden_size": 2}, "has '0' as 'head_dim'"),
         ({"vocab_size": "many"}, "has 'many' as 'vocab_size'"),
         ({"num_hidden_layers": -1}, "has '-1' as 'num_hidden_layers'"),
         ({"intermediate_size": 48.5}, "has '48.5' as 'intermediate_size'"),
