@@ -4,6 +4,7 @@ The command line turns :class:`UserError`, and nothing else, into a sentence and
 """
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -28,6 +29,36 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise PathError(f"{path}: there is no such user, so no such home folder; write the whole path") from None
+
+
+def resume_command(folder: str | Path) -> str:
+    """What goes on with a run, as a shell takes it."""
+    return f"ptl resume {shlex.quote(str(folder))}"
+
+
+def what_stands_there(path: Path) -> str | None:
+    """What a file is that a download or a checkout left in the place of another; None for anything else."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(100).lstrip()
+    except OSError:
+        return None
+    if not start:
+        return "is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+    if start.startswith(b"<"):
+        return "is a web page, not the file itself; download it again"
+    return None
+
+
+PATTERNS = ("[", "*", "?", "${")
+
+
+def check_plain(path: str | Path) -> None:
+    """Raise :class:`PathError` for a path that vLLM takes for a pattern of names, or OmegaConf for a reference."""
+    if found := [mark for mark in PATTERNS if mark in str(path)]:
+        raise PathError(f"{path}: vLLM and verl do not read paths with {found[0]} in them; rename the folder")
 
 
 def check_new_folder(out: Path) -> None:

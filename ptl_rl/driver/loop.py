@@ -29,6 +29,7 @@ from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
+from ptl_rl.errors import resume_command
 from ptl_rl.planning.schedule import halved
 from ptl_rl.stage import StageSpec
 
@@ -186,7 +187,7 @@ class Driver:
             session.wait_for_workers(self.run_id)
         except WorkersHeld as error:
             raise StageFailed(
-                f"stage {stage.label} cannot start: {error}\n  continue with: ptl resume {folder.path}"
+                f"stage {stage.label} cannot start: {error}\n  continue with: {resume_command(folder.path)}"
             ) from None
         process = start_stage(spec_path, log, self._env(spec))
         try:
@@ -237,7 +238,7 @@ class Driver:
         reason = errors[-1].strip()[:500] if errors else "it wrote nothing"
         return (
             f"stage {stage.label} {what}: {reason}\n  log: {log}\n"
-            f"  finished stages are kept; continue with: ptl resume {self.folder.path}"
+            f"  finished stages are kept; continue with: {resume_command(self.folder.path)}"
         )
 
     def _after(self, stage: Stage, state: State, entries: list[Entry]) -> None:
@@ -288,7 +289,7 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     try:
         with folder.locked():
             if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
-                raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
+                raise ConfigError(f"{folder.path} already holds a run; continue it with: {resume_command(run_dir)}")
             folder.logs.mkdir(parents=True, exist_ok=True)
             (folder.path / "cycles").mkdir(exist_ok=True)
             for left in (folder.data, folder.data.with_name(f".{folder.data.name}.tmp")):  # of another recipe

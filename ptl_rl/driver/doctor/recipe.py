@@ -40,6 +40,7 @@ def find_model(config: RunConfig) -> tuple[Model | None, Finding]:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
     try:
         folder, shape = check_model(config)
+        preflight.check_tokenizer(config, folder)
     except ConfigError as error:
         return None, of_error("model", error)
     return Model(folder, shape), ok("model", f"{folder}, {shape.parameters / 1e6:.1f} million parameters")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ptl_rl.checkpoints.companions import copy_companions, write_config
-from ptl_rl.checkpoints.read import checkpoint_files
+from ptl_rl.checkpoints.headers import checkpoint_files
 from ptl_rl.checkpoints.write import file_name, group_into_files, weight_map, write_index, write_tensors
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family, read_shape
