@@ -285,7 +285,8 @@ def test_ambiguous_columns(columns, message, tmp_path):
         ("{question: prblem}", "there is no column 'prblem' or 'solution'; the columns are problem, answer"),
         ("{qestion: problem}", "--fields: qestion: unknown key; did you mean 'question'?"),
         ("problem", "--fields 'problem': write a mapping, as {question: problem,"),
-        ("{a: [", "--fields '{a: [': write a mapping"),
+        ("{a: [", "--fields '{a: [': not valid YAML: while parsing a flow node"),
+            ("{answer: a, answer: b}", "the key 'answer' twice in one mapping"),
     ],
 )
 def test_bad_fields(fields, message, tmp_path):
