@@ -179,7 +179,10 @@ def _known_by_its_habits(rows: _Rows) -> tuple[str | None, str]:
     columns = set(rows.columns)
     answered = bool(_called(ANSWERS, rows.filled(numbers=True)))
     if columns >= {"prompt", "reward_model"} and "reward_model" in rows.nested:
-        return VERL, "rows as verl reads them: the answer is reward_model.ground_truth, and a prompt may say how to answer"
+        return (
+            VERL,
+            "rows as verl reads them: the answer is reward_model.ground_truth, and a prompt may say how to answer",
+        )
     if columns >= {"text", "code", "test_list"}:
         return MBPP, "problems with unit tests, as MBPP has them"
     if columns >= {"instruction", "code", "output"} and not answered:

@@ -305,7 +305,7 @@ def test_ambiguous_columns(columns, message, tmp_path):
         ("{qestion: problem}", "--fields: qestion: unknown key; did you mean 'question'?"),
         ("problem", "--fields 'problem': write a mapping, as {question: problem,"),
         ("{a: [", "--fields '{a: [': not valid YAML: while parsing a flow node"),
-            ("{answer: a, answer: b}", "the key 'answer' twice in one mapping"),
+        ("{answer: a, answer: b}", "the key 'answer' twice in one mapping"),
     ],
 )
 def test_bad_fields(fields, message, tmp_path):

@@ -69,7 +69,9 @@ def test_values_of_python_that_no_recipe_can_hold():
         override_text("verl", deep)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"", b"{", b"[" * 3000, b'{"seed": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"\xff\xfe", b"", b"{", b"[" * 3000, b'{"seed": ' + b"1" * 5000 + b"}"]
+)
 def test_a_damaged_configuration_of_a_run_is_named(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json: not a run's configuration \(.*is this a run folder\?"):

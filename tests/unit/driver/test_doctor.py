@@ -143,7 +143,7 @@ def test_open_files_count_as_far_as_ray_can_raise_them(limits, level):
 
 def test_socket_paths():
     assert levels(machine.check_socket_paths(Path("/tmp/ray"), "/tmp")) == ["ok"]
-    room = machine.SOCKET_BYTES - len("/" + machine.RAY_SOCKET)
+    room = SOCKET_BYTES - len("/" + RAY_SOCKET)
     assert levels(machine.check_socket_paths(Path("/" + "x" * (room - 1)), "/tmp")) == ["ok"]
     assert levels(machine.check_socket_paths(Path("/" + "x" * room), "/tmp")) == ["problem"]
     assert levels(machine.check_socket_paths(Path("/tmp/ray"), "/" + "x" * 80)) == ["problem"]
