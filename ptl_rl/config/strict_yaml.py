@@ -11,15 +11,15 @@ DEEPEST = 32
 MOST_VALUES = 100_000
 """Once every alias is written out; a few lines of aliases to aliases come to billions."""
 ODD_TAGS = (ValueError, KeyError, IndexError, AttributeError)
-"""What the loader raises for ``!!int ""`` and the like; ValueError also for dates and numbers that Python cannot hold."""
+"""What the loader raises for ``!!int ""`` and the like; ValueError for dates and numbers that Python cannot hold, too."""
 
 
 def read_yaml_text(text: str, where: str) -> Any:
     """The value of one YAML document.
 
     Raises:
-        ConfigError: begins with ``where``; no YAML, a key twice in one mapping, a value that is too deep or holds itself,
-            half of a surrogate pair, or a number or date that Python cannot hold.
+        ConfigError: begins with ``where``; no YAML, a key twice in one mapping, a value that is too deep or holds
+            itself, half of a surrogate pair, or a number or date that Python cannot hold.
     """
     loader = _Loader(text)
     try:

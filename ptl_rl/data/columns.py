@@ -181,7 +181,7 @@ def _known_by_its_habits(rows: _Rows) -> tuple[str | None, str]:
     if columns >= {"prompt", "reward_model"} and "reward_model" in rows.nested:
         return (
             VERL,
-            "rows as verl reads them: the answer is reward_model.ground_truth, and a prompt may say how to answer",
+            "rows as verl reads them: the answer is reward_model.ground_truth",
         )
     if columns >= {"text", "code", "test_list"}:
         return MBPP, "problems with unit tests, as MBPP has them"
