@@ -1,6 +1,7 @@
 """What went wrong and can be mended by the user, and checks of the places that a user names.
 
-The command line turns :class:`UserError`, and what the file system says against a path, into a sentence and exit status 2.
+The command line turns :class:`UserError`, and what the file system says against a path, into a sentence and exit
+status 2.
 """
 
 import os

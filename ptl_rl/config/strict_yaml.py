@@ -11,7 +11,7 @@ DEEPEST = 32
 MOST_VALUES = 100_000
 """Once every alias is written out; a few lines of aliases to aliases come to billions."""
 ODD_TAGS = (ValueError, KeyError, IndexError, AttributeError)
-"""What the loader raises for ``!!int ""`` and the like; ValueError for dates and numbers that Python cannot hold, too."""
+"""What the loader raises for ``!!int ""`` and the like; ValueError for impossible dates, too."""
 
 
 def read_yaml_text(text: str, where: str) -> Any:

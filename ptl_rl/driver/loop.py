@@ -271,11 +271,7 @@ class Driver:
             shutil.rmtree(self.folder.work(stage), ignore_errors=True)
         if stage.name in ("recover", "evaluate"):
             self._note_reward_errors()
-        if (
-            stage.name == "evaluate"
-            and not stage.cycle
-            and (note := low_baseline(self.config.gate, entries[-1].metrics))
-        ):
+        if stage == Stage(0, "evaluate") and (note := low_baseline(self.config.gate, entries[-1].metrics)):
             self.display.note(note)
         if stage.name == "gate":
             facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}

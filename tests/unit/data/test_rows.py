@@ -1,4 +1,4 @@
-"""A row is read as what it is, or named as bad: never as the ``repr`` of what it holds. verl's rows are read as such."""
+"""A row is read as what it is, or named as bad: never as the ``repr`` of what it holds."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_an_id_that_is_none_is_made_of_the_content(tmp_path):
 
 @pytest.mark.parametrize("answer", [["1"], True, float("nan"), {"a": 1}])
 def test_evaluation_reads_them_alike(answer):
-    with pytest.raises(RowError, match="column 'answer' holds .*, not text or a number"):
+    with pytest.raises(RowError, match=r"column 'answer' holds .*, not text or a number"):
         question_document({"question": "q", "answer": answer})
 
 
@@ -116,7 +116,7 @@ def test_a_column_of_chats_is_a_question_under_any_name(tmp_path):
 
 
 def test_answers_that_read_as_a_number_and_as_a_pair_are_named(tmp_path):
-    golds = ["100,200", "1,005,000", "-3,141"] + ["100", "1,2", "0,5", "0,500", "(100,200)", "12,34", "1000,200"]
+    golds = ["100,200", "1,005,000", "-3,141", "100", "1,2", "0,5", "0,500", "(100,200)", "12,34", "1000,200"]
     rows = [row(i, answer=gold) for i, gold in enumerate(golds)]
     test = [row(99, question="Another one?", answer="7")]
     notes = data_report(run_config(tmp_path, rows, test), samples=0)["notes"]

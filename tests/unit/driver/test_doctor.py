@@ -16,6 +16,7 @@ from ptl_rl.driver import doctor
 from ptl_rl.driver.cluster import SharedMemory
 from ptl_rl.driver.doctor import finding, machine, recipe, stack
 from ptl_rl.driver.environment import CudaFacts
+from ptl_rl.errors import RAY_SOCKET, SOCKET_BYTES
 
 GPUS = CudaFacts("580.65.06", 8, "2.11.0", "13.0", True, 8, None)
 
