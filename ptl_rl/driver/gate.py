@@ -51,12 +51,12 @@ def why_nothing_is_right(config: RunConfig, evaluation: Mapping[str, Any], sampl
     """What a user reads whose run ends after cycle 0: how many answers were cut off, where they are, what to mend."""
     problems, cut = evaluation.get("problems", "all"), evaluation.get("truncated", 0)
     longest = config.evaluation.max_response_tokens or config.data.max_response_tokens
-    judged = "their box" if config.evaluation.judge == "boxed" else "reward.path"
+    judge = "their box" if config.evaluation.judge == "boxed" else "reward.path"
     return (
         f"data.test: the model solves none of {problems} problems before anything is cut, and by that no cycle can be "
         f"judged; {cut} of its answers were cut off at {longest} tokens (evaluation.max_response_tokens). Read them in "
-        f"{samples}: either the known answers cannot be right (data.test.fields, data.prompt_suffix; they are judged by "
-        f"{judged}), or responses need more room, or the chat template is not the model's. Mend it and start a new run; "
+        f"{samples}: either the known answers cannot be right (data.test.fields, data.prompt_suffix; judged by "
+        f"{judge}), or responses need more room, or the chat template is not the model's. Mend it and start a new run; "
         "gate.min_accuracy_ratio: 0 goes on without judging"
     )
 
