@@ -41,6 +41,14 @@ def expanded(path: str | Path) -> Path:
         raise PathError(f"{path}: there is no such user, so no such home folder; write the whole path") from None
 
 
+def resolved(path: Path) -> Path:
+    """``path`` without symbolic links; raises :class:`PathError` where these lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        raise PathError(f"{path}: symbolic links that lead in a circle; name another place") from None
+
+
 def check_new_folder(out: Path) -> None:
     """Raise :class:`OutputError` unless ``out`` is an empty folder, or can become one."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

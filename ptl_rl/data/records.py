@@ -32,7 +32,8 @@ def plain_text(value: Any, column: str) -> str:
         RowError: it is neither (the ``repr`` of a list, of true or of NaN is no answer), or empty, or no Unicode.
     """
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not isinstance(value, str) and not (is_number and math.isfinite(value)):
+    is_finite = is_number and (isinstance(value, int) or math.isfinite(value))
+    if not isinstance(value, str) and not is_finite:
         kinds = {list: "a list", dict: "a mapping", bool: "true or false", type(None): "null"}
         kind = str(value) if is_number else kinds.get(type(value), type(value).__name__)
         raise RowError(f"column {column!r} holds {kind}, not text or a number")

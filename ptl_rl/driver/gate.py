@@ -42,9 +42,12 @@ FEWEST_RIGHT = 10
 """Right answers of the original; of fewer one alone is more than a tenth."""
 
 
-def can_judge(gate: GateConfig, baseline: float) -> bool:
-    """Whether a share of the original's accuracy says anything: of nothing every model keeps all."""
-    return baseline > 0 or gate.min_accuracy_ratio == 0
+def can_judge(config: RunConfig, baseline: float) -> bool:
+    """Whether a run may go on from what its first model solves: of nothing every model keeps all.
+
+    One that another method has cut (``model.parent``) may solve nothing, as that is what is to be recovered.
+    """
+    return baseline > 0 or config.gate.min_accuracy_ratio == 0 or config.model.parent is not None
 
 
 def why_nothing_is_right(config: RunConfig, evaluation: Mapping[str, Any], samples: Path) -> str:
@@ -61,13 +64,14 @@ def why_nothing_is_right(config: RunConfig, evaluation: Mapping[str, Any], sampl
     )
 
 
-def low_baseline(gate: GateConfig, evaluation: Mapping[str, Any]) -> str | None:
-    """What is to be known where the original solves so few problems that chance decides; else None."""
-    right = round(evaluation["accuracy"] * evaluation.get("problems", 0))
-    if not 0 < right < FEWEST_RIGHT or gate.min_accuracy_ratio == 0:
+def low_baseline(config: RunConfig, evaluation: Mapping[str, Any]) -> str | None:
+    """What is to be known where the first model solves so few problems that chance, or nothing, decides; else None."""
+    problems = evaluation.get("problems", 0)
+    right = evaluation["accuracy"] * problems
+    if not right < FEWEST_RIGHT or not problems or config.gate.min_accuracy_ratio == 0:
         return None
+    why = f"one answer is {1 / right:.0%} of that, and chance decides" if right > 0 else "every cycle keeps all of that"
     return (
-        f"the original model solves {right} of {evaluation['problems']} problems, too few to judge a cycle by: one "
-        f"answer is {1 / right:.0%} of that, and chance decides at the gate; give a larger data.test, or one that the "
-        "model can solve"
+        f"the original model solves {right:.3g} of {problems} problems, too few to judge a cycle by: {why}; give a larger "
+        "data.test, or one that the model can solve"
     )

@@ -100,7 +100,7 @@ class Driver:
     def _check_baseline(self, entries: list[Entry]) -> None:
         """Raise :class:`ConfigError` where the original solves nothing, by which no cycle can be judged."""
         first = next((entry for entry in entries if entry.stage == "evaluate" and not entry.cycle), None)
-        if first is None or can_judge(self.config.gate, float(first.metrics["accuracy"])):
+        if first is None or can_judge(self.config, float(first.metrics["accuracy"])):
             return
         samples = self.folder.path / str(first.artefact) / "samples.parquet"
         raise ConfigError(why_nothing_is_right(self.config, first.metrics, samples))
@@ -271,7 +271,7 @@ class Driver:
             shutil.rmtree(self.folder.work(stage), ignore_errors=True)
         if stage.name in ("recover", "evaluate"):
             self._note_reward_errors()
-        if stage == Stage(0, "evaluate") and (note := low_baseline(self.config.gate, entries[-1].metrics)):
+        if stage == Stage(0, "evaluate") and (note := low_baseline(self.config, entries[-1].metrics)):
             self.display.note(note)
         if stage.name == "gate":
             facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from ptl_rl.config import ConfigError
 from ptl_rl.driver.journal import Entry, fingerprint, sync_folder, sync_tree
 from ptl_rl.driver.state import ORIGINAL, Stage
-from ptl_rl.errors import UserError
+from ptl_rl.errors import UserError, resolved
 
 ARTEFACTS = {
     "score": ("scores", ["scores.safetensors"]),
@@ -31,7 +31,7 @@ class RunFolder:
     """Paths of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = resolved(path)
         self.config = self.path / "config.json"
         self.journal = self.path / "journal.jsonl"
         self.data = self.path / "data"

@@ -96,7 +96,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
             state.accuracy = float(entry.metrics["accuracy"])
             if entry.cycle == 0:
                 state.baseline, state.cycle, state.done = state.accuracy, 1, set()
-                state.stopped = not can_judge(config.gate, state.accuracy)
+                state.stopped = not can_judge(config, state.accuracy)
         elif entry.stage == "gate":
             _apply_gate(state, entry.metrics["decision"])
     return state

@@ -37,12 +37,13 @@ def read_only(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "says"),
     [("FILE", "FILE: FILE is a file, not a folder"), ("FILE/run", "FILE/run: FILE is a file"), (LONG, "too long for a"),
-     (DEEP, "--run-dir /")],
+     (DEEP, "--run-dir /"), ("loop", "loop: symbolic links that lead in a circle")],
 )  # fmt: skip
 def test_a_run_dir_that_cannot_be(place, says, demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file"
     file.touch()
+    (tmp_path / "loop").symlink_to("loop")
     errors = refused("run", demo, "--set", "resources.device=cpu", "--run-dir", place.replace("FILE", str(file)))
     assert says.replace("FILE", str(file)) in errors, errors
 

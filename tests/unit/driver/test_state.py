@@ -160,12 +160,20 @@ def test_a_run_of_an_earlier_version_that_went_on_from_nothing_is_read_as_it_was
     assert state.source == "cycles/002-recover" and state.cuts == []
 
 
+def test_a_model_that_was_cut_before_may_solve_nothing():
+    cut = parse_config(
+        {"schedule": {"recover_only": True}, "model": {"parent": "testbed"}, "gate": {"max_extensions": 0}}
+    )
+    assert names(simulate(cut, [0.4], baseline=0.0)) == ["0.evaluate", "1.recover", "1.evaluate", "1.gate"]
+    assert "solves 0 of 500 problems" in low_baseline(cut, {"accuracy": 0.0, "problems": 500})
+
+
 @pytest.mark.parametrize(
     ("accuracy", "says"),
-    [(0.0, None), (0.002, "solves 1 of 500"), (0.018, "solves 9 of 500"), (0.02, None), (1.0, None)],
+    [(0.002, "solves 1 of 500"), (0.018, "solves 9 of 500"), (0.0007, "solves 0.35 of 500"), (0.02, None), (1.0, None)],
 )
 def test_a_baseline_too_low_to_judge_by_is_said(accuracy, says):
-    note = low_baseline(config().gate, {"accuracy": accuracy, "problems": 500})
+    note = low_baseline(config(), {"accuracy": accuracy, "problems": 500})
     assert (note is None) == (says is None) and (says is None or says in note)
-    assert low_baseline(config(min_accuracy_ratio=0).gate, {"accuracy": accuracy, "problems": 500}) is None
-    assert low_baseline(config().gate, {"accuracy": accuracy}) is None  # of an earlier version
+    assert low_baseline(config(min_accuracy_ratio=0), {"accuracy": accuracy, "problems": 500}) is None
+    assert low_baseline(config(), {"accuracy": accuracy}) is None  # of an earlier version
