@@ -48,7 +48,7 @@ class GateConfig(Section):
         0.95,
         ge=0,
         le=1,
-        description="Least accuracy of a cycle, as a share of the starting model's, which ends the run if it is 0; with "
+        description="Least accuracy of a cycle, as a share of the starting model's, which ends the run if 0; with "
         "0 here nothing is judged.",
     )
     max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before anything else.")

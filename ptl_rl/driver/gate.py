@@ -72,6 +72,6 @@ def low_baseline(config: RunConfig, evaluation: Mapping[str, Any]) -> str | None
         return None
     why = f"one answer is {1 / right:.0%} of that, and chance decides" if right > 0 else "every cycle keeps all of that"
     return (
-        f"the original model solves {right:.3g} of {problems} problems, too few to judge a cycle by: {why}; give a larger "
-        "data.test, or one that the model can solve"
+        f"the original model solves {right:.3g} of {problems} problems, too few to judge a cycle by: {why}; give a "
+        "larger data.test, or one that the model can solve"
     )
