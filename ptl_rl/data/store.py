@@ -120,7 +120,8 @@ def _converted(row: Any, opened: Opened) -> Record | RowError:
         parts = opened.layout.parts(row)
     except RowError as error:
         return error
-    identity = str(row.get("id") or "").encode(errors="replace").decode()
+    given = row.get("id")
+    identity = str(given).encode(errors="replace").decode() if given and isinstance(given, str | int) else ""
     return Record(*parts, opened.name, identity or content_id(parts.question, parts.solution))
 
 

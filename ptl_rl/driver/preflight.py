@@ -11,10 +11,10 @@ from ptl_rl.data.prepare import RunData, run_data
 from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
-from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
+from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability, own_ray_folder
 from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.driver.state import data_subsets
-from ptl_rl.errors import PathError, check_plain
+from ptl_rl.errors import PathError, check_plain, check_run_dir, check_sockets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json
 from ptl_rl.models import load_tokenizer, open_model
 from ptl_rl.planning.disk import disk_use
@@ -232,6 +232,8 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> list[str]:
     """All checks; returns notes for the user, or raises :class:`ConfigError` with one sentence on the first problem."""
     check_plain(run_dir)
+    check_run_dir(run_dir)
+    check_sockets(own_ray_folder())
     check_gpus(config, config.resources.device)  # before anything is downloaded
     device = detect_device(config)
     check_layout(config, device)

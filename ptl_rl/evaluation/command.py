@@ -14,7 +14,7 @@ from typing import Any
 from ptl_rl.config import ConfigError, EvalConfig, SourceConfig
 from ptl_rl.config.recipe import named_source
 from ptl_rl.data.records import DataError
-from ptl_rl.errors import check_plain, expanded
+from ptl_rl.errors import check_plain, check_sockets, expanded
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
@@ -57,6 +57,7 @@ def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
     Raises:
         ConfigError: a model, task or data set that cannot be used.
     """
+    check_sockets()
     tasks = find_tasks(config.tasks)
     names = [task.name for task in tasks]
     if unknown := [name for name in config.data if name not in names]:
