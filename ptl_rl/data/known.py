@@ -42,7 +42,7 @@ def _text(row: dict[str, Any], column: str, part: str) -> str:
             f"no column {column!r} for the {part}; the row has {', '.join(map(str, row)) or 'none'} (set the fields of "
             "this source)"
         )
-    return plain_text(row[column], f"{column} ({part})")
+    return plain_text(row[column], f"column {column!r} ({part})")
 
 
 def _question(row: dict[str, Any], column: str) -> str:
@@ -110,7 +110,7 @@ def _verl(row: dict[str, Any]) -> Parts:
     answer = _text(rewarded, "ground_truth", "answer, in reward_model")
     worked = [extra.get(name) for name in ("answer", "solution")] if isinstance(extra, dict) else []
     solution = next((text for text in worked if isinstance(text, str) and text.strip()), answer)
-    solution, _ = _before_answer(plain_text(solution, "extra_info (solution)"))
+    solution, _ = _before_answer(plain_text(solution, "column 'extra_info' (solution)"))
     return Parts(_question(row, "prompt"), solution or answer, answer)
 
 

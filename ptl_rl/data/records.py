@@ -25,8 +25,8 @@ class RowError(UserError, ValueError):
     """What is wrong with one row; whoever reads it knows where it stands."""
 
 
-def plain_text(value: Any, column: str) -> str:
-    """A row's text or number as stripped text.
+def plain_text(value: Any, where: str) -> str:
+    """A row's text or number as stripped text; ``where`` it stands, for errors.
 
     Raises:
         RowError: it is neither (the ``repr`` of a list, of true or of NaN is no answer), or empty, or no Unicode.
@@ -36,14 +36,14 @@ def plain_text(value: Any, column: str) -> str:
     if not isinstance(value, str) and not is_finite:
         kinds = {list: "a list", dict: "a mapping", bool: "true or false", type(None): "null"}
         kind = str(value) if is_number else kinds.get(type(value), type(value).__name__)
-        raise RowError(f"column {column!r} holds {kind}, not text or a number")
+        raise RowError(f"{where} holds {kind}, not text or a number")
     text = str(value).strip()
     if not text:
-        raise RowError(f"column {column!r} is empty")
+        raise RowError(f"{where} is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RowError(f"column {column!r} holds half of a surrogate pair, which is no character") from None
+        raise RowError(f"{where} holds half of a surrogate pair, which is no character") from None
     return text
 
 

@@ -95,7 +95,7 @@ def column(row: dict[str, Any], *names: str) -> str:
     """
     for name in names:
         if (value := row.get(name)) is not None:
-            return plain_text(value, name)
+            return plain_text(value, f"column {name!r}")
     raise RowError(f"no column {' or '.join(map(repr, names))}; the row has {', '.join(map(str, row)) or 'none'}")
 
 

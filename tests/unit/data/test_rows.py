@@ -20,15 +20,15 @@ LONG = '{"question": "q", "solution": "s", "answer": ' + "1" * 5000 + "}"
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (row(1, answer=["1", "2"]), "column 'answer (answer)' holds a list, not text or a number"),
+        (row(1, answer=["1", "2"]), "column 'answer' (answer) holds a list, not text or a number"),
         (row(1, answer={"value": 1}), "holds a mapping, not text or a number"),
         (row(1, answer=True), "holds true or false, not text"),
         (row(1, answer=None), "holds null, not text"),
         (row(1, answer=float("nan")), "holds nan, not text"),
         (row(1, answer=float("-inf")), "holds -inf, not text"),
         ('{"question": "q", "solution": "s", "answer": 1e999}', "holds inf, not text"),
-        (row(1, solution=["first", "second"]), "column 'solution (solution)' holds a list"),
-        (row(1, question={"en": "What?"}), "column 'question (question)' holds a mapping"),
+        (row(1, solution=["first", "second"]), "column 'solution' (solution) holds a list"),
+        (row(1, question={"en": "What?"}), "column 'question' (question) holds a mapping"),
         (row(1, question=["What?"]), "is a list of 1 (str); of chats only those"),
         ('{"question": "q", "solution": "s", "answer": "1", "answer": "2"}', "'answer' stands in one object twice"),
         (DEEP, "not valid JSON: maximum recursion depth"),
