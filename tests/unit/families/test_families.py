@@ -50,10 +50,10 @@ def test_every_tensor_of_a_baseline():
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_a_configuration_does_not_say_is_what_transformers_takes(family):
     sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 48, "num_hidden_layers": 1}
-    sizes["num_attention_heads"] = 32
+    sizes["num_attention_heads"] = 64  # as no family has key-value heads by default
     real = AutoConfig.for_model(family, **sizes)
     shape = shape_from_config({"model_type": family, **sizes}, FAMILIES, "here")
-    head_dim = getattr(real, "head_dim", None) or 512 // 32
+    head_dim = getattr(real, "head_dim", None) or 512 // 64
     assert (shape.num_key_value_heads, shape.head_dim) == (real.num_key_value_heads, head_dim)
     assert shape.tied == real.tie_word_embeddings
     assert is_capped({"model_type": family}) == (getattr(real, "attn_logit_softcapping", None) is not None)
