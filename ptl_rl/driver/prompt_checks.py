@@ -9,6 +9,7 @@ from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import Corpus
 from ptl_rl.data.prepare import RunData
 from ptl_rl.data.prompts import prompt_ids, stops, template_end
+from ptl_rl.families import read_config_json
 
 SAMPLE = 200
 """Questions of a set whose length is looked at; where one of them is too long, all are."""
@@ -20,7 +21,7 @@ def check_prompts(config: RunConfig, model: Path, data: RunData) -> list[str]:
     Raises:
         ConfigError: the template fails, nothing can end an answer, or too few prompts are short enough.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
     questions = [corpus[0].question for corpus in data.sets.values() if len(corpus)]
@@ -36,7 +37,11 @@ def check_prompts(config: RunConfig, model: Path, data: RunData) -> list[str]:
         ) from None
     try:  # as trainers do at the end of a training
         with tempfile.TemporaryDirectory() as folder:
-            AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code).save_pretrained(folder)
+            trust = config.model.trust_remote_code
+            if (
+                trust or read_config_json(model)["model_type"] in CONFIG_MAPPING
+            ):  # not SliceGPT's, known to workers alone
+                AutoConfig.from_pretrained(model, trust_remote_code=trust).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # of many kinds, by what the files say
         raise ConfigError(
