@@ -11,7 +11,7 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports --no-cache
-# Side by side, as each waits for processes to start half of its time: the longest tests of the stack, and all others.
+# Side by side, as each often waits for processes to start: the longest tests of the stack, and all others.
 # These have the niceness that Ray gives its workers, which would starve beside them otherwise.
 longest=tests/e2e/test_demo_run.py
 others="$(mktemp)"

@@ -38,11 +38,11 @@ def write_config(source: Path, out: Path, dtype: str | None = None, **changes: A
     """Write the source's ``config.json`` with changes.
 
     Args:
-        dtype: of the weights, where it is another one than the source's; under the name that the source has for it.
+        dtype: of the weights, where it is another one than the source's; under the names that the source has for it.
     """
     values = json.loads((source / "config.json").read_text()) | changes
     for key in ATTENTION_KEYS:
         values.pop(key, None)
     if dtype is not None:
-        values["torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"] = dtype
+        values |= dict.fromkeys(values.keys() & {"dtype", "torch_dtype"} or {"dtype"}, dtype)
     (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")

@@ -21,15 +21,15 @@ def opens_thinking(tokenizer) -> bool:
 
 
 def template_end(tokenizer) -> int | None:
-    """The special token that the chat template writes behind an answer; None if there is no template or no such token.
-
-    Raises:
-        Exception: of many kinds, where the template cannot be rendered.
-    """
+    """The special token that the chat template writes behind an answer; None if it writes none, or refuses answers."""
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    _, answered, behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(ANSWER)
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program, and may refuse an answer by any error
+        return None
+    _, answered, behind = rendered.rpartition(ANSWER)
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     ids = tokenizer.encode(behind, add_special_tokens=False) if answered else []
     return next((i for i in ids if i in special), None)

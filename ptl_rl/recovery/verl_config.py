@@ -189,11 +189,11 @@ def render(
         settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
         settings |= _distillation(config, recovery, spec)
-    settings |= {**config.verl, **recovery.verl}
-    if settings[f"{ROLLOUT}.tensor_model_parallel_size"] != 1 and spec.device == "cpu":
-        for key in ONE_PROCESS:  # an engine of several needs processes
+    given = {**config.verl, **recovery.verl}
+    if given.get(f"{ROLLOUT}.tensor_model_parallel_size", 1) != 1:  # an engine of several workers needs processes
+        for key in ONE_PROCESS:
             settings.pop(f"{ROLLOUT}.engine_kwargs.vllm.{key}", None)
-    return settings
+    return {**settings, **given}
 
 
 def composed(name: str, settings: dict[str, Any]):

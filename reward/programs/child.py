@@ -237,7 +237,7 @@ def _passes(program: _Program, test: dict[str, Any], namespace: dict[str, Any], 
             right = decode(reply) is True
         else:
             variables = namespace | {"__value__": lambda index: decode(reply[index])}
-            # The user's own unit test, over plain data: nothing that the program wrote is evaluated here.
+            # The user's own unit test is trusted; what it gets of the program is plain data.
             right = bool(eval(compile(test["judge"], "<test>", "eval"), variables))
     except Raised as error:
         messages.append(str(error)[:_MESSAGE_CHARS])

@@ -53,6 +53,12 @@ def test_without_a_template_or_with_one_that_ends_in_words(load):
     assert template_end(wordy) is None and wordy.decode([end_of_answer(wordy)]) == END
 
 
+def test_a_template_that_refuses_answers(load):
+    questions = "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}x{% endfor %}"
+    tokenizer = load(template=questions)
+    assert template_end(tokenizer) is None and tokenizer.decode([end_of_answer(tokenizer)]) == END
+
+
 def test_a_tokenizer_that_ends_nothing(load):
     tokenizer = load(template=None)
     tokenizer.eos_token = None

@@ -10,6 +10,7 @@ from data_rows import row, run_config
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.prepare import run_data
+from ptl_rl.driver.preflight import check_tokenizer
 from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.tokenizer import PAD
@@ -88,7 +89,16 @@ def test_questions_of_the_test_set_that_would_be_cut(model, tmp_path):
 )
 def test_a_template_that_fails_is_refused(model, tmp_path, template, reason):
     set_template(model, template)
-    with pytest.raises(ConfigError, match=rf"model: its chat template fails on a question \(.*{re.escape(reason)}"):
+    with pytest.raises(ConfigError, match=rf"its chat template cannot be put to a question \(.*{re.escape(reason)}"):
+        check_tokenizer(run_config(tmp_path), model)
+
+
+def test_a_tokenizer_that_cannot_be_written_back_is_refused(model, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise TypeError("Object of type set is not JSON serializable")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fails)
+    with pytest.raises(ConfigError, match=r"cannot be written back, .*\(Object of type set is not JSON"):
         notes(tmp_path, model, [row(i) for i in range(60)])
 
 
