@@ -91,9 +91,6 @@ def _write(root: Path, key: str, features: "datasets.Features", make: "Callable[
         sync(made)
         whole = root / _name(key, made)
         made.replace(whole)
-    for damaged in root.glob(f"{key}-*.arrow"):
-        if damaged != whole:
-            damaged.unlink(missing_ok=True)
     return whole
 
 
