@@ -18,7 +18,7 @@ from peak_memory import PeakMemory
 from real_models import folder_of
 from safetensors.torch import load_file, save_file
 
-from ptl_rl.checkpoints.read import checkpoint_files
+from ptl_rl.checkpoints.headers import checkpoint_files
 from ptl_rl.config import CriterionConfig
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.choose.choice import Scores, make_plan

@@ -92,9 +92,10 @@ def start(
     from ptl_rl.data.records import no_progress
     from ptl_rl.driver.loop import start_run
     from ptl_rl.driver.preflight import check
+    from ptl_rl.errors import resolved
 
     place = Path(folder or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    notes = check(recipe, place.resolve(), progress or no_progress)
+    notes = check(recipe, resolved(place), progress or no_progress)
     start_run(recipe, place)
     return place, notes
 
@@ -156,9 +157,10 @@ def _console() -> "Console":
 
 def result(folder: Place, stopped: bool = False) -> RunResult:
     """What a run's folder holds so far; its ``summary.md`` and ``summary.png`` are written anew."""
+    from ptl_rl.errors import resolved
     from ptl_rl.reporting import summary
 
-    place = Path(folder).resolve()
+    place = resolved(Path(folder))
     rows, best = summary.rows(summary.write(place)), place / "best"
     return RunResult(place, best.resolve() if best.exists() else None, stopped, rows)
 

@@ -10,16 +10,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from ptl_rl.config import ConfigError
+from ptl_rl.families import is_capped
 
 FLASH = "flash_attention_2"
-ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
-"""Of a ``config.json``: transformers obeys them on loading, so a checkpoint that is written names none."""
 OLDEST_CAPABILITY = 8.0
 """Compute capability of the oldest GPUs that flash attention 2 runs on."""
 OLDEST_FLASH = "2.6.3"
 """Of the package flash-attn: verl wants 2.4.3, a soft cap 2.6."""
-CAPPED_BY_DEFAULT = ("gemma2",)
-"""Model types with a soft cap where their configuration does not speak of it."""
 REMEDY = (
     "install a flash-attn wheel built for this Python, torch and CUDA, or build it (pip install flash-attn "
     "--no-build-isolation, with the CUDA compiler nvcc), or set model.attention to auto"
@@ -41,8 +38,7 @@ def without_flash(model_config: dict[str, Any]) -> str:
     Args:
         model_config: the values of its ``config.json``. sdpa leaves Gemma 2's ``attn_logit_softcapping`` out.
     """
-    is_capped = model_config.get("attn_logit_softcapping", model_config.get("model_type") in CAPPED_BY_DEFAULT)
-    return "eager" if is_capped else "sdpa"
+    return "eager" if is_capped(model_config) else "sdpa"
 
 
 def flash_problem() -> str | None:
@@ -74,9 +70,14 @@ def resolve_attention(
         model_config: the values of the model's ``config.json``.
 
     Raises:
-        ConfigError: flash attention is asked for by name and cannot be had.
+        ConfigError: flash attention is asked for by name and cannot be had, or sdpa for a model with a soft cap.
     """
     plain = without_flash(model_config)
+    if setting == "sdpa" != plain:
+        raise ConfigError(
+            "model.attention: sdpa leaves out the soft cap that this model has on its attention logits "
+            "(attn_logit_softcapping), so it would compute something else; set it to auto, eager or flash_attention_2"
+        )
     if setting not in ("auto", FLASH):
         return Attention(setting)
     if device == "cpu":

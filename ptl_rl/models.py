@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.checkpoints.headers import check_weights
 from ptl_rl.config import ConfigError
-from ptl_rl.errors import expanded
+from ptl_rl.errors import expanded, what_stands_there
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_prunable_shape, read_shape
 from ptl_rl.testbed import shipped_checkpoint
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece.*")
@@ -26,20 +28,60 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model's folder.
 
     Raises:
-        ConfigError: there is none, or one that transformers cannot read.
+        ConfigError: there is none, one that transformers cannot read, or another model's.
     """
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
+    for path in sorted(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        if reason := what_stands_there(path):
+            raise ConfigError(f"{path}: {reason}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:  # what transformers raises for files that do not fit
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{folder}: has no tokenizer that transformers can load ({reason})") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        ids = tokenizer.encode("1 + 1 = 2", add_special_tokens=False)
+    except Exception as error:  # of every kind, tokenizers raises a bare one, and each is about these files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{folder}: has no tokenizer that transformers can load ({reason}); copy its files from the model that it "
+            "comes from"
+        ) from error
+    if not ids:
+        raise ConfigError(f"{folder}: its tokenizer makes nothing of text; copy its files from the model it comes from")
+    embedded = read_shape(folder).vocab_size
+    if tokenizer.vocab_size > embedded:  # without tokens that were added, which some models never read
+        raise ConfigError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but the model {embedded} embeddings; copy the "
+            "tokenizer of the model that it comes from"
+        )
+    return tokenizer
+
+
+def open_model(name: str, *, setting: str = "model", prunable: bool = False) -> tuple[Path, ModelShape]:
+    """Folder and shape of a model whose files fit each other, by their headers; a hub id is downloaded.
+
+    Args:
+        setting: what to call the name in errors.
+        prunable: refuse models that other methods made.
+
+    Raises:
+        UserError: it cannot be found, or :func:`check_weights` or transformers refuses it.
+    """
+    folder = resolve_model(name, setting=setting)
+    shape = read_prunable_shape(folder) if prunable else read_shape(folder)
+    check_weights(folder, shape)
+    if shape.family.prunable:
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception as error:  # of every kind: each setting has a check of its own
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from error
+    return folder, shape
 
 
 def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:
@@ -58,8 +100,11 @@ def resolve_model(name: str, weights: bool = True, setting: str = "model.path") 
     except ValueError as error:
         raise ConfigError(f"{setting}: {error}") from None
     path = expanded(name)
-    if path.is_dir():
-        return path.resolve()
+    try:
+        if path.is_dir():
+            return path.resolve()
+    except OSError as error:
+        raise ConfigError(f"{setting}: {name[:80]}: {error.strerror}") from None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ConfigError(
             f"{setting}: {name} is not a folder; name a Hugging Face folder, a model of the hub as OWNER/NAME, or a "

@@ -127,9 +127,11 @@ class StageContext:
 
     def worker_env(self) -> dict[str, str]:
         """Environment of this stage's Ray workers."""
-        from ptl_rl.cpu.checks import cuda_env_vars, ray_runtime_env
+        from ptl_rl.cpu.checks import cuda_env_vars, evaluation_env, ray_runtime_env
 
-        if self.spec.device == "cpu":
+        if self.spec.device == "cpu" and self.spec.name == "evaluate":
+            env = evaluation_env(self.config.resources.workers)
+        elif self.spec.device == "cpu":
             env = ray_runtime_env(self.config.resources.workers)["env_vars"]
         else:
             from verl.trainer.constants_ppo import get_ppo_ray_runtime_env

@@ -27,6 +27,7 @@ def compute_score(
     accuracy_weight: float = 0.9,
     format_weight: float = 0.1,
     format_style: str = "boxed",
+    think_opened: bool = False,
     **kwargs: Any,
 ) -> dict[str, float]:
     """Return `score` (the weighted sum), `acc` and `format`, the last two 0.0 or 1.0.
@@ -37,11 +38,12 @@ def compute_score(
     unknown = sorted(kwargs.keys() - FROM_VERL)
     if unknown:
         raise TypeError(
-            f"unknown reward settings {unknown}: compute_score knows accuracy_weight, format_weight and format_style"
+            f"unknown reward settings {unknown}: compute_score knows accuracy_weight, format_weight, format_style and "
+            "think_opened"
         )
     parts = {
         "acc": accuracy_reward(solution_str, ground_truth),
-        "format": format_reward(solution_str, format_style),
+        "format": format_reward(solution_str, format_style, think_opened),
     }
     score = weighted_sum(parts, {"acc": accuracy_weight, "format": format_weight})
     return {"score": score, **parts}

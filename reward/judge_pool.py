@@ -8,6 +8,7 @@ pipe, which can be killed alone.
 """
 
 import atexit
+import fcntl
 import json
 import logging
 import os
@@ -36,16 +37,18 @@ class _Judge:
     """One child process. Not thread-safe: a judge belongs to one caller at a time."""
 
     def __init__(self, limit_seconds: float, memory_bytes: int) -> None:
-        self.connection, theirs = Pipe()
-        settings = (theirs.fileno(), os.getpid(), limit_seconds, memory_bytes)
+        self.connection, end = Pipe()
+        with end:  # where a daemon has closed its own, this may be 0, 1 or 2, which the child needs itself
+            theirs = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        settings = (theirs, os.getpid(), limit_seconds, memory_bytes)
         arguments = [_WORKER, json.dumps([str(entry) for entry in sys.path]), json.dumps(settings)]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _BOOT, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs],
         )
-        theirs.close()
+        os.close(theirs)
         try:
             self._read(_START_SECONDS)
         except (EOFError, OSError) as error:

@@ -13,20 +13,21 @@ _LONGEST_TAIL_CHARS = 64
 _CLOSERS = ("$", r"\]", r"\)", "*", ".")
 
 
-def format_reward(response: str, style: str = "boxed") -> float:
+def format_reward(response: str, style: str = "boxed", think_opened: bool = False) -> float:
     r"""Return 1.0 if `response` has the wanted form, else 0.0.
 
     - `boxed`: the response holds exactly one `\boxed{...}`; it is closed, not empty, and at most 64
       characters of the same line follow it (closing `$`, `\]`, `\)`, `**` and `.` may stand on later lines).
     - `think_boxed`: `<think>` first, then reasoning that is not empty, then `</think>`, each tag once; what
-      follows has the form `boxed`. Boxes inside the reasoning do not count.
+      follows has the form `boxed`. Boxes inside the reasoning do not count. With `think_opened` the prompt has
+      ended in `<think>`, and the response begins with the reasoning.
 
     Time is linear in the length of `response`. Raises ValueError for an unknown style.
     """
     if style == "boxed":
         return float(_ends_in_one_box(response))
     if style == "think_boxed":
-        return float(_thinks_then_boxes(response))
+        return float(_thinks_then_boxes("<think>" + response if think_opened else response))
     raise ValueError(f"unknown format_style {style!r}: use one of {', '.join(STYLES)}")
 
 

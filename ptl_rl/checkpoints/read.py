@@ -1,41 +1,17 @@
 """Read a checkpoint's safetensors files by byte range, and tell checkpoints apart."""
 
 import hashlib
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from ptl_rl.checkpoints.headers import checkpoint_files
 from ptl_rl.families import UnsupportedModelError
 
-
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the safetensors file that holds it.
-
-    Raises:
-        UnsupportedModelError: no safetensors weights or damaged ones, or an index that names a missing file.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text())["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-    elif (folder / "model.safetensors").exists():
-        path = folder / "model.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                files = dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise UnsupportedModelError(f"{path}: cannot be read ({error}); download or write it again") from None
-    else:
-        raise UnsupportedModelError(
-            f"{folder}: no model.safetensors; only safetensors weights are read (convert with save_pretrained)"
-        )
-    missing = sorted({str(path) for path in files.values() if not path.exists()})
-    if missing:
-        raise UnsupportedModelError(f"{folder}: the index names files that do not exist: {', '.join(missing)}")
-    return files
+CHUNK_VALUES = 1 << 24
+"""Read at a time where a whole checkpoint is."""
 
 
 def read_tensor(folder: Path, name: str, rows: slice = slice(None)) -> torch.Tensor:
@@ -55,3 +31,21 @@ def checkpoint_hash(folder: Path) -> str:
             digest.update(f"{name} {view.get_dtype()} {view.get_shape()}".encode())
             digest.update(view[:1].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_finite(folder: Path) -> None:
+    """Read every weight of a checkpoint once; raise :class:`UnsupportedModelError` for one that is no finite number."""
+    files = checkpoint_files(folder)
+    for path in sorted(set(files.values())):
+        with safe_open(path, "pt") as file:
+            for name in sorted(name for name, where in files.items() if where == path):
+                view = file.get_slice(name)
+                rows, *rest = view.get_shape()
+                step = max(1, CHUNK_VALUES // max(1, torch.Size(rest).numel()))
+                for start in range(0, rows, step):
+                    low, high = torch.aminmax(view[start : start + step])  # not a number spreads to both
+                    if not (low.isfinite() and high.isfinite()):
+                        raise UnsupportedModelError(
+                            f"{path}: {name} holds values that are infinite or not a number; the checkpoint is "
+                            "damaged, or its training diverged: take another one"
+                        )

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ptl_rl.checkpoints.read import checkpoint_files
-from ptl_rl.families import UnsupportedModelError, read_shape
+from ptl_rl.checkpoints.headers import checkpoint_files
+from ptl_rl.families import UnsupportedModelError, is_capped, read_config_json, read_shape
 
 
 def _shard_range(size: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -60,9 +60,12 @@ def load_sharded(
     """An FSDP2-sharded causal language model in eval mode, without gradients.
 
     Raises:
-        UnsupportedModelError: unknown family, missing tensors, or weights that are not safetensors.
+        UnsupportedModelError: unknown family, missing tensors, weights that are not safetensors, or a soft cap on
+            attention logits that ``attention`` would leave out.
     """
     shape = read_shape(folder)
+    if attention == "sdpa" and is_capped(read_config_json(folder)):
+        raise UnsupportedModelError(f"{folder}: sdpa leaves out the soft cap on its attention logits; use eager")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config._attn_implementation = attention
     with init_empty_weights(include_buffers=False):

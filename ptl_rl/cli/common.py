@@ -23,6 +23,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 """A full disk or quota, and file systems that stopped: neither bad input nor our bugs."""
+PATH_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR, errno.EISDIR}
+"""What the file system says of a path that was given: whoever gave it can mend it."""
 SHOW_TRACEBACK = "PTL_TRACEBACK"
 """Environment variable: print the traceback of an unexpected error, too."""
 
@@ -75,6 +77,8 @@ def command(name: str | None = None) -> Callable[[Function], Function]:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
                     fail(f"{error.filename or 'a file'}: {error.strerror}")
+                if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename:
+                    refuse(f"{error.filename}: {error.strerror}; name another place, or its permissions")
                 unexpected(error)
 
         return app.command(name)(ended)  # type: ignore[return-value]

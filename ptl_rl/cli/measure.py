@@ -109,20 +109,19 @@ def speed(
     import json
     from dataclasses import asdict, replace
 
-    from ptl_rl.errors import UserError, check_new_file
+    from ptl_rl.errors import UserError, check_new_file, check_plain
     from ptl_rl.evaluation.command import prepare_machine, quieten_exit, quieten_libraries
     from ptl_rl.evaluation.speed import Load, measure
-    from ptl_rl.families import read_shape
-    from ptl_rl.models import resolve_model
+    from ptl_rl.models import open_model
     from ptl_rl.reporting.eval_table import speed_table
 
     if out is not None:
         check_new_file(out)
     quieten_libraries()
     quieten_exit()
-    folders = [resolve_model(model, setting="MODEL") for model in models]
+    folders = [open_model(model, setting="MODEL")[0] for model in models]
     for folder in folders:
-        read_shape(folder)
+        check_plain(folder)
     console, cpu = make_console(), prepare_machine()
     kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
     loads = [

@@ -1,5 +1,6 @@
 """``ptl score``, ``slice``, ``slicegpt``: one model, no run and no Ray."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,7 @@ def score(
         print(f"of the FFN outputs' mean square {lost}")
     if losses.stream is not None:
         print(f"of the last block's residual stream {losses.stream:.2%} is lost")
-    print(f"next: ptl slice {model} {out} SLICED")
+    print(f"next: ptl slice {shlex.join([model, str(out)])} SLICED")
 
 
 @command("slice")

@@ -1,5 +1,6 @@
 """``ptl run``, ``resume``, ``plan``, ``data``: recipe and run; ``report``, ``compare``, ``export``: what came of it."""
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ptl_rl.cli.common import STORAGE_ERRORS, Settings, command, fail, interruptible, make_console
+from ptl_rl.errors import resume_command
 
 if TYPE_CHECKING:
     from ptl_rl.api import RunResult
@@ -23,7 +25,7 @@ def _drive(run_dir: Path) -> None:
 
     console = make_console()
     try:
-        with interruptible(f"finished stages are kept. Continue with: ptl resume {run_dir}"):
+        with interruptible(f"finished stages are kept. Continue with: {resume_command(run_dir)}"):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
             result = api.resume(run_dir, console=console)
@@ -34,7 +36,7 @@ def _drive(run_dir: Path) -> None:
             raise
         fail(
             f"{error.filename or run_dir}: {error.strerror}; finished stages are kept. Once there is room, or the file "
-            f"system is well again, continue with: ptl resume {run_dir}"
+            f"system is well again, continue with: {resume_command(run_dir)}"
         )
     _show(result, console)
 
@@ -50,9 +52,10 @@ def _show(result: "RunResult", console) -> None:
         print("no cycle was accepted; the original model stands")
         return
     print(f"final model: {result.model}")
+    name = json.dumps(str(result.model), ensure_ascii=False)
     print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-    print(f'  model = AutoModelForCausalLM.from_pretrained("{result.model}")')
-    print(f'  tokenizer = AutoTokenizer.from_pretrained("{result.model}")')
+    print(f"  model = AutoModelForCausalLM.from_pretrained({name})")
+    print(f"  tokenizer = AutoTokenizer.from_pretrained({name})")
 
 
 @command()
@@ -109,7 +112,6 @@ def plan(
     ] = False,
 ) -> None:
     """Show sizes, memory, disk, hours and price of a run, and what will not fit; without weights or torch, offline."""
-    import json
 
     from ptl_rl.api import load_recipe
     from ptl_rl.config import ConfigError
@@ -148,7 +150,6 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what a recipe reads: rows, what is left out and why, subsets, tokens, samples."""
-    import json
 
     from ptl_rl.api import load_recipe
     from ptl_rl.driver.data_report import data_report

@@ -40,7 +40,9 @@ class SourceConfig(Section):
         None, description="Names of the columns; default: those of the known corpus, or question, solution and answer."
     )
     layout: str | None = Field(
-        None, description="Hub name of the known corpus that this is a copy of, to be read as that is."
+        None,
+        description="Hub name of the known corpus that this is a copy of, to be read as that is; or verl: rows as its "
+        "own scripts write them.",
     )
 
     @field_validator("path")

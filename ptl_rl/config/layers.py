@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ptl_rl.config.recovery import METHODS, recovery_entry
 from ptl_rl.config.section import ConfigError
+from ptl_rl.config.strict_yaml import read_yaml_text
 from ptl_rl.errors import expanded
 
 Values = dict[str, Any]
@@ -25,11 +24,12 @@ def read_yaml(recipe: Path, said_by: str = "") -> Values:
         ConfigError: unreadable, YAML error (with line), no mapping.
     """
     try:
-        values = yaml.safe_load(recipe.read_text())
+        text = recipe.read_text()
     except OSError as error:
         raise ConfigError(f"{recipe}: cannot read the recipe{said_by}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_text(text, str(recipe))
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a YAML mapping of sections, this is {type(values).__name__}")
     return values
@@ -136,10 +136,7 @@ def apply_override(values: Values, override: str) -> tuple[str, Location]:
         place = ("verl", key.removeprefix("verl."))
     elif place[0] == "recovery" and len(place) > 1:
         place = _in_recovery(values, place[1:], override)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"`settings` {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml_text(text, f"`settings` {override!r}")
     container: Any = values
     for depth, section in enumerate(place[:-1]):
         container = _within(container, ".".join(place[:depth]), section, override)

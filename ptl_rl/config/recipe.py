@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ptl_rl.config import AnyRecovery, ConfigError, EvalConfig, FieldMap, RunConfig, ScoreConfig, SourceConfig
 from ptl_rl.config.layers import Layers, Location
 from ptl_rl.config.section import models_in
+from ptl_rl.config.strict_yaml import read_yaml_text
 
 
 def _section_at(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
@@ -96,17 +97,14 @@ def override_text(key: str, value: Any) -> str:
     """``key=value`` with the value as YAML, as overrides are written."""
     try:
         text = yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, width=10**9)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"`settings` {key}: {type(value).__name__} is no value of YAML; give plain ones") from None
     return f"{key}={text.strip().removesuffix('...').strip()}"
 
 
 def field_map(text: str, where: str) -> FieldMap:
     """A source's ``fields`` as a recipe has them; raises :class:`ConfigError` that calls them ``where``."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values = None
+    values = read_yaml_text(text, f"{where} {text!r}")
     if not isinstance(values, dict):
         raise ConfigError(
             f"{where} {text!r}: write a mapping, as {{question: problem, solution: solution, answer: final}}"
@@ -183,6 +181,9 @@ def save_config(config: RunConfig, path: Path) -> None:
 def read_saved_config(path: Path) -> RunConfig:
     """Read what :func:`save_config` wrote; raises :class:`ConfigError` naming the file."""
     try:
-        return parse_config(json.loads(path.read_text()), str(path))
-    except (OSError, json.JSONDecodeError) as error:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a run's configuration ({error}); is this a run folder?") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a run's configuration (no mapping of sections); is this a run folder?")
+    return parse_config(values, str(path))

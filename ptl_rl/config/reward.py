@@ -32,7 +32,9 @@ class RewardConfig(Section):
     accuracy_weight: float = Field(0.9, ge=0, le=1, description="Reward of a right answer, by the shipped function.")
     format_weight: float = Field(0.1, ge=0, le=1, description="Reward of the right format, by the shipped function.")
     format_style: Literal["boxed", "think_boxed"] = Field(
-        "boxed", description="The right format: a boxed answer; think_boxed: after one pair of think tags."
+        "boxed",
+        description="The right format: a boxed answer; think_boxed: after one pair of think tags, of which the chat "
+        "template may write the first.",
     )
 
     @field_validator("path")

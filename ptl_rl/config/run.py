@@ -45,7 +45,11 @@ class GateConfig(Section):
     """What happens when a cycle's accuracy falls below ``min_accuracy_ratio`` of the starting model's."""
 
     min_accuracy_ratio: float = Field(
-        0.95, ge=0, le=1, description="Least accuracy of a cycle, as a share of the starting model's."
+        0.95,
+        ge=0,
+        le=1,
+        description="Least accuracy of a cycle, as a share of the starting model's, which ends the run if 0; with "
+        "0 here nothing is judged.",
     )
     max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before anything else.")
     max_retries: int = Field(0, ge=0, description="Cycles taken back and tried again with half the cut, per run.")

@@ -8,7 +8,6 @@ import os
 
 CPU_PLATFORM = "cpu"
 REPLAY_BUFFER = ("pkg://ptl_rl.cpu.replay_buffer", "QuickReplayBuffer")
-ENGINE_LIBRARY = "ptl_rl.verl_patches.engine"
 WORKER_EXTENSION = "ptl_rl.cpu.vllm_worker.CpuWorkerExtension"
 ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 """vLLM options: the engine's process computes, too, as another one takes some ten seconds to start. vLLM for CPUs takes
@@ -122,6 +121,16 @@ def ray_runtime_env(num_workers: int = 1) -> dict[str, dict[str, str]]:
     set_here = {name: os.environ[name] for name in PPO_RAY_RUNTIME_ENV["env_vars"] if name in os.environ}
     verl_env = get_ppo_ray_runtime_env()["env_vars"]
     return {"env_vars": {**verl_env, **set_here, "TRANSFER_QUEUE_ENABLE": "1", **cpu_env_vars(num_workers)}}
+
+
+VLLM_ENV = {"VLLM_LOGGING_LEVEL": "WARN", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+"""What verl gives vLLM's processes. Evaluations take it from here: importing verl takes longer than their answers."""
+
+
+def evaluation_env(num_workers: int = 1) -> dict[str, str]:
+    """The same as :func:`ray_runtime_env` for a stage that has vLLM alone; what the calling process has set wins."""
+    set_here = {name: os.environ[name] for name in VLLM_ENV if name in os.environ}
+    return {**VLLM_ENV, **set_here, **cpu_env_vars(num_workers)}
 
 
 def float32_engine(prefix: str) -> dict[str, object]:

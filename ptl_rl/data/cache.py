@@ -1,22 +1,31 @@
-"""Tables that ``datasets`` keeps on disk: made once, then memory-mapped. Everything can be deleted at any time."""
+"""Tables that are made once and then memory-mapped by ``datasets``. Everything can be deleted at any time.
+
+A file's name holds its key and its checksum. It is written under another name, synced and renamed, so no reader sees
+half of one, and one that was damaged is made again.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl_rl.data.records import DataError
+from ptl_rl.data.sources import file_hash
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it whenever what is written, or how it is worked out, changes."""
+TEMPORARY = ".making-"
+ABANDONED_SECONDS = 86400
 
 
 def cache_folder() -> Path:
@@ -31,59 +40,66 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """``datasets`` shows no progress bars of its own meanwhile."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield
+        os.fsync(handle)
     finally:
-        if shown:
-            datasets.enable_progress_bars()
+        os.close(handle)
 
 
 def cached(
     key: str, features: "datasets.Features", make: "Callable[[], Iterator[pyarrow.Table]]"
 ) -> "datasets.Dataset":
-    """The table of ``key``, made if it is missing or cannot be read; of several writers the others wait for the first.
+    """The table of ``key``, made if it is missing or damaged.
+
+    Args:
+        make: yields the table in parts.
 
     Raises:
         DataError: the cache cannot be written; and what ``make`` raises.
     """
-    import datasets
-
-    from ptl_rl.data.tables import Tables
+    from datasets import Dataset
 
     root = cache_folder()
-
-    def table() -> "datasets.Dataset":
-        builder = Tables(cache_dir=str(root), config_id=key, make=make, features=features)
-        builder.download_and_prepare()
-        rows = builder.info.splits["train"].num_examples
-        if rows == 0:  # which `as_dataset` refuses
-            return datasets.Dataset.from_dict({name: [] for name in features}, features)
-        found = builder.as_dataset("train")
-        if len(found) != rows:
-            raise ValueError("the table was cut short")
-        return found
-
-    with quiet_datasets():
-        try:
-            try:
-                return table()
-            except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):  # the table is damaged
-                shutil.rmtree(root / Tables.FOLDER / key, ignore_errors=True)
-                return table()
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, OSError):
-                raise _unwritable(root, error.__cause__) from None
-            raise error.__cause__ or error from None
-        except OSError as error:
-            raise _unwritable(root, error) from None
+    for path in sorted(root.glob(f"{key}-*.arrow")):
+        with contextlib.suppress(OSError):
+            if path.name == _name(key, path):
+                return Dataset.from_file(str(path))
+    try:
+        return Dataset.from_file(str(_write(root, key, features, make)))
+    except OSError as error:
+        why = error.strerror or error
+        raise DataError(f"{root}: cannot write prepared data: {why}; set PTL_CACHE to another folder") from None
 
 
-def _unwritable(root: Path, error: OSError) -> DataError:
-    return DataError(f"{root}: cannot write prepared data: {error.strerror or error}; set PTL_CACHE to another folder")
+def _name(key: str, path: Path) -> str:
+    return f"{key}-{file_hash(path)[:32]}.arrow"
+
+
+def _write(root: Path, key: str, features: "datasets.Features", make: "Callable[[], Iterator[pyarrow.Table]]") -> Path:
+    import pyarrow
+
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=root, ignore_cleanup_errors=True) as folder:
+        made, schema = Path(folder) / "rows.arrow", features.arrow_schema
+        with pyarrow.OSFile(str(made), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+            for table in make():
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+        sync(made)
+        whole = root / _name(key, made)
+        made.replace(whole)
+    for damaged in root.glob(f"{key}-*.arrow"):
+        if damaged != whole:
+            damaged.unlink(missing_ok=True)
+    return whole
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What writers left behind that were killed."""
+    for folder in root.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptl_rl.config import FieldMap, SourceConfig
-from ptl_rl.data.known import known_layout
-from ptl_rl.data.records import DataError
+from ptl_rl.data.known import VERL, known_layout
+from ptl_rl.data.records import DataError, asked
 from ptl_rl.data.sources import open_source
 
 TESTBED = "testbed:"
@@ -78,6 +78,7 @@ class _Rows:
     def add(self, row: dict[str, Any]) -> None:
         self.count += 1
         for name, value in row.items():
+            value = value if (text := asked(value)) is None else text
             if isinstance(value, str):
                 self.texts.setdefault(str(name), [])
                 if value.strip():
@@ -177,6 +178,11 @@ def _known_by_its_habits(rows: _Rows) -> tuple[str | None, str]:
     """The known corpus that the rows are written as, and by what that shows."""
     columns = set(rows.columns)
     answered = bool(_called(ANSWERS, rows.filled(numbers=True)))
+    if columns >= {"prompt", "reward_model"} and "reward_model" in rows.nested:
+        return (
+            VERL,
+            "rows as verl reads them: the answer is reward_model.ground_truth",
+        )
     if columns >= {"text", "code", "test_list"}:
         return MBPP, "problems with unit tests, as MBPP has them"
     if columns >= {"instruction", "code", "output"} and not answered:

@@ -93,6 +93,23 @@ class Corpus(Sequence[Record]):
         keys = [store.numbers("question_key") for store in self._stores]
         return numpy.concatenate(keys)[self._rows] if keys else numpy.empty(0, numpy.uint64)
 
+    def matching(self, column: str, pattern: str) -> "numpy.ndarray":
+        """Places of the records with a text that holds what a regular expression (RE2) describes."""
+        import numpy
+        import pyarrow.compute
+
+        found = [pyarrow.compute.match_substring_regex(store.column(column), pattern) for store in self._stores]
+        return numpy.flatnonzero(numpy.concatenate([column.to_numpy() for column in found])[self._rows])
+
+    def where(self, place: int) -> str:
+        """Where the row of a record stands, for people."""
+        row = int(self._rows[place])
+        for store in self._stores:
+            if row < len(store):
+                return store.place(row)
+            row -= len(store)
+        raise IndexError(place)
+
     @property
     def dropped(self) -> dict[str, Dropped]:
         """Of all sources, by reason."""

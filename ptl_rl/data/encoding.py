@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.data.prompts import end_of_answer, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ def encode_sequences(
         weights: of the sequences; all 1 if None.
     """
     sequences = []
+    last = end_of_answer(tokenizer)
+    end = [] if last is None else [last]
     for question, solution, weight in zip(questions, solutions, weights or [1.0] * len(questions), strict=True):
         if question:
             prompt = prompt_ids(tokenizer, question)
-            ids = prompt + tokenizer.encode(solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+            ids = prompt + tokenizer.encode(solution, add_special_tokens=False) + end
         else:
             prompt, ids = [], tokenizer.encode(solution)
         sequences.append(Sequence(ids[:max_tokens], min(len(prompt), max_tokens), weight))

@@ -5,7 +5,6 @@ every subset. The folder is written under another name, synced and renamed.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.config.data import EvaluationSet
+from ptl_rl.data.cache import sync
 from ptl_rl.data.corpora import Corpus, SourceUse, load_corpus
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.data.prepare import run_data
@@ -147,7 +147,7 @@ def freeze(
         raise DataError(f"{folder}: cannot write the run's data: {why}; make room, or choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(folder.parent)
+    sync(folder.parent)
     return FrozenData(folder)
 
 
@@ -164,15 +164,6 @@ def settings_of_rows(config: RunConfig, subsets: int) -> dict[str, Any]:
     }
 
 
-def _sync(path: Path) -> None:
-    """Put a file, or a folder's names, on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_sets(
     sets: dict[str, Corpus], parts: dict[str, list[Corpus]], made_with: dict[str, Any], folder: Path, progress: Progress
 ) -> None:
@@ -185,7 +176,7 @@ def _write_sets(
         progress(f"writing data.{name} into the run", len(corpus), len(corpus))
     (folder / FACTS).write_text(json.dumps({"format": FORMAT, "made_with": made_with, "sets": facts}, indent=1) + "\n")
     for written in (*folder.iterdir(), folder):
-        _sync(written)
+        sync(written)
 
 
 def _write(corpus: Corpus, path: Path) -> None:

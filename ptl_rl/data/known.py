@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ptl_rl.config import FieldMap, SourceConfig
 from ptl_rl.config.data import HUB
-from ptl_rl.data.records import DataError, RowError
+from ptl_rl.data.records import DataError, RowError, asked, plain_text
 
 
 class Parts(NamedTuple):
@@ -37,20 +37,24 @@ class Layout:
 
 
 def _text(row: dict[str, Any], column: str, part: str) -> str:
-    value = row.get(column)
-    if value is None:
+    if column not in row:
         raise RowError(
             f"no column {column!r} for the {part}; the row has {', '.join(map(str, row)) or 'none'} (set the fields of "
             "this source)"
         )
-    text = str(value).strip()
-    if not text:
-        raise RowError(f"column {column!r} ({part}) is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"column {column!r} ({part}) holds half of a surrogate pair, which is no character") from None
-    return text
+    return plain_text(row[column], f"column {column!r} ({part})")
+
+
+def _question(row: dict[str, Any], column: str) -> str:
+    """Of a text, or of a chat in which the user says one thing: the chat template says who speaks."""
+    value = row.get(column)
+    if isinstance(value, list) and (text := asked(value)) is None:
+        who = [str(said.get("role")) if isinstance(said, dict) else type(said).__name__ for said in value[:4]]
+        raise RowError(
+            f"column {column!r} (question) is a list of {len(value)} ({', '.join(who)}); of chats only those are read "
+            "in which the user alone says one text"
+        )
+    return _text({column: text} if isinstance(value, list) else row, column, "question")
 
 
 def field_layout(fields: FieldMap, name: str = "", split: str = "train") -> Layout:
@@ -61,7 +65,7 @@ def field_layout(fields: FieldMap, name: str = "", split: str = "train") -> Layo
     question, solution, answer = fields.question, fields.solution, fields.answer
 
     def parts(row: dict[str, Any]) -> Parts:
-        found = _text(row, question, "question"), _text(row, solution, "solution")
+        found = _question(row, question), _text(row, solution, "solution")
         return Parts(*found, "" if answer is None else _text(row, answer, "answer"))
 
     columns = (question, solution) if answer is None else (question, solution, answer)
@@ -86,11 +90,34 @@ def _metamath(row: dict[str, Any]) -> Parts:
 
 
 def _gsm8k(row: dict[str, Any]) -> Parts:
-    solution, _, answer = _text(row, "answer", "solution").partition("####")
-    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # a calculator's notes, which no model should write
+    solution, answer = _before_answer(_text(row, "answer", "solution"))
     if not solution:
         raise RowError("column 'answer' (solution) is empty before ####")
-    return Parts(_text(row, "question", "question"), solution, answer.strip())
+    return Parts(_text(row, "question", "question"), solution, answer)
+
+
+def _before_answer(text: str) -> tuple[str, str]:
+    """A worked solution as GSM8K has it, and its answer."""
+    solution, _, answer = text.partition("####")
+    return re.sub(r"<<[^<>]*>>", "", solution).strip(), answer.strip()  # a calculator's notes, no model should write
+
+
+def _verl(row: dict[str, Any]) -> Parts:
+    """A row as verl's trainers read it; its worked solution is what its maker put into ``extra_info``, if anything."""
+    rewarded, extra = row.get("reward_model"), row.get("extra_info")
+    if not isinstance(rewarded, dict):
+        raise RowError("column 'reward_model' is no mapping with the ground_truth")
+    answer = _text(rewarded, "ground_truth", "answer, in reward_model")
+    worked = [extra.get(name) for name in ("answer", "solution")] if isinstance(extra, dict) else []
+    solution = next((text for text in worked if isinstance(text, str) and text.strip()), answer)
+    solution, _ = _before_answer(plain_text(solution, "column 'extra_info' (solution)"))
+    return Parts(_question(row, "prompt"), solution or answer, answer)
+
+
+def _usual(row: dict[str, Any]) -> Parts:
+    """By the usual names, or as verl's rows, which nothing else looks like."""
+    is_verl = "question" not in row and "reward_model" in row and isinstance(row.get("prompt"), list)
+    return _verl(row) if is_verl else _BY_NAME.parts(row)
 
 
 def _opencoder(row: dict[str, Any]) -> Parts:
@@ -108,6 +135,10 @@ def _mbpp(row: dict[str, Any]) -> Parts:
     return Parts(made["question"], made["solution"], made["answer"])
 
 
+VERL = "verl"
+"""No corpus but a form: rows as verl's own scripts write them."""
+_BY_NAME = field_layout(FieldMap())
+_USUAL = Layout("usual", _BY_NAME.columns, _usual)
 _MATH_500 = FieldMap(question="problem")
 _MATH_12K = FieldMap(question="problem", solution="answer")  # the hub's copy has no worked solutions
 KNOWN = {
@@ -123,6 +154,7 @@ KNOWN = {
         "mbpp", ("text", "code", "test_list", "test_setup_code"), _mbpp, config="full"
     ),
     "bigcode/starcoderdata": _text_layout("starcoder", "content", data_dir="python"),
+    VERL: Layout("verl", ("prompt", "reward_model", "extra_info"), _verl),
 }
 """By their names on the hub."""
 
@@ -139,8 +171,9 @@ def known_layout(source: SourceConfig) -> Layout | None:
 
 
 def layout_of(source: SourceConfig) -> Layout:
-    """How a source's rows are read: by its ``fields``, else as the known corpus that it is, else by the usual names."""
+    """How a source's rows are read: by its ``fields``, else as the known corpus that it is, else by the usual names, or
+    as verl's rows where they are such."""
     known = known_layout(source)
     if source.fields is None and known is not None:
         return known
-    return field_layout(source.fields or FieldMap())
+    return _USUAL if source.fields is None else field_layout(source.fields)

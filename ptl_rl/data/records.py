@@ -1,8 +1,10 @@
 """The one schema that every corpus is brought into, and how two records are told to be the same."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from ptl_rl.errors import UserError
@@ -21,6 +23,36 @@ class DataError(UserError, ValueError):
 
 class RowError(UserError, ValueError):
     """What is wrong with one row; whoever reads it knows where it stands."""
+
+
+def plain_text(value: Any, where: str) -> str:
+    """A row's text or number as stripped text; ``where`` it stands, for errors.
+
+    Raises:
+        RowError: it is neither (the ``repr`` of a list, of true or of NaN is no answer), or empty, or no Unicode.
+    """
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    is_finite = is_number and (isinstance(value, int) or math.isfinite(value))
+    if not isinstance(value, str) and not is_finite:
+        kinds = {list: "a list", dict: "a mapping", bool: "true or false", type(None): "null"}
+        kind = str(value) if is_number else kinds.get(type(value), type(value).__name__)
+        raise RowError(f"{where} holds {kind}, not text or a number")
+    text = str(value).strip()
+    if not text:
+        raise RowError(f"{where} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{where} holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def asked(messages: Any) -> str | None:
+    """What is asked in a chat of one message, by the user; None for any other value."""
+    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
+        return None
+    content = messages[0].get("content")
+    return content if messages[0].get("role") == "user" and isinstance(content, str) else None
 
 
 @dataclass(frozen=True)

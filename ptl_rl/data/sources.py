@@ -42,6 +42,15 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that stands in an object twice, JSON's readers take the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"{next(name for name in names if names.count(name) > 1)!r} stands in one object twice")
+    return found
+
+
 def _jsonl_rows(path: Path, told: Told) -> Iterator[Row]:
     size, done = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -52,9 +61,10 @@ def _jsonl_rows(path: Path, told: Told) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield number, RowError(f"not valid JSON: {error}")
+                row = json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:  # also for integers of more digits than Python reads
+                row = error if isinstance(error, RowError) else RowError(f"not valid JSON: {error}")
+            yield number, row
     told(size, size)
 
 

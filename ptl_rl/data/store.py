@@ -106,7 +106,7 @@ def tables(rows: Iterable[tuple[int, Record | RowError]]) -> "Iterator[pyarrow.T
 
 def _entry(number: int, row: Record | RowError) -> tuple[Any, ...]:
     if isinstance(row, RowError):
-        return (*BAD, number, 0, 0, str(row))
+        return (*BAD, number, 0, 0, str(row).encode(errors="backslashreplace").decode())
     texts = row.question, row.solution, row.answer, row.source, row.id
     return (*texts, number, question_key(row.question, row.solution), content_key(row.question, row.solution), "")
 
@@ -120,7 +120,8 @@ def _converted(row: Any, opened: Opened) -> Record | RowError:
         parts = opened.layout.parts(row)
     except RowError as error:
         return error
-    identity = str(row.get("id") or "").encode(errors="replace").decode()
+    given = row.get("id")
+    identity = str(given).encode(errors="replace").decode() if given and isinstance(given, str | int) else ""
     return Record(*parts, opened.name, identity or content_id(parts.question, parts.solution))
 
 

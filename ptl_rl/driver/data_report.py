@@ -15,6 +15,7 @@ from ptl_rl.driver.preflight import data_notes, too_few
 from ptl_rl.driver.state import data_subsets
 
 SHOWN_CHARACTERS = 300
+THOUSANDS = r"^[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+$"
 
 
 def _source(use: SourceUse) -> dict[str, Any]:
@@ -44,8 +45,24 @@ def _short(record: Record) -> dict[str, str]:
     return {name: text[:SHOWN_CHARACTERS] + "..." * (len(text) > SHOWN_CHARACTERS) for name, text in texts}
 
 
+def _ambiguous_notes(data: RunData) -> list[str]:
+    """That known answers read as one number and as several, as ``100,200`` does, where that is so."""
+    notes = []
+    for name, corpus in data.sets.items():
+        found = corpus.matching("answer", THOUSANDS)
+        if len(found):
+            first = int(found[0])
+            answer = corpus[first].answer
+            digits, parts = answer.replace(",", ""), answer.replace(",", ", ")
+            notes.append(
+                f"data.{name}: {len(found)} answers read as one number and as several, as {answer!r} "
+                f"({corpus.where(first)}); they are judged as one: write {digits}, or ({parts}) if several are meant"
+            )
+    return notes
+
+
 def _notes(config: RunConfig, data: RunData) -> list[str]:
-    notes = data_notes(config, data)
+    notes = [*data_notes(config, data), *_ambiguous_notes(data)]
     made = [use.path for corpus in data.sets.values() for use in corpus.sources if use.path.startswith(TESTBED)]
     if config.data.decontaminate is not None and made:
         notes.append(

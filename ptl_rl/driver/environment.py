@@ -84,6 +84,11 @@ def ray_folder() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
+def own_ray_folder() -> Path | None:
+    """:func:`ray_folder` where a run starts a Ray of its own; None where it joins one, which has its own place."""
+    return None if os.environ.get("RAY_ADDRESS") else ray_folder()
+
+
 def oldest_driver(cuda: str) -> str | None:
     """The oldest driver for a CUDA version, e.g. '13.0'; None if that is not known."""
     return OLDEST_DRIVER.get(_numbers(cuda)[0])

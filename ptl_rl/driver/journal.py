@@ -5,6 +5,7 @@ any instant continues from its last line.
 """
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -14,6 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptl_rl.errors import UserError
+
+WHOLE_BYTES, PART_BYTES = 64 << 20, 1 << 20
 
 
 class JournalError(UserError, ValueError):
@@ -34,7 +37,25 @@ class Entry(BaseModel):
     seconds: float = 0.0
     artefact: str | None = None
     """Path relative to the run folder."""
+    files: dict[str, str] = {}
+    """Of the artefact, by name: what :func:`fingerprint` gave; empty in journals of earlier versions."""
     metrics: dict[str, Any] = {}
+
+
+def fingerprint(path: Path) -> str:
+    """Changes with a file: with every bit of one of up to 64 MiB, as scores and plans are; of larger ones, which are
+    weights, with the size and the first and the last MiB, where safetensors has its header.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(PART_BYTES))
+            file.seek(-PART_BYTES, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:32]
 
 
 def sync_folder(path: Path) -> None:
@@ -71,11 +92,10 @@ class Journal:
         """All whole lines. A last line cut short by a crash is dropped; any other bad line raises."""
         if not self.path.exists():
             return []
-        text = self.path.read_text()
-        lines = text.split("\n")
-        whole, tail = lines[:-1], lines[-1]
+        content = self.path.read_bytes()
+        *whole, tail = content.split(b"\n")
         if tail:
-            self._truncate(len(text.encode()) - len(tail.encode()))
+            self._truncate(len(content) - len(tail))
         entries = []
         for number, line in enumerate(whole, 1):
             try:

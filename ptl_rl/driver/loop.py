@@ -14,11 +14,13 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel, Field, ValidationError
+
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.driver.display import Display
-from ptl_rl.driver.environment import check_gpus, detect_device
-from ptl_rl.driver.gate import decide
+from ptl_rl.driver.environment import check_gpus, detect_device, own_ray_folder
+from ptl_rl.driver.gate import can_judge, decide, low_baseline, why_nothing_is_right
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.node_facts import versions
@@ -29,11 +31,19 @@ from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
+from ptl_rl.errors import check_sockets, resume_command
 from ptl_rl.planning.schedule import halved
 from ptl_rl.stage import StageSpec
 
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b(\(\w+\))?: ")
 """A line that names an exception, as the last line of a traceback does; not one relayed from another process."""
+
+
+class Owner(BaseModel):
+    """What a driver leaves in the run's folder, by which a later one finds what is left of it."""
+
+    run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    since: float = Field(ge=0)
 
 
 class StageFailed(RuntimeError):
@@ -56,6 +66,7 @@ class Driver:
         self.display = make_display(self.config)
         self.journal = Journal(folder.journal)
         self.run_id = uuid.uuid4().hex
+        check_sockets(own_ray_folder())
         self.device = detect_device(self.config)
         check_gpus(self.config, self.device)
         self.original, _ = check_model(self.config)
@@ -83,7 +94,16 @@ class Driver:
             finally:
                 self.display.stop()
                 end_processes("PTL_RUN_ID", self.run_id, grace_seconds=10)
+            self._check_baseline(entries)
             return state
+
+    def _check_baseline(self, entries: list[Entry]) -> None:
+        """Raise :class:`ConfigError` where the original solves nothing, by which no cycle can be judged."""
+        first = next((entry for entry in entries if entry.stage == "evaluate" and not entry.cycle), None)
+        if first is None or can_judge(self.config, float(first.metrics["accuracy"])):
+            return
+        samples = self.folder.path / str(first.artefact) / "samples.parquet"
+        raise ConfigError(why_nothing_is_right(self.config, first.metrics, samples))
 
     def _loop(self, entries: list[Entry], state: State) -> State:
         self._save_owner()
@@ -93,7 +113,8 @@ class Driver:
                     self.display.note(note)
             while (stage := next_stage(state)) is not None:
                 self.display.stage_started(stage, state)
-                entry = self._gate(stage, state) if stage.name == "gate" else self._stage(stage, state, session)
+                is_gate = stage.name == "gate"
+                entry = self._gate(stage, state) if is_gate else self._stage(stage, state, session, entries)
                 entry = self.journal.append(entry)
                 entries.append(entry)
                 state = fold(self.config, entries)
@@ -160,9 +181,12 @@ class Driver:
     def _name(self, stage: Stage, name: str) -> str:
         return str(self.folder.artefact(Stage(stage.cycle, name)).relative_to(self.folder.path))
 
-    def _stage(self, stage: Stage, state: State, session: RaySession) -> Entry:
+    def _stage(self, stage: Stage, state: State, session: RaySession, entries: list[Entry]) -> Entry:
         for attempt in range(1, self.config.watchdog.attempts + 1):
             spec = self._spec(stage, state, session, self._next_attempt(stage))
+            for entry in entries:
+                if entry.artefact and self.folder.path / entry.artefact in (spec.source, spec.scores):
+                    self.folder.check_unchanged(entry)
             try:
                 return self._attempt(stage, spec, session)
             except StageStalled as error:
@@ -186,7 +210,7 @@ class Driver:
             session.wait_for_workers(self.run_id)
         except WorkersHeld as error:
             raise StageFailed(
-                f"stage {stage.label} cannot start: {error}\n  continue with: ptl resume {folder.path}"
+                f"stage {stage.label} cannot start: {error}\n  continue with: {resume_command(folder.path)}"
             ) from None
         process = start_stage(spec_path, log, self._env(spec))
         try:
@@ -214,6 +238,7 @@ class Driver:
             part=stage.part,
             seconds=time.time() - started,
             artefact=artefact,
+            files=folder.files_of(artefact),
             metrics=metrics,
         )
 
@@ -237,7 +262,7 @@ class Driver:
         reason = errors[-1].strip()[:500] if errors else "it wrote nothing"
         return (
             f"stage {stage.label} {what}: {reason}\n  log: {log}\n"
-            f"  finished stages are kept; continue with: ptl resume {self.folder.path}"
+            f"  finished stages are kept; continue with: {resume_command(self.folder.path)}"
         )
 
     def _after(self, stage: Stage, state: State, entries: list[Entry]) -> None:
@@ -246,6 +271,8 @@ class Driver:
             shutil.rmtree(self.folder.work(stage), ignore_errors=True)
         if stage.name in ("recover", "evaluate"):
             self._note_reward_errors()
+        if stage == Stage(0, "evaluate") and (note := low_baseline(self.config, entries[-1].metrics)):
+            self.display.note(note)
         if stage.name == "gate":
             facts = {"config": self.config.model_dump(mode="json"), "versions": package_versions()}
             self.folder.write_manifest(stage.cycle, entries, facts)
@@ -266,16 +293,19 @@ class Driver:
         self.reward_errors_noted = len(errors)
 
     def _save_owner(self) -> None:
-        (self.folder.path / ".owner").write_text(json.dumps({"run_id": self.run_id, "since": time.time()}))
+        """Whole or not at all, as what is left of this driver's is found by it."""
+        unfinished = self.folder.path / ".owner.tmp"
+        unfinished.write_text(Owner(run_id=self.run_id, since=time.time()).model_dump_json())
+        unfinished.replace(self.folder.path / ".owner")
 
     def _clean_up_after_earlier_driver(self) -> None:
         """A driver ended by SIGKILL could not end its processes; the lock says that it is gone."""
         earlier = None
-        with contextlib.suppress(FileNotFoundError, ValueError):  # cut short: that driver had not started anything yet
-            earlier = json.loads((self.folder.path / ".owner").read_text())
-        if earlier:
-            end_processes("PTL_RUN_ID", earlier["run_id"], grace_seconds=0)
-            remove_orphaned_segments(since=earlier["since"])
+        with contextlib.suppress(OSError, ValidationError):  # none, or one that an earlier version left half written
+            earlier = Owner.model_validate_json((self.folder.path / ".owner").read_bytes())
+        if earlier is not None:
+            end_processes("PTL_RUN_ID", earlier.run_id, grace_seconds=0)
+            remove_orphaned_segments(since=earlier.since)
         for path in self.folder.path.glob("cycles/*/.*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -288,7 +318,7 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     try:
         with folder.locked():
             if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
-                raise ConfigError(f"{folder.path} already holds a run; continue it with: ptl resume {run_dir}")
+                raise ConfigError(f"{folder.path} already holds a run; continue it with: {resume_command(run_dir)}")
             folder.logs.mkdir(parents=True, exist_ok=True)
             (folder.path / "cycles").mkdir(exist_ok=True)
             for left in (folder.data, folder.data.with_name(f".{folder.data.name}.tmp")):  # of another recipe

@@ -30,6 +30,7 @@ PACKAGES = (
     "tensordict",
     "TransferQueue",
     "math-verify",
+    "seccompy",
 )
 ANSWER_SECONDS = 180
 """A node that has not answered by then is taken to hang; importing torch from a cold network disk takes a minute."""

@@ -8,12 +8,15 @@ from ptl_rl.attention import Attention, resolve_attention
 from ptl_rl.config import ConfigError, CptConfig, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
+from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
-from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability
+from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability, own_ray_folder
+from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.driver.state import data_subsets
-from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import check_tokenizer, resolve_model
+from ptl_rl.errors import PathError, check_plain, check_run_dir, check_sockets
+from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json
+from ptl_rl.models import load_tokenizer, open_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
@@ -27,14 +30,18 @@ FEWEST_BOXED = 0.1
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
     """Find the model and check the schedule against its shape."""
-    model = resolve_model(config.model.path)
-    try:
-        shape = read_shape(model) if config.schedule.recover_only else read_prunable_shape(model)
-        _check_weights(model)
-    except UnsupportedModelError as error:
-        raise ConfigError(f"model.path: {error}") from None
+    model, shape = _open(config.model.path, "model.path", prunable=not config.schedule.recover_only)
     check_parent(config)
     check_cuts(config, shape)
+    return model, shape
+
+
+def _open(name: str, setting: str, *, prunable: bool = False) -> tuple[Path, ModelShape]:
+    try:
+        model, shape = open_model(name, setting=setting, prunable=prunable)
+        check_plain(model)
+    except (UnsupportedModelError, PathError) as error:
+        raise ConfigError(f"{setting}: {error}") from None
     return model, shape
 
 
@@ -42,24 +49,13 @@ def check_parent(config: RunConfig) -> Path | None:
     """The folder of ``model.parent``; None if it is not set."""
     if config.model.parent is None:
         return None
-    parent = resolve_model(config.model.parent, setting="model.parent")
-    try:
-        read_shape(parent)
-        _check_weights(parent)
-    except UnsupportedModelError as error:
-        raise ConfigError(f"model.parent: {error}") from None
-    return parent
+    return _open(config.model.parent, "model.parent")[0]
 
 
 def check_attention(config: RunConfig, device: str, model: Path) -> Attention:
     """What ``model.attention`` comes to on ``device``; raises :class:`ConfigError` if it cannot be had."""
     capability = oldest_capability() if device == "cuda" else None
     return resolve_attention(config.model.attention, device, config.model.dtype, read_config_json(model), capability)
-
-
-def _check_weights(model: Path) -> None:
-    if not (model / "model.safetensors").exists() and not (model / "model.safetensors.index.json").exists():
-        raise UnsupportedModelError(f"{model}: no safetensors weights (model.safetensors or its index)")
 
 
 def too_few(config: RunConfig, data: RunData) -> str | None:
@@ -159,6 +155,18 @@ def check_reward(config: RunConfig, data: RunData) -> None:
             raise ConfigError(f"reward: {error} (on data.{name})") from None
 
 
+def check_tokenizer(config: RunConfig, model: Path) -> None:
+    """Load the tokenizer and put a question in its chat template, as every stage will."""
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    try:
+        prompt_ids(tokenizer, "What is 1 + 1?")
+    except Exception as error:  # jinja's own kinds, and whatever the template's code raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.path: {model}: its chat template cannot be put to a question ({reason}); correct it there"
+        ) from None
+
+
 def check_chat_template(config: RunConfig, model: Path) -> None:
     """verl puts questions to the policy in its chat template, and fails minutes later where there is none."""
     if (model / "chat_template.jinja").exists() or not config.needs_answers:
@@ -225,21 +233,26 @@ def check_disk(config: RunConfig, shape: ModelShape, model: Path, run_dir: Path)
 
 def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) -> list[str]:
     """All checks; returns notes for the user, or raises :class:`ConfigError` with one sentence on the first problem."""
+    check_plain(run_dir)
+    check_run_dir(run_dir)
+    check_sockets(own_ray_folder())
     check_gpus(config, config.resources.device)  # before anything is downloaded
     device = detect_device(config)
     check_layout(config, device)
     model, shape = check_model(config)
     lengths = check_lengths(config, model)
     attention = check_attention(config, device, model)
-    check_tokenizer(model)
+    check_tokenizer(config, model)
     check_chat_template(config, model)
     check_disk(config, shape, model, run_dir)
     data = check_data(config, progress)
+    prompts = check_prompts(config, model, data)
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)
     return [
         *([attention.note] if attention.note else []),
         *lengths,
+        *prompts,
         *data_notes(config, data),
     ]

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ptl_rl.config import ConfigError
-from ptl_rl.driver.journal import Entry, sync_folder, sync_tree
+from ptl_rl.driver.journal import Entry, fingerprint, sync_folder, sync_tree
 from ptl_rl.driver.state import ORIGINAL, Stage
+from ptl_rl.errors import UserError, resolved
 
 ARTEFACTS = {
     "score": ("scores", ["scores.safetensors"]),
@@ -22,15 +23,15 @@ ARTEFACTS = {
 """Stage to the name of the folder it leaves and the files that must be in it."""
 
 
-class MissingArtefact(RuntimeError):
-    """Something that the journal names is not there; no other checkpoint is ever put in its place."""
+class MissingArtefact(UserError, RuntimeError):
+    """What the journal names is not there, or not as it was; no other checkpoint is ever put in its place."""
 
 
 class RunFolder:
     """Paths of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = resolved(path)
         self.config = self.path / "config.json"
         self.journal = self.path / "journal.jsonl"
         self.data = self.path / "data"
@@ -79,6 +80,27 @@ class RunFolder:
         temporary.rename(final)
         sync_folder(final.parent)
         return str(final.relative_to(self.path))
+
+    def files_of(self, artefact: str) -> dict[str, str]:
+        """Fingerprints of an artefact's files by name, for its journal line."""
+        folder = self.path / artefact
+        return {
+            str(path.relative_to(folder)): fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+
+    def check_unchanged(self, entry: Entry) -> None:
+        """Hold an artefact against its journal line, before it is used.
+
+        Raises:
+            MissingArtefact: naming the first file that is gone or was changed, and what to do.
+        """
+        for name, written in entry.files.items():
+            path = self.path / str(entry.artefact) / name
+            if not path.is_file() or fingerprint(path) != written:
+                what = "is not what its stage wrote" if path.is_file() else "is gone"
+                raise MissingArtefact(
+                    f"{path}: {what} (the journal has its checksum); put it back as it was, or start a new run"
+                )
 
     def link_best(self, checkpoint: str) -> None:
         """Point ``best`` at the last accepted checkpoint, atomically."""

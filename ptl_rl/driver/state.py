@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ptl_rl.config import RunConfig
+from ptl_rl.driver.gate import can_judge
 from ptl_rl.driver.journal import Entry
 from ptl_rl.planning.schedule import Cut, halved, planned_cuts
 
@@ -95,6 +96,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
             state.accuracy = float(entry.metrics["accuracy"])
             if entry.cycle == 0:
                 state.baseline, state.cycle, state.done = state.accuracy, 1, set()
+                state.stopped = not can_judge(config, state.accuracy)
         elif entry.stage == "gate":
             _apply_gate(state, entry.metrics["decision"])
     return state

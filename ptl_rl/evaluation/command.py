@@ -14,12 +14,12 @@ from typing import Any
 from ptl_rl.config import ConfigError, EvalConfig, SourceConfig
 from ptl_rl.config.recipe import named_source
 from ptl_rl.data.records import DataError
-from ptl_rl.errors import expanded
+from ptl_rl.errors import check_plain, check_sockets, expanded
 from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
 from ptl_rl.families import ModelShape, read_config_json, read_shape
-from ptl_rl.models import check_tokenizer, resolve_model
+from ptl_rl.models import load_tokenizer, open_model
 
 RESULTS = "results.json"
 
@@ -57,13 +57,14 @@ def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
     Raises:
         ConfigError: a model, task or data set that cannot be used.
     """
+    check_sockets()
     tasks = find_tasks(config.tasks)
     names = [task.name for task in tasks]
     if unknown := [name for name in config.data if name not in names]:
         raise ConfigError(f"`data` {unknown[0]}: none of the tasks that are run ({', '.join(names)})")
-    folder = resolve_model(model, setting="model")
-    read_shape(folder)
-    check_tokenizer(folder)
+    folder, _ = open_model(model)
+    check_plain(folder)
+    load_tokenizer(folder, config.trust_remote_code)
     identity, window = _identity(folder), context_window(folder, config)
     found = []
     for task in tasks:
@@ -146,6 +147,9 @@ def evaluate_model(
     if missing:
         starting("loading the model")
         cpu = prepare_machine()
+        from ptl_rl.checkpoints.read import check_finite  # and torch with it, which --list-tasks does not wait for
+
+        check_finite(folder)
         model = _model(folder, config, cpu)
         tokenizer = model.tokenizer
     for p in missing:

@@ -120,8 +120,13 @@ def evaluate(context: StageContext) -> dict:
     import pyarrow
     import pyarrow.parquet
 
+    from ptl_rl.checkpoints.read import check_finite
+
     config, spec = context.config, context.spec
     context.connect_ray()
+    if spec.cycle == 0:  # vLLM writes nonsense with weights that are not numbers; later ones are this run's own
+        for folder in {spec.source, spec.parent}:
+            check_finite(folder)
     records = list(context.data.evaluation("test"))
     max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
     prompts = _prompt_ids(config, spec.source, [record.question for record in records])

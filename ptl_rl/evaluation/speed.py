@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ptl_rl.errors import check_sockets
 from ptl_rl.families import ModelShape, read_shape
 
 
@@ -133,6 +134,7 @@ def measure(
         dtype: float32 or bfloat16.
         tensor_parallel_size: GPUs that share one model; each model needs so many, or shares them with the others.
     """
+    check_sockets()
     shapes = [read_shape(folder) for folder in folders]
     window = max(load.prompt_tokens + load.response_tokens for load in loads) + 8
     sequences = max(load.sequences for load in loads)

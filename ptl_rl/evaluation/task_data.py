@@ -12,7 +12,7 @@ from typing import Any
 
 from ptl_rl.config import SourceConfig
 from ptl_rl.config.data import TESTBED
-from ptl_rl.data.records import DataError, RowError
+from ptl_rl.data.records import DataError, RowError, plain_text
 from ptl_rl.data.sources import open_source
 
 Document = dict[str, Any]
@@ -91,13 +91,11 @@ def column(row: dict[str, Any], *names: str) -> str:
     """The first of the columns that the row has, as text.
 
     Raises:
-        RowError: it has none of them, or an empty one.
+        RowError: it has none of them, or one that is empty or neither text nor a number.
     """
     for name in names:
         if (value := row.get(name)) is not None:
-            if text := str(value).strip():
-                return text
-            raise RowError(f"column {name!r} is empty")
+            return plain_text(value, f"column {name!r}")
     raise RowError(f"no column {' or '.join(map(repr, names))}; the row has {', '.join(map(str, row)) or 'none'}")
 
 

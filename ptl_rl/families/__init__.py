@@ -12,7 +12,15 @@ from ptl_rl.families.base import (
 )
 
 _GEMMA: dict[str, Any] = {
-    "norms_per_layer": 4,
+    "norms": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "bias_keys": ("attention_bias",),
+    "head_dim": 256,
+    "key_value_heads": 4,
     "attention_norm": "post_attention_layernorm",
     "output_norm": "post_feedforward_layernorm",
     "norm_offset": 1.0,
@@ -22,20 +30,34 @@ _GEMMA: dict[str, Any] = {
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2", qkv_bias=True),
-        Family("qwen3", qk_norm=True),
-        Family("gemma2", **_GEMMA),
+        Family("llama", bias_keys=("attention_bias", "mlp_bias")),
+        Family("mistral", key_value_heads=8),
+        Family("qwen2", qkv_bias=True, key_value_heads=32),
+        Family("qwen3", qk_norm=True, bias_keys=("attention_bias",), head_dim=128, key_value_heads=32),
+        Family("gemma2", capped_by_default=True, **_GEMMA),
         Family("gemma3_text", qk_norm=True, **_GEMMA),
     )
 }
 
 
 BASELINES: dict[str, Family] = {
-    family.model_type: family for family in (Family("slicegpt_llama", stream_matrices=2, prunable=False),)
+    family.model_type: family
+    for family in (
+        Family(
+            "slicegpt_llama",
+            bias_keys=("attention_bias", "mlp_bias"),
+            stream_matrices=("attn_shortcut", "mlp_shortcut"),
+            prunable=False,
+        ),
+    )
 }
 """Of models that others' methods made: recovered and evaluated here, not pruned."""
+
+
+def is_capped(values: dict[str, Any]) -> bool:
+    """Whether the model of a ``config.json`` caps its attention logits, which sdpa leaves out."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    return bool(values.get("attn_logit_softcapping", family is not None and family.capped_by_default))
 
 
 def read_shape(folder: Path) -> ModelShape:

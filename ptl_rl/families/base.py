@@ -4,11 +4,12 @@ A family is data: names of modules and a few facts about biases and norms. ``ptl
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.errors import UserError
+from ptl_rl.errors import UserError, what_stands_there
 
 
 class UnsupportedModelError(UserError, ValueError):
@@ -24,11 +25,19 @@ class Family:
     """
 
     model_type: str
-    norms_per_layer: int = 2
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Of every block, as wide as the residual stream."""
     qk_norm: bool = False
     qkv_bias: bool = False
     """Biases on q, k and v whatever the config says (Qwen2); otherwise ``attention_bias`` decides, for o too."""
+    bias_keys: tuple[str, ...] = ()
+    """Keys of the configuration that the family's code obeys: ``attention_bias``, ``mlp_bias``."""
+    head_dim: int | None = None
+    key_value_heads: int | None = None
+    """Where the configuration does not speak of them; None: hidden units per head, and as many as heads."""
     embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
     layers: str = "model.layers"
     attention: str = "self_attn"
     o_proj: str = "o_proj"
@@ -43,11 +52,13 @@ class Family:
     norm_offset: float = 0.0
     """What a norm adds to its weight before it multiplies."""
     per_layer_fields: tuple[str, ...] = ("layer_types",)
-    stream_matrices: int = 0
+    stream_matrices: tuple[str, ...] = ()
     """Square matrices of a block that its residual stream goes through (SliceGPT)."""
     prunable: bool = True
     tied_by_default: bool = False
     """Input and output embeddings are one where the configuration does not say (Gemma)."""
+    capped_by_default: bool = False
+    """Attention logits have a soft cap where the configuration does not say (Gemma 2)."""
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
@@ -98,23 +109,42 @@ class ModelShape:
     @property
     def stream_matrix_parameters(self) -> int:
         """Weights of one block that its residual stream goes through."""
-        return self.family.stream_matrices * self.hidden_size**2
+        return len(self.family.stream_matrices) * self.hidden_size**2
+
+    def block_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one block's tensors, by their names within the block."""
+        family, hidden, width = self.family, self.hidden_size, self.intermediate_size
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        names = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden)}
+        attention = names | {family.o_proj: (hidden, query)}
+        mlp = {family.gate_proj: (width, hidden), family.up_proj: (width, hidden), family.down_proj: (hidden, width)}
+        biased = attention if self.attention_bias else names if family.qkv_bias else {}
+        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in family.norms}
+        found |= {f"{name}.weight": (hidden, hidden) for name in family.stream_matrices}
+        found |= {f"{family.attention}.{name}.weight": shape for name, shape in attention.items()}
+        found |= {f"{family.attention}.{name}.bias": shape[:1] for name, shape in biased.items()}
+        if family.qk_norm:
+            found |= {f"{family.attention}.{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
+        found |= {f"{family.mlp}.{name}.weight": shape for name, shape in mlp.items()}
+        if self.mlp_bias:
+            found |= {f"{family.mlp}.{name}.bias": shape[:1] for name, shape in mlp.items()}
+        return found
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that a checkpoint has, by name; a tied output head is none."""
+        family, block = self.family, self.block_tensors()
+        found: dict[str, tuple[int, ...]] = {f"{family.embeddings}.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(self.num_hidden_layers):
+            found |= {family.layer_prefix(layer) + name: shape for name, shape in block.items()}
+        found[f"{family.final_norm}.weight"] = (self.hidden_size,)
+        if not self.tied:
+            found[f"{family.head}.weight"] = (self.vocab_size, self.hidden_size)
+        return found
 
     @property
     def block_parameters(self) -> int:
         """All parameters of one block."""
-        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = self.attention_matrix_parameters + self.mlp_matrix_parameters
-        layer += self.family.norms_per_layer * self.hidden_size
-        if self.family.qk_norm:
-            layer += 2 * self.head_dim
-        if self.family.qkv_bias:
-            layer += query + 2 * key
-        elif self.attention_bias:
-            layer += query + 2 * key + self.hidden_size
-        if self.mlp_bias:
-            layer += 2 * self.intermediate_size + self.hidden_size
-        return layer + self.stream_matrix_parameters
+        return sum(map(math.prod, self.block_tensors().values()))
 
     @property
     def embedding_parameters(self) -> int:
@@ -147,10 +177,10 @@ def shape_from_config(values: dict[str, Any], families: dict[str, Family], where
     """The shape that a ``config.json`` describes.
 
     Raises:
-        UnsupportedModelError: the family is not among ``families``, or a size is missing.
+        UnsupportedModelError: the family is not among ``families``, or a size is missing or cannot be one.
     """
     model_type = values.get("model_type")
-    experts = next((key for key in _EXPERT_COUNTS if (values.get(key) or 0) > 1), None)
+    experts = next((key for key in _EXPERT_COUNTS if values.get(key) not in (None, 0, 1)), None)
     if experts:
         raise UnsupportedModelError(
             f"{where}: model type {model_type!r} is a mixture of experts ({experts} is {values[experts]}), and which "
@@ -162,33 +192,54 @@ def shape_from_config(values: dict[str, Any], families: dict[str, Family], where
         raise UnsupportedModelError(
             f"{where}: model type {model_type!r} is not supported; supported are {', '.join(sorted(families))}"
         )
-    try:
-        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
-        return ModelShape(
-            family=family,
-            hidden_size=hidden,
-            intermediate_size=int(values["intermediate_size"]),
-            num_hidden_layers=int(values["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or hidden // heads),
-            vocab_size=int(values["vocab_size"]),
-            tied=bool(values.get("tie_word_embeddings", family.tied_by_default)),
-            attention_bias=bool(values.get("attention_bias", False)),
-            mlp_bias=bool(values.get("mlp_bias", False)),
+
+    def size(key: str, default: int | None = None) -> int:
+        found = values.get(key, default)
+        if found is None:
+            found = default
+        if type(found) is not int or found < 1:
+            what = "lacks" if key not in values else f"has {str(found)[:40]!r} as"
+            raise UnsupportedModelError(f"{where}: the model's configuration {what} {key!r}, a whole number above 0")
+        return found
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    default_heads = None if values.get("num_key_value_heads", 0) is None else family.key_value_heads
+    default_dim = None if values.get("head_dim", 0) is None else family.head_dim
+    head_dim = size("head_dim", default_dim or hidden // heads)
+    key_value_heads = size("num_key_value_heads", default_heads or heads)
+    if heads % key_value_heads:
+        raise UnsupportedModelError(
+            f"{where}: the model's configuration has {heads} attention heads for {key_value_heads} key-value heads, "
+            "which do not divide them"
         )
-    except KeyError as error:
-        raise UnsupportedModelError(f"{where}: the model's configuration lacks {error}") from None
+    size("max_position_embeddings", 1)
+    return ModelShape(
+        family=family,
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=size("vocab_size"),
+        tied=bool(values.get("tie_word_embeddings", family.tied_by_default)),
+        attention_bias="attention_bias" in family.bias_keys and bool(values.get("attention_bias")),
+        mlp_bias="mlp_bias" in family.bias_keys and bool(values.get("mlp_bias")),
+    )
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a local checkpoint; raises :class:`UnsupportedModelError` naming the path."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise UnsupportedModelError(
             f"{path} does not exist: {folder} is not a Hugging Face checkpoint; name a folder that has one"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise UnsupportedModelError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = what_stands_there(path) or f"cannot be read: {error}"
+        raise UnsupportedModelError(f"{path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise UnsupportedModelError(f"{path}: holds {str(values)[:40]}, not a model's settings; download it again")
+    return values

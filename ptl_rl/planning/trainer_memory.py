@@ -84,7 +84,7 @@ class Trainer:
         hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
         key = shape.num_key_value_heads * shape.head_dim
         upcast = 0 if of_each == 4 else 4  # norms compute in float32
-        norms = shape.family.norms_per_layer * hidden * (2 * of_each + upcast)
+        norms = len(shape.family.norms) * hidden * (2 * of_each + upcast)
         attention = of_each * (2 * query + 2 * key)
         if not self.is_unpadded and shape.num_attention_heads != shape.num_key_value_heads:
             attention += of_each * 2 * query  # keys and values, repeated for every head

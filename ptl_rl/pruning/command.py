@@ -8,14 +8,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from ptl_rl.attention import without_flash
-from ptl_rl.checkpoints.read import checkpoint_files, checkpoint_hash
+from ptl_rl.checkpoints.read import check_finite, checkpoint_hash
 from ptl_rl.checkpoints.write import write_tensors
 from ptl_rl.config import ConfigError, ScoreConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.errors import check_new_folder, check_writable
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import load_tokenizer, resolve_model
+from ptl_rl.models import load_tokenizer, open_model, resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import aligned, make_plan
 from ptl_rl.pruning.plan import PruningPlan
@@ -107,8 +107,8 @@ def score_model(
     records = load_corpus(config.data, config.seed, config.max_bad_fraction)
     texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
     general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
-    model_folder = resolve_model(model, setting="model")
-    checkpoint_files(model_folder)
+    model_folder, _ = open_model(model, prunable=True)
+    check_finite(model_folder)
     prunable, sequences, general_sequences = _prunable(model_folder, config, texts, general)
     out.mkdir(parents=True, exist_ok=True)
     sensitivity = config.calibration.token_weights == "sensitivity"
@@ -212,14 +212,14 @@ def slice_model(
             f"{plan_path}: the plan is of a model with {planned[0]} blocks of {planned[1]} channels, but "
             f"{model} has {found[0]} of {found[1]}"
         )
-    model_folder = resolve_model(model, setting="model")
-    checkpoint_files(model_folder)
+    model_folder, _ = open_model(model, prunable=True)
     if plan.compensate != "none" and checkpoint_hash(model_folder) != plan.source_hash:
         raise ConfigError(
             f"{plan_path}: its compensated weights belong to {plan.source}, and {model} is another model; score "
             "that one"
         )
     tokenizer = load_tokenizer(model_folder)
+    check_finite(model_folder)
     weights = new_weights if plan.compensate != "none" else None
     slice_checkpoint(model_folder, plan, out, new_weights=weights, progress=progress)
     plan.save(out / PLAN)

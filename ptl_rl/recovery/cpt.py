@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptl_rl.attention import FLASH
+from ptl_rl.attention import FLASH, without_flash
 from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.data.partition import partition, subset_hash
+from ptl_rl.families import read_config_json
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
@@ -40,6 +41,8 @@ def _parent_loss(context: StageContext, recovery: CptConfig):
 
     model = context.config.model
     attention = context.spec.attention
+    if attention == "sdpa":  # which suits the policy; the parent may have a soft cap of its own
+        attention = without_flash(read_config_json(context.spec.parent))
     return ParentLoss(context.spec.parent, recovery.parent_kl, recovery.cross_entropy, attention, model.dtype)
 
 

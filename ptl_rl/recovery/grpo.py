@@ -9,8 +9,9 @@ from typing import Any
 from ptl_rl.data import rollouts
 from ptl_rl.data.corpora import Record
 from ptl_rl.data.partition import partition, subset_hash
-from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.data.prompts import opens_thinking, prompt_ids
 from ptl_rl.families import read_shape
+from ptl_rl.models import load_tokenizer
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
@@ -114,7 +115,8 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
     keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
-    verl_config = compose(render(context.config, context.spec, keys, shape))
+    opened = opens_thinking(load_tokenizer(context.spec.source))
+    verl_config = compose(render(context.config, context.spec, keys, shape, opened))
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     follower.start()

@@ -7,9 +7,10 @@ from ptl_rl.attention import FLASH
 from ptl_rl.config import CptConfig, RunConfig
 from ptl_rl.config.recovery import micro_batch
 from ptl_rl.config.verl_keys import settings_of
-from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.cpu.checks import float32_engine
 from ptl_rl.recovery.verl_config import common_settings, composed
 from ptl_rl.stage import StageSpec, stage_seed
+from ptl_rl.verl_patches import ENGINE_LIBRARY
 
 
 def render_sft(

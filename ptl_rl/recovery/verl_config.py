@@ -23,9 +23,10 @@ from ptl_rl.config.verl_keys import (
     TEACHER,
     settings_of,
 )
-from ptl_rl.cpu.checks import ENGINE_LIBRARY, float32_engine
+from ptl_rl.cpu.checks import ONE_PROCESS, float32_engine
 from ptl_rl.families import ModelShape
 from ptl_rl.stage import PART_SEED, StageSpec
+from ptl_rl.verl_patches import ENGINE_LIBRARY
 
 ROLLOUTS = "rollouts"
 """Folder, within a recovery's work folder, that verl writes the policy's responses into."""
@@ -95,7 +96,7 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, Any]:
+def _reward(config: RunConfig, user_keys: dict[str, str] | None, think_opened: bool) -> dict[str, Any]:
     import reward.user
 
     user = config.reward.file
@@ -103,6 +104,7 @@ def _reward(config: RunConfig, user_keys: dict[str, str] | None) -> dict[str, An
     settings["user_seconds"] = config.reward.call_seconds
     if user is None:
         settings |= config.reward.model_dump(include={"accuracy_weight", "format_weight", "format_style"})
+        settings["think_opened"] = think_opened
     return {f"{REWARD}.{key}": value for key, value in settings.items()} | {
         "reward.custom_reward_function.path": reward.user.__file__,
         "reward.custom_reward_function.name": "compute_score",
@@ -133,8 +135,6 @@ def _distillation(config: RunConfig, recovery: DistillConfig, spec: StageSpec) -
         "inference.temperature": 1.0,
     }
     if spec.device == "cpu":
-        from ptl_rl.cpu.checks import ONE_PROCESS
-
         if recovery.teacher_tensor_parallel_size == 1:
             teacher |= {f"inference.engine_kwargs.vllm.{key}": value for key, value in ONE_PROCESS.items()}
         teacher |= {
@@ -156,13 +156,18 @@ def _bucket(shape: ModelShape, device: str) -> dict[str, Any]:
 
 
 def render(
-    config: RunConfig, spec: StageSpec, user_keys: dict[str, str] | None = None, shape: ModelShape | None = None
+    config: RunConfig,
+    spec: StageSpec,
+    user_keys: dict[str, str] | None = None,
+    shape: ModelShape | None = None,
+    think_opened: bool = False,
 ) -> dict[str, Any]:
     """verl settings of one GRPO recovery, dotted key to value; ``config.verl`` wins over everything else.
 
     Args:
         user_keys: what a user's reward function returns beside the score, as :func:`reward.check.reward_keys` finds.
         shape: of the model in ``spec.source``; None for one of the test bed's size.
+        think_opened: whether its chat template ends prompts with ``<think>``.
     """
     recovery = config.recoveries(spec.planned)[spec.part]
     assert isinstance(recovery, GrpoConfig)
@@ -171,7 +176,7 @@ def render(
         **_data(spec),
         **_policy(config, spec),
         **_batches(config, recovery, spec),
-        **_reward(config, user_keys),
+        **_reward(config, user_keys, think_opened),
         **_trainer(config, recovery, spec),
     }
     if spec.device == "cpu":
@@ -185,7 +190,11 @@ def render(
         settings |= _bucket(shape, spec.device)
     if isinstance(recovery, DistillConfig):
         settings |= _distillation(config, recovery, spec)
-    return {**settings, **config.verl, **recovery.verl}
+    settings |= {**config.verl, **recovery.verl}
+    if settings[f"{ROLLOUT}.tensor_model_parallel_size"] != 1 and spec.device == "cpu":
+        for key in ONE_PROCESS:  # an engine of several needs processes
+            settings.pop(f"{ROLLOUT}.engine_kwargs.vllm.{key}", None)
+    return settings
 
 
 def composed(name: str, settings: dict[str, Any]):

@@ -126,7 +126,8 @@ class LiveDisplay:
         if entry.stage == "evaluate":
             return f"{where}: accuracy {m['accuracy']:.1%}, {m['parameters']:,} parameters ({_time(entry.seconds)})"
         if entry.stage == "gate":
-            return f"{where}: {m['decision']} ({m['ratio']:.3f} of the original accuracy)"
+            kept = f"{m['ratio']:.3f} of the original accuracy" if m["baseline"] else "the original solves nothing"
+            return f"{where}: {m['decision']} ({kept})"
         if entry.stage == "slice":
             return (
                 f"{where}: {m['num_hidden_layers']} layers x {m['intermediate_size']} channels ({_time(entry.seconds)})"

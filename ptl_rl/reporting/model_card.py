@@ -28,7 +28,7 @@ def parent_card(model: str) -> dict[str, Any]:
     found = re.match(r"---\n(.*?)\n---", path.read_text(errors="replace"), re.DOTALL) if path.exists() else None
     try:
         values = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     return values if isinstance(values, dict) else {}
 

@@ -65,9 +65,9 @@ class RunData:
     def __init__(self, folder: Path) -> None:
         from ptl_rl.config.recipe import read_saved_config
 
-        self.folder = folder.resolve()
-        if not (self.folder / "config.json").exists():
+        if not (folder / "config.json").exists():
             raise ConfigError(f"{folder}: no config.json; this is not a run folder")
+        self.folder = folder.resolve()
         self.config: RunConfig = read_saved_config(self.folder / "config.json")
         self.entries: list[Entry] = Journal(self.folder / "journal.jsonl").entries()
         self.rows = summary.rows(self.entries)

@@ -6,7 +6,6 @@ memory, beside an empty model of the same size: 45 GB at 7.6 B parameters in flo
 time, and kept by the one rank that writes its file.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager, drop_tied_target_keys
 from verl.utils.fsdp_utils import fsdp_version
 
-from ptl_rl.attention import ATTENTION_KEYS
+from ptl_rl.checkpoints.companions import copy_companions, write_config
 from ptl_rl.checkpoints.write import file_name, group_into_files, weight_map, write_index, write_tensors
 
 
@@ -108,14 +107,13 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
         state: dict[str, Any] = get_model_state_dict(self.model)
         drop_tied_target_keys(state, self.model, self.model.config)
         write_weights(state, folder, self.rank, self.world_size)
-        # verl's configuration names the type of the checkpoint that training began from, and the attention of the
-        # training, without which nobody could then load it.
+        # verl writes what transformers makes of the source's files, with the attention of the training.
         if self.rank == 0:
-            values = json.loads((folder / "config.json").read_text())
-            for name in ("torch_dtype", *ATTENTION_KEYS):
-                values.pop(name, None)
-            values["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            source = Path(self.model.config.name_or_path or folder)
+            source = source if (source / "config.json").is_file() else folder
+            write_config(source, folder, str(next(iter(state.values())).dtype).removeprefix("torch."))
+            if source != folder:
+                copy_companions(source, folder)
             if self._to_register is not None:
                 super().register_checkpoint(*self._to_register)
                 self._to_register = None

@@ -1,8 +1,8 @@
 """What verl's FSDP engine is given; verl imports this module in its workers, by `model.external_lib`.
 
-Importing must do the work. It is apart from `verl_patches`, which every process that imports verl runs: the engine is
-heavy to import. verl's SFT trainer imports `external_lib` in its own process only, and hands its workers configurations
-that are made: so the class of one of them stands here, and a worker to which Ray hands it has imported this module.
+Importing must do the work. Nothing else imports it, for the engine is heavy to import. verl's SFT trainer imports
+`external_lib` in its own process only, and hands its workers configurations that are made: so the class of one of them
+stands here, and a worker to which Ray hands it has imported this module.
 """
 
 import functools

@@ -128,7 +128,7 @@ def raising_reward(tmp_path) -> Path:
 
 
 @pytest.mark.timeout(2400)
-def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path, raising_reward):
+def test_run_killed_in_its_stages_is_resumed_and_completes(repository, tmp_path, raising_reward):
     run_dir = tmp_path / "run"
     # Channels first, then a block that is chosen on the first cycle's rollouts.
     start = command(
@@ -142,14 +142,11 @@ def test_run_killed_in_every_stage_is_resumed_and_completes(repository, tmp_path
         gate__min_accuracy_ratio=0.01,
         recovery_of_cycle={2: [{"cpt": CPT}]},
     )
-    kill_in_stage(start, run_dir, "evaluate", 2)
-    assert entries(run_dir) == []
-    done: list[str] = []
-    for stage, after in (("score", 3), ("slice", 3), ("recover", 30), ("evaluate", 4)):
-        kill_in_stage(resume_command(run_dir), run_dir, stage, after)
-        now = entries(run_dir)
-        assert now[: len(done)] == done and f"1.{stage}" not in now
-        done = now
+    # In those that hold the most; with stages that do nothing, `test_loop_killed.py` kills it in every one.
+    kill_in_stage(start, run_dir, "slice", 3)
+    assert entries(run_dir) == ["0.evaluate", "1.score"]
+    kill_in_stage(resume_command(run_dir), run_dir, "recover", 15)
+    assert entries(run_dir) == ["0.evaluate", "1.score", "1.slice"]
     kill_after_step(resume_command(run_dir), run_dir, "002-recover", CPT["save_every_steps"] + 2)
     finished = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stderr

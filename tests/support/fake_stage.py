@@ -20,7 +20,8 @@ FILES = {
 }
 SIZES = {"intermediate_size": 800, "num_hidden_layers": 4}
 COUNTS = {
-    "problems": 10,
+    "problems": 100,
+    "truncated": 7,
     "parameters": 1000,
     "flops_per_token": 2000,
     "tokens_per_second": 9.0,

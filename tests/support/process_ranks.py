@@ -1,5 +1,6 @@
 """Run a function on several ranks, each a process of its own."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,9 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTED_ONCE = ["pytest", "transformers", "torch.distributed.fsdp", "verl.workers.engine"]
+"""By the process that ranks are forked from: each of them would take several seconds for these."""
 
-def _main(rank: int, ranks: int, port: int, backend: str, function: Callable, arguments: tuple) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+def _main(
+    rank: int, ranks: int, environment: dict[str, str], backend: str, function: Callable, arguments: tuple
+) -> None:
+    os.environ.clear()
+    os.environ |= environment
     torch.set_num_threads(1)
     dist.init_process_group(backend, rank=rank, world_size=ranks)
     function(rank, ranks, *arguments)
@@ -24,4 +31,7 @@ def run_ranks(function: Callable, ranks: int, *arguments, backend: str = "gloo")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_main, (ranks, port, backend, function, arguments), nprocs=ranks)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    given = (ranks, environment, backend, function, arguments)
+    mp.start_processes(_main, given, nprocs=ranks, start_method="forkserver")

@@ -6,10 +6,14 @@ import sys
 import types
 
 import pytest
+import torch
 
 from ptl_rl import attention
 from ptl_rl.attention import resolve_attention
+from ptl_rl.checkpoints.sharded import load_sharded
 from ptl_rl.config import ConfigError
+from ptl_rl.families import UnsupportedModelError
+from ptl_rl.recovery.cpt import _parent_loss
 
 LLAMA = {"model_type": "llama"}
 GEMMA2 = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
@@ -102,6 +106,28 @@ def test_flash_attention_is_not_taken_on_gpus_that_it_does_not_run_on(flash_attn
     assert found.name == "sdpa" and "compute capability 8.0, and here is 7.5" in (found.note or "")
     with pytest.raises(ConfigError, match=r"compute capability 8\.0, and here is 7\.5"):
         resolve_attention("flash_attention_2", "cuda", "bfloat16", LLAMA, capability=7.5)
+
+
+def test_an_attention_that_leaves_out_the_soft_cap_is_refused(make_checkpoint):
+    for device in ("cpu", "cuda"):
+        for config in (GEMMA2, {"model_type": "gemma2"}):
+            with pytest.raises(ConfigError, match=r"model\.attention: sdpa leaves out the soft cap .* set it to auto"):
+                resolve_attention("sdpa", device, "bfloat16", config)
+    assert resolve_attention("sdpa", "cpu", "float32", {**GEMMA2, "attn_logit_softcapping": None}).name == "sdpa"
+    with pytest.raises(UnsupportedModelError, match="sdpa leaves out the soft cap"):
+        load_sharded(make_checkpoint("gemma2"), None, torch.float32, attention="sdpa")
+
+
+def test_a_parent_with_a_soft_cap_keeps_it_where_the_policy_has_none(make_checkpoint):
+    recovery = types.SimpleNamespace(parent_kl=1.0, cross_entropy=1.0)
+    for parent, policys, expected in (
+        ("gemma2", "sdpa", "eager"),
+        ("llama", "sdpa", "sdpa"),
+        ("gemma2", "flash_attention_2", "flash_attention_2"),
+    ):
+        spec = types.SimpleNamespace(attention=policys, parent=make_checkpoint(parent))
+        config = types.SimpleNamespace(model=types.SimpleNamespace(dtype="float32"))
+        assert _parent_loss(types.SimpleNamespace(spec=spec, config=config), recovery).attention == expected
 
 
 def test_what_is_named_is_taken(flash_attn):

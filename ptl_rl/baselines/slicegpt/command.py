@@ -15,13 +15,15 @@ from transformers import AutoConfig
 
 from ptl_rl.baselines.slicegpt import NOTE
 from ptl_rl.baselines.slicegpt.rotate import check, slice_stream
+from ptl_rl.checkpoints.companions import copy_companions
+from ptl_rl.checkpoints.read import check_finite
 from ptl_rl.config import CalibrationConfig, ConfigError, ScoreConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.data.records import Record
 from ptl_rl.errors import check_new_folder
 from ptl_rl.families import read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import load_tokenizer, resolve_model
+from ptl_rl.models import load_tokenizer, open_model, resolve_model
 from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.pruning.score.streaming import on_device
@@ -103,10 +105,10 @@ def slice_records(
         note: goes into the folder's ``slicegpt.json``.
     """
     check_new_folder(out)
-    folder = resolve_model(model, setting="model")
-    shape = read_prunable_shape(folder)
+    folder, shape = open_model(model, prunable=True)
     check(AutoConfig.from_pretrained(folder))
     tokenizer = load_tokenizer(folder)
+    check_finite(folder)
     loaded = load_model(folder, getattr(torch, dtype))
     texts = texts_of(records[: calibration.sequences], prompt_suffix)
     sequences = encode_sequences(tokenizer, texts.questions, texts.solutions, calibration.max_tokens)
@@ -115,7 +117,7 @@ def slice_records(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     sliced.to(getattr(torch, read_dtype(folder))).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    copy_companions(folder, partial)
     made = Sliced(hidden_size, shape.hidden_size, read_shape(partial).parameters, shape.parameters)
     facts = {"source": str(folder), "hidden_size": hidden_size, "source_hidden_size": shape.hidden_size}
     (partial / NOTE).write_text(json.dumps({**facts, **(note or {})}, indent=2) + "\n")

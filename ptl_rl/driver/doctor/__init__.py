@@ -13,6 +13,7 @@ from ptl_rl.driver.cluster import SharedMemory, memory_of_node
 from ptl_rl.driver.doctor import machine, recipe, stack
 from ptl_rl.driver.doctor.finding import Finding
 from ptl_rl.driver.environment import CudaFacts, detect_device, read_cuda
+from ptl_rl.errors import resolved
 
 __all__ = ["Finding", "examine", "stops"]
 
@@ -59,7 +60,7 @@ def examine(config: RunConfig | None, run_dir: Path | None = None, lock: Path | 
         lambda: machine.check_ports(joined),
         machine.check_names,
         lambda: machine.check_shared_memory(memory),
-        lambda: machine.check_disk((run_dir or Path("runs")).resolve()),
+        lambda: machine.check_disk(resolved(run_dir or Path("runs"))),
         lambda: machine.check_compiler(device),
     ]
     return _made(checks) + _made(_of_recipe(config, device, run_dir))

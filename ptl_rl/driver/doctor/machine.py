@@ -11,13 +11,10 @@ from ptl_rl.driver.doctor.finding import Finding, ok, problem, warning
 from ptl_rl.driver.environment import ray_folder
 from ptl_rl.driver.node_check import SHARED_MEMORY, TEMPORARY_GIB
 from ptl_rl.driver.node_facts import free_bytes
+from ptl_rl.errors import long_sockets
 
 LEAST_FILES, AMPLE_FILES = 4096, 65536
 """Open files of a process: below the first Ray warns of connection errors, to the second it raises its own limit."""
-SOCKET_BYTES = 107
-"""Longest path of a Unix socket."""
-RAY_SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
-VLLM_SOCKET = "00000000-0000-0000-0000-000000000000"
 PORTS = {6379: "a Ray head", 8265: "Ray's dashboard and jobs", 52365: "Ray's job agent"}
 
 
@@ -43,14 +40,8 @@ def check_open_files(limits: tuple[int, int] | None = None) -> Finding:
 
 def check_socket_paths(ray: Path | None = None, temporary: str | None = None) -> list[Finding]:
     """Paths of Ray's and vLLM's sockets below TMPDIR; the kernel takes 107 bytes."""
-    ray, temporary = ray or ray_folder(), temporary or os.environ.get("TMPDIR") or "/tmp"
-    findings = []
-    for name, folder, rest in (("Ray's", str(ray), RAY_SOCKET), ("vLLM's", temporary, VLLM_SOCKET)):
-        length, room = len(f"{folder}/{rest}".encode()), SOCKET_BYTES - len(f"/{rest}".encode())
-        if length > SOCKET_BYTES:
-            text = f"{name} sockets below {folder} would have paths of {length} bytes, at most {SOCKET_BYTES} go"
-            remedy = f"set TMPDIR to a folder of at most {room - 4} bytes, e.g. TMPDIR=/tmp"
-            findings.append(problem("sockets", text, remedy))
+    ray = ray or ray_folder()
+    findings = [problem("sockets", *found) for found in long_sockets(ray, temporary)]
     return findings or [ok("sockets", f"paths below {ray} are short enough")]
 
 

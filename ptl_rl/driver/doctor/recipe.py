@@ -11,6 +11,7 @@ from ptl_rl.driver.doctor.finding import Finding, of_error, ok, problem, warning
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.preflight import check_disk, check_model
 from ptl_rl.driver.ray_session import unreachable
+from ptl_rl.errors import resolved
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.hardware import nvidia_smi
 
@@ -40,6 +41,7 @@ def find_model(config: RunConfig) -> tuple[Model | None, Finding]:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
     try:
         folder, shape = check_model(config)
+        preflight.check_tokenizer(config, folder)
     except ConfigError as error:
         return None, of_error("model", error)
     return Model(folder, shape), ok("model", f"{folder}, {shape.parameters / 1e6:.1f} million parameters")
@@ -83,7 +85,7 @@ def check_dtype(config: RunConfig, device: str) -> Finding:
 def check_room(config: RunConfig, model: Model, run_dir: Path) -> Finding:
     """For the run's checkpoints."""
     try:
-        check_disk(config, model.shape, model.folder, run_dir.resolve())
+        check_disk(config, model.shape, model.folder, resolved(run_dir))
     except ConfigError as error:
         return of_error("disk", error)
     return ok("disk", f"room for the run in {run_dir}")
@@ -144,7 +146,7 @@ def _joined(config: RunConfig | None, device: str, run_dir: Path | None, model: 
         if run_dir is not None:
             existed = run_dir.exists()
             try:
-                notes = check_nodes(config, device, run_dir.resolve(), [model.folder] if model else [])
+                notes = check_nodes(config, device, resolved(run_dir), [model.folder] if model else [])
             finally:
                 if not existed and run_dir.is_dir():
                     run_dir.rmdir()

@@ -3,36 +3,24 @@
 The result is an ordinary Hugging Face folder with a smaller ``intermediate_size`` and ``num_hidden_layers``.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from ptl_rl.attention import ATTENTION_KEYS
-from ptl_rl.checkpoints.read import checkpoint_files
+from ptl_rl.checkpoints.companions import copy_companions, write_config
+from ptl_rl.checkpoints.headers import checkpoint_files
 from ptl_rl.checkpoints.write import file_name, group_into_files, weight_map, write_index, write_tensors
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family, read_shape
 from ptl_rl.pruning.plan import PruningPlan
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "*.jinja",
-    "*.model",
-)
-"""Files beside the weights that belong to the model and are copied as they are."""
 
 
 class MissingWeightError(UserError, ValueError):
@@ -157,24 +145,17 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str
     """Write ``config.json``, the weight index where there are several files, and copy the tokenizer (rank 0's part)."""
     family = read_shape(source).family
     config = AutoConfig.from_pretrained(source)
-    for field in family.per_layer_fields:
-        values = getattr(config, field, None)
-        if isinstance(values, list):
-            setattr(config, field, [values[layer] for layer in plan.keep_layers])
-    first_windowed = getattr(config, "max_window_layers", None)
-    if first_windowed is not None:  # Qwen: blocks from this one on attend to a window only
-        config.max_window_layers = sum(layer < first_windowed for layer in plan.keep_layers)
-    config.intermediate_size = plan.intermediate_size
-    config.num_hidden_layers = plan.num_hidden_layers
-    config.save_pretrained(out)
-    values = json.loads((out / "config.json").read_text())
-    if found := [name for name in ATTENTION_KEYS if name in values]:
-        for name in found:
-            del values[name]
-        (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            shutil.copy2(path, out / path.name)
+    changes: dict[str, Any] = {"intermediate_size": plan.intermediate_size, "num_hidden_layers": plan.num_hidden_layers}
+    if plan.num_hidden_layers < config.num_hidden_layers:
+        for field in family.per_layer_fields:  # written out, as what transformers fills in would be of other blocks
+            values = getattr(config, field, None)
+            if isinstance(values, list):
+                changes[field] = [values[layer] for layer in plan.keep_layers]
+        first_windowed = getattr(config, "max_window_layers", None)
+        if first_windowed is not None:  # Qwen: blocks from this one on attend to a window only
+            changes["max_window_layers"] = sum(layer < first_windowed for layer in plan.keep_layers)
+    write_config(source, out, **changes)
+    copy_companions(source, out)
     write_index(out, files)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ptl_rl.cli import app
+from ptl_rl.driver.run_folder import RunFolder
 
 
 def ptl(*arguments) -> tuple[int, str]:
@@ -69,3 +70,18 @@ def test_a_journal_that_cannot_be_trusted_is_refused(run, tmp_path, command):
         journal.write(json.dumps({"cycle": 3}) + "\n")
     status, output = ptl(command, run, *([tmp_path / "out"] if command == "export" else []))
     assert status == 2 and f"error: {run / 'journal.jsonl'}:12: not a journal line: Field required" in output
+
+
+def test_a_model_that_changed_since_its_stage_is_not_exported(run, tmp_path):
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["artefact"] == "cycles/002/recovered":
+            line["files"] = RunFolder(run).files_of(line["artefact"])
+    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = run / "cycles/002/recovered/model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
+    status, output = ptl("export", run, tmp_path / "out")
+    assert status == 2 and f"error: {weights}: is not what its stage wrote" in output
+    weights.write_bytes(before)
+    assert ptl("export", run, tmp_path / "out")[0] == 0

@@ -119,6 +119,25 @@ def test_answers_within_the_solutions(columns, layout, tmp_path):
     assert status == 0 and all(record["answer"].isdigit() for record in json.loads(output)["sets"]["train"]["samples"])
 
 
+def test_verls_own_rows(tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} + 1?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+            "extra_info": {"answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"},
+        }
+        for i in range(400)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "mine.parquet")
+    config, text = init("testbed", "mine.parquet")
+    assert config.data.train.layout == "verl" and config.data.train.fields is None
+    assert "# rows as verl reads them: the answer is reward_model.ground_truth" in text
+    chats = [{"prompt": row["prompt"], "answer": i + 1} for i, row in enumerate(rows)]
+    write(tmp_path / "mine.jsonl", chats)
+    config, _ = init("testbed", "mine.jsonl", "--force")
+    assert config.data.train.fields.question == "prompt"
+
+
 def test_answers_beside_worked_ones(tmp_path):
     worked = "Step by step, and then another step. " * 5
     rows = [{"question": f"q{i}?", "answer": f"{worked}{i}", "final_answer": i} for i in range(400)]
@@ -285,7 +304,8 @@ def test_ambiguous_columns(columns, message, tmp_path):
         ("{question: prblem}", "there is no column 'prblem' or 'solution'; the columns are problem, answer"),
         ("{qestion: problem}", "--fields: qestion: unknown key; did you mean 'question'?"),
         ("problem", "--fields 'problem': write a mapping, as {question: problem,"),
-        ("{a: [", "--fields '{a: [': write a mapping"),
+        ("{a: [", "--fields '{a: [': not valid YAML: while parsing a flow node"),
+        ("{answer: a, answer: b}", "the key 'answer' twice in one mapping"),
     ],
 )
 def test_bad_fields(fields, message, tmp_path):

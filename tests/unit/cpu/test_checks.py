@@ -54,6 +54,27 @@ def test_ray_environment_carries_what_verl_would_have_set(monkeypatch):
     assert env["TOKENIZERS_PARALLELISM"] == "false"
 
 
+def test_an_evaluation_has_verls_environment_for_vllm_and_does_not_import_verl(monkeypatch):
+    for name in checks.VLLM_ENV:
+        monkeypatch.delenv(name, raising=False)
+    assert checks.VLLM_ENV.items() <= checks.ray_runtime_env(2)["env_vars"].items()
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    assert checks.evaluation_env(2) == {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_DISABLE_COMPILE_CACHE": "1",
+        **checks.cpu_env_vars(2),
+    }
+    code = (
+        "import sys; from ptl_rl.config.recipe import parse_config; from ptl_rl.evaluation import runner;"
+        "config = parse_config({'schedule': {'channels_per_cycle': [32]}});"
+        "from ptl_rl.stage import StageContext, StageSpec;"
+        "spec = StageSpec.model_construct(device='cpu', name='evaluate', stage_id='x');"
+        "env = StageContext(config, spec).worker_env();"
+        "sys.exit('verl' in sys.modules or env['VERL_PLATFORM'] != 'cpu')"
+    )
+    assert run_python(code).returncode == 0
+
+
 SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
@@ -73,7 +94,9 @@ def test_every_way_to_vllm_on_a_gpu_takes_that_environment(monkeypatch, reposito
     config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
     for device, expected in (("cuda", "0"), ("cpu", None)):
         assert (
-            StageContext(config, StageSpec.model_construct(device=device, stage_id="x")).worker_env().get(SAMPLER)
+            StageContext(config, StageSpec.model_construct(device=device, name="recover", stage_id="x"))
+            .worker_env()
+            .get(SAMPLER)
             == expected
         )
 

@@ -22,6 +22,10 @@ from ptl_rl.data.corpora import Corpus, DataError, load_corpus, shuffled
         ),
         ({"question": "q", "solution": "s", "answer": "  "}, r"a\.jsonl:2: column 'answer' \(answer\) is empty"),
         ('{"question": "\\ud800", "solution": "s", "answer": "1"}', r"a\.jsonl:2: .* half of a surrogate pair"),
+        (
+            '{"q\\ud800": "q", "solution": "s", "answer": "1"}',
+            r"a\.jsonl:2: no column 'question' .* q\\ud800, solution",
+        ),
     ],
 )
 def test_bad_rows_are_named(bad, message, tmp_path):

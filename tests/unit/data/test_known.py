@@ -85,6 +85,16 @@ ROWS = {
         },
         ("", "x=1", ""),
     ),
+    "verl": (
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": "What is 2 + 3?"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "5"},
+            "extra_info": {"split": "train", "index": 0, "answer": "2 + 3 = <<2+3=5>>5\n#### 5", "question": "What?"},
+        },
+        ("What is 2 + 3?", "2 + 3 = 5", "5"),
+    ),
 }
 CALLS = {
     "openai/gsm8k": {"name": "main"},

@@ -16,6 +16,7 @@ from ptl_rl.driver import doctor
 from ptl_rl.driver.cluster import SharedMemory
 from ptl_rl.driver.doctor import finding, machine, recipe, stack
 from ptl_rl.driver.environment import CudaFacts
+from ptl_rl.errors import RAY_SOCKET, SOCKET_BYTES
 
 GPUS = CudaFacts("580.65.06", 8, "2.11.0", "13.0", True, 8, None)
 
@@ -143,7 +144,7 @@ def test_open_files_count_as_far_as_ray_can_raise_them(limits, level):
 
 def test_socket_paths():
     assert levels(machine.check_socket_paths(Path("/tmp/ray"), "/tmp")) == ["ok"]
-    room = machine.SOCKET_BYTES - len("/" + machine.RAY_SOCKET)
+    room = SOCKET_BYTES - len("/" + RAY_SOCKET)
     assert levels(machine.check_socket_paths(Path("/" + "x" * (room - 1)), "/tmp")) == ["ok"]
     assert levels(machine.check_socket_paths(Path("/" + "x" * room), "/tmp")) == ["problem"]
     assert levels(machine.check_socket_paths(Path("/tmp/ray"), "/" + "x" * 80)) == ["problem"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from driven_runs import HURRY, Told, labels_of
 
+from ptl_rl.driver import loop
 from ptl_rl.driver.journal import Entry, Journal
-from ptl_rl.driver.loop import StageFailed
+from ptl_rl.driver.loop import Driver, StageFailed
 from ptl_rl.driver.state import stage_of
 
 
@@ -133,7 +134,7 @@ def fill_at_link(patch, name: str) -> None:
 @pytest.mark.parametrize(
     ("fill", "what", "done"),
     [
-        (fill_at_write, ".owner", 0),
+        (fill_at_write, ".owner.tmp", 0),
         (fill_at_write, "000-evaluate.1.spec.json", 0),
         (fill_at_rename, ".sliced.tmp", 2),
         (fill_at_journal, "001-recover", 3),
@@ -154,3 +155,27 @@ def test_a_full_disk_leaves_a_run_that_resumes(make_driven, monkeypatch, fill, w
     run.drive()
     run.check_complete()
     assert all(run.starts(label.removesuffix(".1")) == 1 for label in finished)
+
+
+WHOLE = b'{"run_id":"0123456789abcdef0123456789abcdef","since":1.5}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [WHOLE[:n] for n in (0, 1, 9, 20, 45, 55)]
+    + [b"null", b"[]", b"{}", b'"x"', b"7", b"\0" * 60, b"\xff\xfe", b'{"run_id": "x", "since": 1}']
+    + [b'{"run_id": "0123456789abcdef0123456789abcdef"}', WHOLE.replace(b"1.5", b'"x"'), b"[" * 3000],
+)
+def test_an_owner_that_says_nothing_keeps_no_run_from_going_on(make_driven, monkeypatch, content):
+    run, ended = make_driven(), []
+    monkeypatch.setattr(loop, "end_processes", lambda name, value, grace_seconds: ended.append(value))
+    monkeypatch.setattr(loop, "remove_orphaned_segments", lambda since: ended.append(since))
+    driver = Driver(run.folder, lambda _: Told())
+    owner = run.path / ".owner"
+    owner.write_bytes(content)
+    driver._clean_up_after_earlier_driver()
+    assert ended == []
+    driver._save_owner()
+    driver._clean_up_after_earlier_driver()
+    assert ended[0] == driver.run_id and len(ended) == 2
+    assert not list(run.path.glob(".owner.*"))

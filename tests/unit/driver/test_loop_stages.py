@@ -9,6 +9,7 @@ from driven_runs import DrivenRun, Session, Told, labels_of
 from ptl_rl.config import ConfigError
 from ptl_rl.driver import loop, ray_session
 from ptl_rl.driver.loop import StageFailed
+from ptl_rl.driver.run_folder import MissingArtefact
 from ptl_rl.stage import StageContext
 
 TWO_CYCLES = {"schedule": {"channels_per_cycle": [480, 224], "alignment": 16}, "recovery": {"grpo": {"steps": [3, 5]}}}
@@ -168,3 +169,80 @@ def test_the_data_is_frozen_before_the_first_stage_and_a_change_is_refused(make_
     run.drive()
     run.check_complete()
     assert {path.name: path.read_bytes() for path in (run.path / "data").iterdir()} == before
+
+
+def test_a_model_that_solves_nothing_ends_the_run_before_anything_is_cut(make_driven):
+    run = make_driven()
+    run.act({"000-evaluate": 0.0})
+    for _ in range(2):  # and again when it is resumed
+        with pytest.raises(ConfigError) as refusal:
+            run.drive()
+        assert run.labels() == ["000-evaluate"] and list(run.specs()) == ["000-evaluate.1"]
+    said = str(refusal.value)
+    assert "the model solves none of 100 problems before anything is cut" in said
+    assert f"7 of its answers were cut off at {run.config.data.max_response_tokens} tokens" in said
+    assert f"{run.path}/cycles/000/evaluation/samples.parquet" in said
+    assert "chat template" in said and "gate.min_accuracy_ratio: 0 goes on" in said
+
+
+def test_a_gate_that_takes_everything_may_begin_with_nothing(make_driven):
+    run = make_driven(gate={"min_accuracy_ratio": 0})
+    run.act({"000-evaluate": 0.0, "001-evaluate": 0.0})
+    run.drive()
+    run.check_complete()
+
+
+def test_chance_at_the_gate_is_said_once(make_driven):
+    run, told = make_driven(), Told()
+    run.act({"000-evaluate": 0.02, "001-evaluate": 0.02})
+    run.drive(told)
+    (note,) = told.notes
+    assert "solves 2 of 100 problems" in note and "one answer is 50% of that" in note
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("fails", "file"),
+    [
+        ("001-slice", "scores/scores.safetensors"),
+        ("001-recover", "sliced/model.safetensors"),
+        ("001-recover", "sliced/plan.json"),
+        ("001-evaluate", "recovered/config.json"),
+    ],
+)
+def test_an_artefact_that_changed_is_not_used(make_driven, fails, file):
+    run = make_driven()
+    run.act({fails: "raise"})
+    with pytest.raises(StageFailed):
+        run.drive()
+    run.act({})
+    path = run.path / "cycles/001" / file
+    before = path.read_bytes()
+    flip(path)
+    with pytest.raises(MissingArtefact, match=rf"{file}: is not what its stage wrote .*put it back as it was"):
+        run.drive()
+    path.unlink()
+    with pytest.raises(MissingArtefact, match=rf"{file}: is gone|the journal names this checkpoint"):
+        run.drive()
+    assert run.starts(fails) == 1  # no stage has seen it
+    path.write_bytes(before)
+    run.drive()
+    run.check_complete()
+
+
+def test_a_journal_of_an_earlier_version_has_no_checksums_and_goes_on(make_driven):
+    run = make_driven()
+    run.act({"001-recover": "raise"})
+    with pytest.raises(StageFailed):
+        run.drive()
+    lines = [json.loads(line) for line in run.folder.journal.read_text().splitlines()]
+    assert all(line.pop("files") for line in lines)
+    run.folder.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.act({})
+    run.drive()
+    run.check_complete()

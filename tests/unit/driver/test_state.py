@@ -3,7 +3,7 @@
 import pytest
 
 from ptl_rl.config.recipe import parse_config
-from ptl_rl.driver.gate import decide
+from ptl_rl.driver.gate import decide, low_baseline
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import ORIGINAL, data_subsets, fold, next_stage, stage_of
 from ptl_rl.planning.schedule import halved, planned_cuts
@@ -137,3 +137,43 @@ def test_gate_decisions():
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "stop"
     relaxed = gate.model_copy(update={"on_failure": "continue"})
     assert decide(relaxed, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "accept_below"
+
+
+def test_a_baseline_of_nothing_stops_the_run_after_cycle_0():
+    """0 is 95 % of 0: every cycle would be accepted."""
+    entries = simulate(config(), [], baseline=0.0)
+    assert names(entries) == ["0.evaluate"]
+    state = fold(config(), entries)
+    assert state.stopped and next_stage(state) is None
+    assert (
+        simulate(config(), [], baseline=float("nan")) != [] and len(simulate(config(), [], baseline=float("nan"))) == 1
+    )
+    unjudged = config(min_accuracy_ratio=0, max_extensions=0)
+    assert len(simulate(unjudged, [0.0, 0.0], baseline=0.0)) == 11  # asked for
+
+
+def test_a_run_of_an_earlier_version_that_went_on_from_nothing_is_read_as_it_was():
+    entries = simulate(config(min_accuracy_ratio=0, max_extensions=0), [0.0, 0.1], baseline=0.0)
+    for length in range(1, len(entries) + 1):
+        state = fold(config(), entries[:length])
+        assert state.stopped and next_stage(state) is None
+    assert state.source == "cycles/002-recover" and state.cuts == []
+
+
+def test_a_model_that_was_cut_before_may_solve_nothing():
+    cut = parse_config(
+        {"schedule": {"recover_only": True}, "model": {"parent": "testbed"}, "gate": {"max_extensions": 0}}
+    )
+    assert names(simulate(cut, [0.4], baseline=0.0)) == ["0.evaluate", "1.recover", "1.evaluate", "1.gate"]
+    assert "solves 0 of 500 problems" in low_baseline(cut, {"accuracy": 0.0, "problems": 500})
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "says"),
+    [(0.002, "solves 1 of 500"), (0.018, "solves 9 of 500"), (0.0007, "solves 0.35 of 500"), (0.02, None), (1.0, None)],
+)
+def test_a_baseline_too_low_to_judge_by_is_said(accuracy, says):
+    note = low_baseline(config(), {"accuracy": accuracy, "problems": 500})
+    assert (note is None) == (says is None) and (says is None or says in note)
+    assert low_baseline(config(min_accuracy_ratio=0), {"accuracy": accuracy, "problems": 500}) is None
+    assert low_baseline(config(), {"accuracy": accuracy}) is None  # of an earlier version

@@ -395,7 +395,7 @@ def _plans_and_weights(prunable: engine.PrunableModel, out: Path) -> None:
 
 
 def _engine_on_ranks(rank: int, ranks: int, folder: Path, family: str, out: Path) -> None:
-    model = load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32)
+    model = load_sharded(folder, init_device_mesh("cpu", (ranks,)), torch.float32, attention="eager")
     # Sixteen sequences' worth of rows in all, so that batches are shared out differently by every number of ranks.
     _plans_and_weights(policy_of(folder, family, model, batch_size=2), out)
 

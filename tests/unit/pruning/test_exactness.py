@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def test_a_sliced_checkpoint_names_no_attention(make_checkpoint, tmp_path):
         not {"attn_implementation", "_attn_implementation"} & json.loads((tmp_path / "config.json").read_text()).keys()
     )
     AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("kept", "named"), [(3, set()), (2, {"layer_types", "max_window_layers"})])
+def test_a_configuration_stays_as_it_was_written(make_checkpoint, tmp_path, kept, named):
+    """In the form of version 4 of transformers, which read what version 5 writes with another base of its rope."""
+    source = tmp_path / "source"
+    shutil.copytree(make_checkpoint("qwen2"), source)
+    values = json.loads((source / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "max_window_layers"):
+        values.pop(name, None)
+    values |= {"rope_theta": 123456.0, "torch_dtype": "float32", "use_sliding_window": False}
+    (source / "config.json").write_text(json.dumps(values))
+    (tmp_path / "out").mkdir()
+    slice_checkpoint(source, random_plan(4, 20, kept), tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    changed = {"intermediate_size": 20} | ({"num_hidden_layers": kept} if kept < 3 else {})
+    assert {name: value for name, value in written.items() if name not in named} == values | changed
+    assert named <= written.keys()
 
 
 WINDOWED = {

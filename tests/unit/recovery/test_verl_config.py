@@ -9,13 +9,13 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from ptl_rl.config import ConfigError, CptConfig
 from ptl_rl.config.recipe import load_config
-from ptl_rl.cpu.checks import ENGINE_LIBRARY
 from ptl_rl.families import FAMILIES
 from ptl_rl.families.base import shape_from_config
 from ptl_rl.families.published import PUBLISHED
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.recovery.verl_config import compose, render
 from ptl_rl.stage import StageSpec
+from ptl_rl.verl_patches import ENGINE_LIBRARY
 from ptl_rl.verl_patches.engine import StepwiseCheckpointConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
@@ -193,6 +193,13 @@ def test_what_verl_refuses_is_quoted(tmp_path):
         compose(render(config, spec("cpu", tmp_path)))
 
 
+def test_an_engine_of_several_workers_has_processes_for_them(tmp_path):
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    assert key in render(load_config(DEMO), spec("cpu", tmp_path))
+    parallel = load_config(DEMO, ["verl.actor_rollout_ref.rollout.tensor_model_parallel_size=2"])
+    assert key not in render(parallel, spec("cpu", tmp_path))
+
+
 def test_keys_of_a_users_reward_reach_verl(tmp_path):
     (tmp_path / "mine.py").write_text("def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0\n")
     config = load_config(DEMO, [f"reward.path={tmp_path}/mine.py", "reward.name=f"])
@@ -200,6 +207,8 @@ def test_keys_of_a_users_reward_reach_verl(tmp_path):
     arguments = verl.reward.custom_reward_function.reward_kwargs
     assert dict(arguments.user_keys) == {"acc": "number", "note": "text"}
     assert (arguments.user_path, arguments.user_name) == (f"{tmp_path}/mine.py", "f")
+    opened = compose(render(load_config(DEMO), spec("cpu", tmp_path), think_opened=True))
+    assert opened.reward.custom_reward_function.reward_kwargs.think_opened is True
 
 
 def test_verls_group_filter_gets_verls_own_replay_buffer(tmp_path):

@@ -212,3 +212,11 @@ def test_a_question_in_a_pool_that_is_closed_gets_an_error_at_once():
     with pytest.raises(RuntimeError, match="closed"):
         pool.judge("7", TOWER)
     assert time.monotonic() - start < 10.0
+
+
+def test_a_process_whose_standard_streams_are_closed(repository):
+    """As a daemon's are: the pipe then has a number that the child wants for itself."""
+    code = "from reward.judge_pool import JudgePool; import sys; sys.exit(JudgePool(1).judge('1/2', '0.5') != 'equal')"
+    command = f'exec "$0" -c "{code}" 0<&- 1>&-'
+    run = subprocess.run(["bash", "-c", command, sys.executable], cwd=repository, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 0, run.stderr

@@ -3,6 +3,7 @@
 import inspect
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,43 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def save_loaded(rank, ranks, folder):
+    from transformers import AutoTokenizer
+
+    from ptl_rl.verl_patches.checkpoint import ShardedCheckpointManager
+
+    source = folder / "source"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32", attn_implementation="eager")
+    fully_shard(model)
+    contents = {"save_contents": ["hf_model"], "load_contents": []}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    manager = ShardedCheckpointManager(model, None, processing_class=tokenizer, checkpoint_config=contents)
+    manager.save_checkpoint(str(folder / "step"), global_step=1)
+
+
+def test_what_stands_beside_the_weights_is_the_sources(tmp_path, make_checkpoint):
+    """As hub checkpoints have it: rope in the form of version 4, sampling that version 5 does not write back."""
+    source = tmp_path / "source"
+    shutil.copytree(make_checkpoint("qwen2"), source)
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": 123456.0, "torch_dtype": config.pop("dtype", "float32"), "attn_implementation": "sdpa"}
+    assert rope["rope_theta"] != config["rope_theta"]
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 2]}')
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2TokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    run_ranks(save_loaded, 1, tmp_path)
+    written = tmp_path / "step/huggingface"
+    del config["attn_implementation"]
+    assert json.loads((written / "config.json").read_text()) == config | {"torch_dtype": "float32"}
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        assert (written / name).read_bytes() == (source / name).read_bytes()
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (written, source))
+    ids = torch.arange(12)[None]
+    assert torch.equal(found(ids).logits, wanted(ids).logits)
 
 
 def train(rank, ranks, folder):

@@ -1,0 +1,114 @@
+"""What a model's chat template and its questions' lengths would do to a run is said before Ray starts."""
+
+import json
+import re
+import shutil
+
+import pytest
+from data_rows import row, run_config
+
+from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import parse_config
+from ptl_rl.data.prepare import run_data
+from ptl_rl.driver.prompt_checks import check_prompts
+from ptl_rl.testbed import CHECKPOINT_DIR
+from ptl_rl.testbed.tokenizer import PAD
+
+LONG = "Which number follows the ones that were named before it? " * 6
+GRPO = {"grpo": {"prompts_per_step": 8}}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The tokenizer of the shipped model, and its configurations."""
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINT_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def notes(tmp_path, model, train, test=None, recovery=GRPO, most=64):
+    values = run_config(tmp_path, train, test).model_dump() | {"recovery": recovery}
+    values["data"] |= {"max_prompt_tokens": most, "prompt_suffix": ""}
+    config = parse_config(values)
+    return check_prompts(config, model, run_data(config, 2))
+
+
+def set_template(model, template):
+    (model / "chat_template.jinja").write_text(template)
+
+
+def test_short_questions_need_no_word(model, tmp_path):
+    assert notes(tmp_path, model, [row(i) for i in range(300)]) == []
+
+
+def test_questions_that_verl_will_leave_out_are_counted(model, tmp_path):
+    """With verl's own filter."""
+    import pandas
+    from omegaconf import OmegaConf
+    from transformers import AutoTokenizer
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    rows = [row(i, question=f"{i} {LONG * (i % 3 == 0)}?") for i in range(60)]
+    (note,) = notes(tmp_path, model, rows)
+    assert note == (
+        "data.train: 20 of 60 questions have more than data.max_prompt_tokens 64 tokens in the chat template and are "
+        "left out"
+    )
+    prompts = [[{"role": "user", "content": r["question"]}] for r in rows]
+    pandas.DataFrame({"prompt": prompts}).to_parquet(tmp_path / "rows.parquet")
+    settings = OmegaConf.create({"max_prompt_length": 64, "filter_overlong_prompts": True, "cache_dir": str(tmp_path)})
+    found = RLHFDataset(str(tmp_path / "rows.parquet"), AutoTokenizer.from_pretrained(model), settings)
+    assert len(found) == 40
+
+
+def test_too_few_that_are_short_enough_are_refused(model, tmp_path):
+    rows = [row(i, question=f"{i} {LONG * (i >= 15)}?") for i in range(60)]
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens 64: of the 60 questions of data\.train 45 are longer"):
+        notes(tmp_path, model, rows)
+    assert notes(tmp_path, model, rows, recovery={"cpt": {"sequences_per_step": 8}}) == []  # which leaves none out
+    (note,) = notes(tmp_path, model, rows, recovery={"grpo": {"prompts_per_step": 6}})
+    assert "45 of 60" in note
+
+
+def test_questions_of_the_test_set_that_would_be_cut(model, tmp_path):
+    rows, few = [row(i) for i in range(60)], [row(i, question=f"T{i} {LONG * (i == 3)}?") for i in range(9)]
+    (note,) = notes(tmp_path, model, rows, few)
+    assert note.startswith("data.test: 1 of 9 questions have more than") and "cut at their beginning" in note
+    with pytest.raises(ConfigError, match=r"of the 9 questions of data\.test 9 are longer .* leaves 0 of it"):
+        notes(tmp_path, model, rows, few, most=8, recovery={"cpt": {"sequences_per_step": 8}})
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{% for message in messages %}{{ message['content'] }", "unexpected '}'"),
+        ("{{ messages[0]['text']['more'] }}", "no attribute 'text'"),
+    ],
+)
+def test_a_template_that_fails_is_refused(model, tmp_path, template, reason):
+    set_template(model, template)
+    with pytest.raises(ConfigError, match=rf"model: its chat template fails on a question \(.*{re.escape(reason)}"):
+        notes(tmp_path, model, [row(i) for i in range(60)])
+
+
+def test_a_template_that_ends_answers_where_generation_does_not(model, tmp_path):
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"eos_token": PAD}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    pad = json.loads((model / "config.json").read_text())["pad_token_id"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": pad}))
+    (note,) = notes(tmp_path, model, [row(i) for i in range(60)])
+    assert "ends an answer with '<|im_end|>', but generation stops at '<|endoftext|>' alone" in note
+    (model / "generation_config.json").write_text(json.dumps({}))
+    settings["eos_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="nothing ends an answer"):
+        notes(tmp_path, model, [row(i) for i in range(60)])
+
+
+def test_a_template_that_opens_the_thinking_is_known_to_the_format_reward(model, tmp_path):
+    from reward.style import format_reward
+
+    closed, whole = "2 and 2.</think> So \\boxed{4}.", "<think>2 and 2.</think> So \\boxed{4}."
+    assert [format_reward(text, "think_boxed", think_opened=True) for text in (closed, whole)] == [1.0, 0.0]
+    assert [format_reward(text, "think_boxed") for text in (closed, whole)] == [0.0, 1.0]
