@@ -1,26 +1,29 @@
 """Try a user's reward function once, before Ray starts and a GPU is reserved.
 
-A misspelt name or a wrong signature otherwise shows after minutes of start-up, in a worker's log.
+A misspelt name or a wrong signature otherwise shows after minutes of start-up, in a worker's log. The function is
+loaded and called in a process of its own (`reward.calls`), as in the run: what it does to its folder, its process or
+its own errors' text, it does there.
 """
 
 import asyncio
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from reward.guard import BadReturn, Value, as_result, is_async, kinds_of
-from reward.load import RewardError, load_function
+from reward.load import RewardError, text_of
 
-__all__ = ["RewardError", "check_reward_function", "reward_keys"]
-
-
-class _TooSlow(Exception):
-    """The call still runs: not to be confused with a TimeoutError that the function itself raised."""
-
+__all__ = ["RewardError", "attempt", "check_loads", "check_reward_function", "reward_keys"]
 
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def check_loads(path: str | Path, name: str) -> None:
+    """Load the function `name` of the file `path`, without a call. Raises RewardError."""
+    from reward.calls import FunctionProcess
+
+    FunctionProcess(path, name).kill()
 
 
 def check_reward_function(
@@ -34,8 +37,7 @@ def check_reward_function(
     """Load the function `name` of the file `path` and call it once, as verl will; return if all is well.
 
     `sample` holds `data_source`, `solution_str`, `ground_truth` and maybe `extra_info`; `reward_kwargs` are
-    the recipe's own settings for the function. The call runs in a thread that is not the main one, as in
-    verl. Raises RewardError, whose message names the file, the function and the remedy.
+    the recipe's own settings for the function. Raises RewardError, whose message names file, function and remedy.
     """
     _try_out(path, name, sample, reward_kwargs or {}, limit_seconds)
 
@@ -63,26 +65,39 @@ def _try_out(
     reward_kwargs: Mapping[str, Any],
     limit_seconds: float,
 ) -> dict[str, Value]:
-    function = load_function(path, name)
-    label = f"reward function {name!r} of {path}"
+    from reward.calls import CallStopped, FunctionProcess
+
     arguments = {key: sample.get(key) for key in _ARGUMENTS}
     arguments["extra_info"] = dict(arguments["extra_info"] or {})
-    _check_signature(function, {**arguments, **reward_kwargs}, label)
-    returned, error = _call_in_thread(function, {**arguments, **reward_kwargs}, limit_seconds)
-    if isinstance(error, _TooSlow):
-        raise RewardError(f"{label} did not return within {limit_seconds:g} s on the sample: make it faster")
-    if error is not None:
-        raise RewardError(
-            f"{label} raised {type(error).__name__} on the sample "
-            f"(data_source={arguments['data_source']!r}): {error}; "
-            "mend the function, or the data if the sample is wrong"
-        ) from error
+    process = FunctionProcess(path, name)
     try:
-        return as_result(returned[0])
+        return process.call({**arguments, **reward_kwargs}, limit_seconds, is_trial=True)
+    except CallStopped as error:
+        raise RewardError(
+            f"reward function {name!r} of {path} {error} on the sample: make it return a score in time"
+        ) from None
+    finally:
+        process.kill()
+
+
+def attempt(function: Callable[..., Any], label: str, arguments: Mapping[str, Any]) -> dict[str, Value]:
+    """Call `function` in this thread, which is not the main one, as in verl. Raises RewardError, which says why not."""
+    _check_signature(function, arguments, label)
+
+    async def call_async() -> Any:
+        return await function(**arguments)
+
+    try:
+        return as_result(asyncio.run(call_async()) if is_async(function) else function(**arguments))
     except BadReturn as problem:
         raise RewardError(
             f"{label} {problem}; it must return a finite number or a dict with a numeric 'score'"
         ) from problem
+    except BaseException as error:
+        raise RewardError(
+            f"{label} raised {type(error).__name__} on the sample (data_source={arguments['data_source']!r}): "
+            f"{text_of(error)}; mend the function, or the data if the sample is wrong"
+        ) from error
 
 
 def _check_signature(function: Callable[..., Any], arguments: Mapping[str, Any], label: str) -> None:
@@ -97,26 +112,3 @@ def _check_signature(function: Callable[..., Any], arguments: Mapping[str, Any],
             f"{label} has the signature {signature}, but verl calls it with the keyword arguments "
             f"{', '.join(arguments)} ({error}): accept these, or add **kwargs"
         ) from error
-
-
-def _call_in_thread(
-    function: Callable[..., Any], arguments: Mapping[str, Any], limit_seconds: float
-) -> tuple[list[Any], BaseException | None]:
-    returned: list[Any] = []
-    raised: list[BaseException] = []
-
-    async def call_async() -> Any:
-        return await function(**arguments)
-
-    def call() -> None:
-        try:
-            returned.append(asyncio.run(call_async()) if is_async(function) else function(**arguments))
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=call, name="reward-check", daemon=True)
-    thread.start()
-    thread.join(limit_seconds)
-    if thread.is_alive():
-        return [], _TooSlow()
-    return returned, raised[0] if raised else None

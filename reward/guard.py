@@ -50,7 +50,7 @@ def guard(
     the function returns, so that samples that fail before the first success have fewer keys. `name` is used
     in messages.
     """
-    guarded = _Guarded(user_function, name or str(getattr(user_function, "__qualname__", user_function)), keys)
+    guarded = Guarded(user_function, name or str(getattr(user_function, "__qualname__", user_function)), keys)
     return guarded.as_coroutine_function() if is_async(user_function) else guarded.as_function()
 
 
@@ -120,11 +120,14 @@ def _extra(value: Any) -> Value:
     return None if value is None else str(value)
 
 
-class _Guarded:
-    """The state of one guarded function: the keys known so far and the errors reported so far."""
+class Guarded:
+    """The state of one guarded function: the keys known so far and the errors reported so far.
 
-    def __init__(self, function: Callable[..., Any], name: str, keys: Mapping[str, str] | None) -> None:
-        self.function = function
+    `reward.calls` has the function in another process, and only `failure` here.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None, name: str, keys: Mapping[str, str] | None) -> None:
+        self.function: Callable[..., Any] = function or _nothing
         self.name = name
         self.fixed = keys is not None
         self.kinds = {key: kind for key, kind in (keys or {}).items() if key not in ("score", "reward_error")}
@@ -164,32 +167,41 @@ class _Guarded:
 
     def success(self, value: Any) -> dict[str, Value]:
         result = as_result(value)
+        known = self.learn(result)
+        extras = {key: _as_kind(result.get(key), kind) for key, kind in known.items()}
+        return {"score": result["score"], **extras, "reward_error": 0.0}
+
+    def learn(self, result: Mapping[str, Value]) -> dict[str, str]:
+        """Return the kinds of keys that are known, `result`'s among them."""
         kinds = kinds_of(result)
         with self.lock:
             if not self.fixed:
                 # A key that holds None says nothing about its kind yet; verl takes the key as absent.
                 self.kinds = {k: v for k, v in kinds.items() if result[k] is not None} | self.kinds
-            known = dict(self.kinds)
-        extras = {key: _as_kind(result.get(key), kind) for key, kind in known.items()}
-        return {"score": result["score"], **extras, "reward_error": 0.0}
+            return dict(self.kinds)
 
-    def failure(self, error: BaseException, sample: Mapping[str, Any]) -> dict[str, Value]:
+    def failure(self, error: BaseException, sample: Mapping[str, Any], *, always: bool = False) -> dict[str, Value]:
+        """Report an error, the first of its kind or `always`, and return what its sample gets."""
         place = _place(error)
         distinct = (type(error).__name__, str(error) if isinstance(error, BadReturn) else place)
         with self.lock:
-            first_time = distinct not in self.reported
+            first_time = always or distinct not in self.reported
             self.reported.add(distinct)
             known = dict(self.kinds)
         if first_time:
             try:
                 _report(self.name, error, place, sample)
-            except Exception:  # an error whose own __str__ fails, say
+            except BaseException:  # an error whose own __str__ fails, say, or exits
                 logger.exception("cannot describe an error of reward function %s at %s", self.name, place)
         return {
             "score": 0.0,
             **{k: "" if v == "text" else 0.0 for k, v in known.items()},
             "reward_error": 1.0,
         }
+
+
+def _nothing(**_: Any) -> None:
+    """Stand for a function that is called elsewhere."""
 
 
 def _call_arguments(data_source: Any, solution_str: Any, ground_truth: Any, extra_info: Any) -> dict[str, Any]:

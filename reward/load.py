@@ -14,8 +14,18 @@ class RewardError(ValueError):
     """The configured reward function cannot be used; the message names file, function and remedy."""
 
 
+def text_of(error: BaseException) -> str:
+    """The text of a user's error on one line; that may raise, too."""
+    try:
+        return " ".join(str(error).split())
+    except BaseException:
+        return "(its text cannot be had)"
+
+
 def load_function(path: str | Path, name: str) -> Callable[..., Any]:
-    """Execute the file `path` and return its function `name`.
+    """Execute the file `path` in this process and return its function `name`.
+
+    It may import its neighbours: its folder comes last on the import path, for good.
 
     The module is registered in `sys.modules` under a name of its own (verl does not register what it loads
     by path), so that dataclasses and pickling work in it. Raises RewardError for a missing file, a syntax
@@ -54,13 +64,16 @@ def _execute(file: Path) -> Any:
         raise RewardError(f"reward file {file} cannot be imported: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
+    except BaseException as error:
+        sys.modules.pop(module_name, None)
         remedy = "install it in every worker's environment" if isinstance(error, ImportError) else "mend the file"
         raise RewardError(
-            f"importing reward file {file} failed{_at_line(error, file)} with {type(error).__name__}: {error}; {remedy}"
+            f"importing reward file {file} failed{_at_line(error, file)} with "
+            f"{type(error).__name__}: {text_of(error)}; {remedy}"
         ) from error
     return module
 

@@ -40,8 +40,10 @@ def mbpp_row(record: Mapping[str, Any], *, challenge: bool = False) -> dict[str,
         raise ValueError(f"MBPP task {task}: no {error}; a record has text, code and test_list") from None
     tests = shown + (list(record.get("challenge_test_list") or []) if challenge else [])
     setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
+    setup = setup.replace("\r\n", "\n")
     try:
-        answer = json.dumps({"tests": tests, "setup": setup.replace("\r\n", "\n"), "entry": _entry(code, tests)})
+        setup = "\n".join([*_imports(code, tests, setup), *([setup] if setup else [])])
+        answer = json.dumps({"tests": tests, "setup": setup, "entry": _entry(code, [setup, *tests])})
         plan_tests(answer)
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"MBPP task {task}: {error}") from None
@@ -53,11 +55,18 @@ def mbpp_row(record: Mapping[str, Any], *, challenge: bool = False) -> dict[str,
     }
 
 
-def _entry(code: str, tests: list[str]) -> list[str]:
+def _entry(code: str, texts: list[str]) -> list[str]:
     """Names that the reference program defines and the tests use: some are those of built-in functions."""
     definitions = (ast.FunctionDef, ast.ClassDef, ast.Assign)
     defined = [bound_names(node) for node in ast.parse(code).body if isinstance(node, definitions)]
-    return sorted(set[str]().union(*defined) & set[str]().union(*(loaded_names(ast.parse(test)) for test in tests)))
+    return sorted(set[str]().union(*defined) & set[str]().union(*(loaded_names(ast.parse(text)) for text in texts)))
+
+
+def _imports(code: str, tests: list[str], setup: str) -> list[str]:
+    """What tests use and only the reference program imports: it is the tests' own, not any program's to define."""
+    wanted = set[str]().union(*(loaded_names(ast.parse(test)) for test in tests)) - bound_names(ast.parse(setup))
+    imports = [node for node in ast.parse(code).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [ast.unparse(node) for node in imports if bound_names(node) & wanted]
 
 
 def main(source: str, target: str, split: str | None = None) -> None:

@@ -28,6 +28,7 @@ class RewardConfig(Section):
         None, description="Your Python file, or 'code' for unit tests; default: 0.9 accuracy + 0.1 format."
     )
     name: str = Field("compute_score", description="The function in that file, in verl's signature.")
+    call_seconds: float = Field(60, gt=0, description="A call of your own function that takes longer scores 0.")
     accuracy_weight: float = Field(0.9, ge=0, le=1, description="Reward of a right answer, by the shipped function.")
     format_weight: float = Field(0.1, ge=0, le=1, description="Reward of the right format, by the shipped function.")
     format_style: Literal["boxed", "think_boxed"] = Field(

@@ -118,6 +118,7 @@ _RL: dict[str, Keys] = {
     "calibration.source": _computed("a folder unless corpus", "trainer.rollout_data_dir"),
     "reward.path": _computed("absolute", f"{REWARD}.user_path"),
     "reward.name": [f"{REWARD}.user_name"],
+    "reward.call_seconds": [f"{REWARD}.user_seconds"],
     "reward.accuracy_weight": _computed("without reward.path", f"{REWARD}.accuracy_weight"),
     "reward.format_weight": _computed("without reward.path", f"{REWARD}.format_weight"),
     "reward.format_style": _computed("without reward.path", f"{REWARD}.format_style"),

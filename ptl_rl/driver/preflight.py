@@ -148,7 +148,9 @@ def check_reward(config: RunConfig, data: RunData) -> None:
 
     for name in judged:
         try:
-            check_reward_function(config.reward.file, config.reward.name, data.sets[name][0].reward_sample())
+            sample = data.sets[name][0].reward_sample()
+            seconds = config.reward.call_seconds
+            check_reward_function(config.reward.file, config.reward.name, sample, limit_seconds=seconds)
         except RewardError as error:
             raise ConfigError(f"reward: {error} (on data.{name})") from None
 

@@ -56,7 +56,12 @@ async def _by_reward(
         async with free:
             arguments = record.reward_sample() | {"solution_str": answer}
             arguments["extra_info"] |= {"index": index}
-            found = await compute_score(**arguments, user_path=config.reward.file, user_name=config.reward.name)
+            found = await compute_score(
+                **arguments,
+                user_path=config.reward.file,
+                user_name=config.reward.name,
+                user_seconds=config.reward.call_seconds,
+            )
             progress()
             return found
 

@@ -241,13 +241,12 @@ def _reward(wishes: Wishes, source: SourceConfig) -> RewardConfig | None:
 
 def _try_reward(reward: RewardConfig, sample: Record | None) -> None:
     """Load the function and, where a record has an answer, call it once."""
-    from reward.check import RewardError, check_reward_function
-    from reward.load import load_function
+    from reward.check import RewardError, check_loads, check_reward_function
 
     assert reward.file is not None
     try:
         if sample is None:
-            load_function(reward.file, reward.name)
+            check_loads(reward.file, reward.name)
         else:
             check_reward_function(reward.file, reward.name, sample.reward_sample())
     except RewardError as error:

@@ -78,7 +78,8 @@ def _user_keys(context: StageContext, record: Record) -> dict[str, str] | None:
     if settings.file is None:
         return None
     try:
-        return reward_keys(settings.file, settings.name, record.reward_sample())
+        sample = record.reward_sample()
+        return reward_keys(settings.file, settings.name, sample, limit_seconds=settings.call_seconds)
     except RewardError as error:  # it worked when the run began: then every worker learns the keys as it goes
         print(f"the reward function fails on the first sample of this cycle: {error}")
         return None

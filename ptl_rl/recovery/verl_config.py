@@ -101,6 +101,7 @@ def _reward(config: RunConfig, user_keys: dict[str, str] | None, think_opened: b
 
     user = config.reward.file
     settings: dict[str, Any] = {"user_path": str(Path(user).resolve()) if user else None, "user_keys": user_keys}
+    settings["user_seconds"] = config.reward.call_seconds
     if user is None:
         settings |= config.reward.model_dump(include={"accuracy_weight", "format_weight", "format_style"})
         settings["think_opened"] = think_opened

@@ -33,17 +33,20 @@ def extract_program(text: str) -> str | None:
     """
     found = None
     opening: tuple[int, str] | None = None
+    indent = 0
     lines: list[str] = []
     for line in text.split("\n"):
         fence = _fence(line)
         if fence and (opening is None or fence[1]):
             opening, lines = fence, []
+            indent = len(line) - len(line.lstrip(" "))
         elif fence and opening and fence[0] >= opening[0]:
             if opening[1] in _LANGUAGES:
                 found = "\n".join(lines)
             opening = None
         else:
-            lines.append(line)
+            # What stands in a list is indented as its fence is, at most.
+            lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :] if indent else line)
     return found
 
 

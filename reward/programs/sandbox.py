@@ -84,10 +84,11 @@ class Sandbox:
     def run(self, program: str, plan: Plan) -> Outcome:
         """Execute `program`, then the setup and the tests of `plan`. Any thread may call this.
 
-        Raises RuntimeError if the processes cannot be started, or cannot be confined here.
+        Raises RuntimeError if the processes cannot be started, or cannot be confined here, and ValueError if the part
+        of the setup that needs no program fails.
         """
         tests = [test._asdict() for test in plan.tests]
-        request = {"program": program, "setup": plan.setup, "judge_setup": plan.judge_setup, "tests": tests}
+        request = {"program": program, **plan._asdict(), "tests": tests}
         with self._slots:
             folder = tempfile.mkdtemp(prefix="ptl-code-")
             try:
@@ -156,4 +157,9 @@ class Sandbox:
         if len(replies) == 1:  # the judge itself ran out of time or memory over the results
             return Outcome((False,) * tests, "timeout" if status < 0 else "died", "the judge was stopped", held)
         verdict = replies[1]
+        if verdict["ended"] == "setup":
+            raise ValueError(
+                f"the setup of the ground truth fails by itself ({verdict['message']}): mend it; tests have the "
+                "standard library only"
+            )
         return Outcome(tuple(verdict["passed"]), verdict["ended"], verdict["message"], held)

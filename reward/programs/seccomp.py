@@ -36,7 +36,9 @@ _REFUSED = (
     *("add_key", "request_key", "perf_event_open", "name_to_handle_at", "open_by_handle_at", "fanotify_init"),
     "io_setup",
     # memory that no limit counts, or that outlives the process
-    *("shmget", "semget", "msgget", "mq_open", "memfd_create"),
+    *("shmget", "semget", "msgget", "mq_open", "mq_unlink", "memfd_create"),
+    # others' memory, semaphores and queues of System V, which need no get: their numbers can be guessed
+    *("shmat", "shmctl", "semop", "semtimedop", "semctl", "msgsnd", "msgrcv", "msgctl"),
     # what Landlock does not see: owners, modes, times and attributes of files
     *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "truncate"),
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),

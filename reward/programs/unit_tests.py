@@ -1,8 +1,9 @@
-"""Split unit tests into what the program computes and what its judge knows.
+"""Split unit tests into what the program computes and what its referee knows.
 
 A program that runs in the same interpreter as its tests can read the expected values, replace `assert` or return
-an object that equals everything. So `assert f(2) == 4` is split here: the call `f(2)` goes to the program's
-process, `__value__(0) == 4` to the judge's, which gets the result as plain data. Nothing is executed here.
+an object that equals everything. So `assert f(data) == 4` is split here: the call `f(__input__(0))` goes to the
+program's process, `__value__(0) == 4` to the referee's. That one knows the setup, too: it computes `data`, and gets
+the result as plain data. Nothing is executed here.
 
 Tests that cannot be split run as a whole in the program's process and its word is taken: statements other than
 `assert`, calls that use a variable of a comprehension or lambda, names of the program that are not called
@@ -13,29 +14,54 @@ import ast
 import builtins
 import functools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _KEYS = {"tests", "setup", "entry"}
-_BUILTINS = frozenset(dir(builtins))
-_VALUE = "__value__"
+# Those that `site` adds are not there in the program's process.
+_BUILTINS = frozenset(dir(builtins)) - {"copyright", "credits", "exit", "help", "license", "quit"}
+_VALUE, _INPUT, _AFTER = "__value__", "__input__", "__after__"
+# What runs text or finds code by its name: `eval(f())` would give the program a say in its own verdict.
+_EVALUATORS = {
+    *("eval", "exec", "compile", "__import__", "getattr", "setattr", "delattr", "globals", "locals", "vars"),
+    *("breakpoint", "__builtins__", "__loader__"),
+}
+_EVALUATING_MODULES = {
+    *("pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "yaml", "importlib", "runpy"),
+    *("code", "codeop", "builtins", "ctypes", "subprocess", "timeit", "pdb", "doctest"),
+}
+_EVALUATING_ATTRIBUTES = {
+    *("__globals__", "__builtins__", "__subclasses__", "__import__", "__reduce__", "__reduce_ex__", "__code__"),
+    *("__getattribute__", "__loader__", "modules", "system", "popen", "attrgetter", "methodcaller"),
+}
 
 GroundTruth = str | Sequence[str] | Mapping[str, Any]
 
 
 class UnitTest(NamedTuple):
-    """`calls` are expressions for the program, `judge` one over `__value__(i)`; or `whole`, statements."""
+    """`calls` are expressions for the program, `judge` one over `__value__(i)`; or `whole`, statements.
+
+    The calls read `__input__(k)`, the value of the k-th of `inputs`, which the referee computes. Where that is no plain
+    data, the program computes it, after the statements `needs` of the plan's setup.
+    """
 
     calls: tuple[str, ...] = ()
     judge: str = ""
     whole: str = ""
+    inputs: tuple[str, ...] = ()
+    needs: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):
-    """`setup` runs after the program in its process, `judge_setup` is the part of it that needs no program."""
+    """`setup` has the statements of the setup, `first` the numbers of those that run after the program, in its process.
+
+    `judge_setup` is the part of them that needs no program. It runs in the referee's process only.
+    """
 
     tests: tuple[UnitTest, ...]
-    setup: str = ""
+    setup: tuple[str, ...] = ()
+    first: tuple[int, ...] = ()
     judge_setup: str = ""
 
 
@@ -43,9 +69,10 @@ def plan_tests(ground_truth: GroundTruth) -> Plan:
     """Return the plan of a ground truth: JSON text, a list of tests, or asserts as plain text, one after another.
 
     As JSON or a mapping it holds `tests` (a list of statements), and maybe `setup` (statements that run after the
-    program and before the tests) and `entry` (a name or a list of names that the program defines; needed only
-    where such a name is also that of a built-in function). Raises ValueError if it is anything else, if a test is
-    not valid Python, and if a test uses nothing of the program, for it would always be paid or never.
+    program and before the tests) and `entry` (a name or a list of names that the program defines; needed where such
+    a name is also that of a built-in function, and where a test reads several names that nothing defines). Raises
+    ValueError if it is anything else, if a test is not valid Python, reads what only the program could define
+    and is not said to, uses nothing of the program, or would evaluate what the program returned.
     """
     if isinstance(ground_truth, str):
         return _plan_of_text(ground_truth)
@@ -106,28 +133,91 @@ def _parse(source: str, what: str) -> ast.Module:
 
 def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
     trees = [_parse(test.strip(), f"test {number}") for number, test in enumerate(tests, 1)]
-    setup = setup.replace("\r\n", "\n")
-    statements = _parse(setup, "the setup").body
-    loaded = set[str]().union(*map(loaded_names, [*trees, *statements]))
-    bound = set[str]().union(*map(bound_names, statements))
-    # What neither Python nor the setup defines can only come from the program.
-    program = set(entry) | (loaded - bound - _BUILTINS)
-    untouched = []
+    statements = _parse(setup.replace("\r\n", "\n"), "the setup").body
+    statements = _missing_imports([*statements, *trees], set(entry)) + statements
+    program = set(entry)
+    known = _BUILTINS.union(*map(bound_names, [*statements, *trees]))
+    for number, tree in enumerate(trees, 1):
+        program |= _names_of_program(number, tree, statements, known, set(entry))
     for statement in statements:
+        program |= loaded_names(statement) - known
+    first, untouched = set[int](), []
+    for number, statement in enumerate(statements):
         if loaded_names(statement) & program:
             program |= bound_names(statement)
+            first |= _needed(statements, {number}, set())
         else:
-            untouched.append(ast.unparse(statement))
+            untouched.append(statement)
+    splitter = _Planner(program, statements, untouched)
+    planned = []
     for number, (tree, test) in enumerate(zip(trees, tests, strict=True), 1):
-        if not loaded_names(tree) & program:
+        if not loaded_names(tree) & (program | splitter.given):
             raise ValueError(f"test {number} uses nothing of the program: {test[:80]!r} (name its function in 'entry')")
-    return Plan(tuple(_split(tree, program) for tree in trees), setup, "\n".join(untouched))
+        planned.append(splitter.plan(number, tree))
+        program |= bound_names(tree)  # statements, which run in the program's process
+    judge_setup = "\n".join(map(ast.unparse, untouched))
+    return Plan(tuple(planned), tuple(map(ast.unparse, statements)), tuple(sorted(first)), judge_setup)
+
+
+def _missing_imports(trees: Sequence[ast.AST], entry: set[str]) -> list[ast.stmt]:
+    """Imports of standard modules that are read (`math.isclose`) and that nothing defines: else the program would."""
+    bound = set[str]().union(entry, *map(bound_names, trees))
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    roots = [node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    free = [name for tree in trees for name in loaded_names(tree)]
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    names = set(roots).intersection(free, sys.stdlib_module_names) - bound - called
+    return [ast.Import([ast.alias(name)]) for name in sorted(names)]
+
+
+def _names_of_program(
+    number: int, tree: ast.Module, statements: list[ast.stmt], known: frozenset[str], entry: set[str]
+) -> set[str]:
+    """The names of a test, and of what it needs of the setup, that only the program can define."""
+    needed = [statements[index] for index in _needed(statements, set(), loaded_names(tree))]
+    unknown = set[str]().union(*map(loaded_names, [tree, *needed])) - known
+    alien = sorted(unknown - entry)
+    if alien and (entry or len(alien) > 1):
+        raise ValueError(
+            f"test {number} reads {' and '.join(alien)}, and neither Python nor the setup defines "
+            f"{'it' if len(alien) == 1 else 'them'}: import or define in 'setup' what is a helper of the test, and "
+            "name in 'entry' all that the program defines"
+        )
+    return unknown
+
+
+def _needed(statements: list[ast.stmt], wanted: set[int], names: set[str]) -> set[int]:
+    """The statements that define `names` or change their values, with those that they need in turn."""
+    wanted = set(wanted)
+    names = names.union(*(loaded_names(statements[index]) for index in wanted))
+    grown = True
+    while grown:
+        more = {i for i, s in enumerate(statements) if i not in wanted and (bound_names(s) | _changed(s)) & names}
+        wanted |= more
+        names = names.union(*(loaded_names(statements[index]) for index in more))
+        grown = bool(more)
+    return wanted
+
+
+def _changed(statement: ast.stmt) -> set[str]:
+    """Names whose values a statement may change in place: `root.next = x`, `heapify(heap)`, `items.append(1)`."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return set()
+    changed = set[str]()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Expr):
+            changed |= loaded_names(node.value)
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            changed.add(_root(node) or "")
+    return changed
 
 
 def loaded_names(tree: ast.AST) -> set[str]:
     """Return the names that a piece of code reads, without those of its own comprehensions and functions."""
     nodes = list(ast.walk(tree))
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    added = [node.target for node in nodes if isinstance(node, ast.AugAssign)]
+    names |= {target.id for target in added if isinstance(target, ast.Name)}
     return names - _local(tree)
 
 
@@ -154,17 +244,96 @@ def bound_names(statement: ast.AST) -> set[str]:
     return bound
 
 
-def _split(tree: ast.Module, program: set[str]) -> UnitTest:
-    whole = UnitTest(whole=ast.unparse(tree))
-    asserted = [statement.test for statement in tree.body if isinstance(statement, ast.Assert)]
-    if len(asserted) < len(tree.body):
-        return whole
-    splitter = _Splitter(program)
-    judged = [splitter.visit(test) for test in asserted]
-    judge = judged[0] if len(judged) == 1 else ast.BoolOp(ast.And(), judged)
-    if splitter.uncalled or splitter.names & _local(judge) or any(map(_compares_values_only, judged)):
-        return whole
-    return UnitTest(tuple(splitter.calls), ast.unparse(judge))
+class _Planner:
+    """Plans one test after another; `given` are the names of the setup that calls of the program have got."""
+
+    def __init__(self, program: set[str], statements: list[ast.stmt], untouched: list[ast.stmt]) -> None:
+        self.program = program
+        self.statements = statements
+        self.untouched = untouched
+        self.known = set[str]().union(*map(bound_names, untouched))
+        self.given = set[str]()
+
+    def plan(self, number: int, tree: ast.Module) -> UnitTest:
+        whole = UnitTest(whole=ast.unparse(tree), needs=self.needs(loaded_names(tree)))
+        asserted = [statement.test for statement in tree.body if isinstance(statement, ast.Assert)]
+        if len(asserted) < len(tree.body):
+            return whole
+        self.known -= self.program
+        splitter = _Splitter(self.program, self.known, self.importers())
+        judged = [splitter.visit(test) for test in asserted]
+        judge = judged[0] if len(judged) == 1 else ast.BoolOp(ast.And(), judged)
+        if splitter.uncalled or splitter.names & _local(judge) or any(map(_compares_values_only, judged)):
+            return whole
+        self.refuse_evaluators(number, judge)
+        self.given |= {expression for expression in splitter.inputs if expression in self.known}
+        needs = self.needs(set[str]().union(*(loaded_names(ast.parse(text)) for text in splitter.inputs)))
+        text = ast.unparse(_with_changes(judge, self.given))
+        return UnitTest(tuple(splitter.calls), text, inputs=tuple(splitter.inputs), needs=needs)
+
+    def needs(self, names: set[str]) -> tuple[int, ...]:
+        return tuple(sorted(_needed(self.statements, set(), names)))
+
+    def importers(self) -> set[str]:
+        """Names by which tests may call what evaluates: of Python, and from imports of the setup."""
+        names = _EVALUATORS - self.known
+        for node in (node for statement in self.untouched for node in ast.walk(statement)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and _imports_evaluators(node):
+                names |= bound_names(node)
+        return names
+
+    def refuse_evaluators(self, number: int, judge: ast.expr) -> None:
+        """Raise ValueError if what the referee runs over a returned value could run that value."""
+        needed = [self.untouched[index] for index in _needed(self.untouched, set(), loaded_names(judge))]
+        for node in (node for tree in [judge, *needed] for node in ast.walk(tree)):
+            found = ""
+            if isinstance(node, ast.Name) and node.id in _EVALUATORS - self.known:
+                found = node.id
+            elif isinstance(node, ast.Attribute) and node.attr in _EVALUATING_ATTRIBUTES:
+                found = node.attr
+            elif isinstance(node, (ast.Import, ast.ImportFrom)) and _imports_evaluators(node):
+                found = ast.unparse(node)
+            if found:
+                raise ValueError(
+                    f"test {number} holds what the program returned against code with `{found}`, which could run it: "
+                    "compare plain values, or call it on the program's own call alone, as in `eval(f(2)) == 4`"
+                )
+
+
+def _imports_evaluators(node: ast.Import | ast.ImportFrom) -> bool:
+    names = {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        module = (node.module or "").partition(".")[0]
+        return module in _EVALUATING_MODULES or bool(names & _EVALUATING_ATTRIBUTES)
+    return bool({name.partition(".")[0] for name in names} & _EVALUATING_MODULES)
+
+
+def _with_changes(judge: ast.expr, given: set[str]) -> ast.expr:
+    """Read names of the setup as calls left them, in comparisons without a returned value.
+
+    So `sort(a) is None and a == [1, 2]` looks at the sorted list, and `f(a) == sorted(a)` at what `a` was: a program
+    that empties the list gains nothing.
+    """
+    if isinstance(judge, ast.BoolOp):
+        return ast.BoolOp(judge.op, [_with_changes(value, given) for value in judge.values])
+    if isinstance(judge, ast.UnaryOp) and isinstance(judge.op, ast.Not):
+        return ast.UnaryOp(judge.op, _with_changes(judge.operand, given))
+    if any(isinstance(node, ast.Name) and node.id == _VALUE for node in ast.walk(judge)):
+        return judge
+    changed: ast.expr = _Changed(given - _local(judge)).visit(judge)
+    return changed
+
+
+class _Changed(ast.NodeTransformer):
+    def __init__(self, given: set[str]) -> None:
+        self.given = given
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return _placeholder(_AFTER, node.id) if node.id in self.given else node
+
+
+def _placeholder(function: str, argument: str | int) -> ast.Call:
+    return ast.Call(ast.Name(function, ast.Load()), [ast.Constant(argument)], [])
 
 
 def _compares_values_only(test: ast.expr) -> bool:
@@ -174,22 +343,64 @@ def _compares_values_only(test: ast.expr) -> bool:
 
 
 class _Splitter(ast.NodeTransformer):
-    """Replace what starts with a name of the program (`f(x)[0].y`) by `__value__(i)`, arguments included."""
+    """Replace what starts with a name of the program (`f(x)[0].y`) by `__value__(i)`, arguments included.
 
-    def __init__(self, program: set[str]) -> None:
+    So is what evaluates a result of the program (`eval(f(x))`): it belongs into the program's process.
+    """
+
+    def __init__(self, program: set[str], known: set[str], evaluators: set[str]) -> None:
         self.program = program
+        self.known = known
+        self.evaluators = evaluators
         self.calls: list[str] = []
+        self.inputs: list[str] = []
         self.names: set[str] = set()
         self.uncalled = False
 
     def visit(self, node: ast.AST) -> Any:
-        if not isinstance(node, ast.expr) or _root(node) not in self.program:
+        if not isinstance(node, ast.expr) or not (_root(node) in self.program or self.evaluates(node)):
             return self.generic_visit(node)
         self.uncalled |= isinstance(node, ast.Name)
         self.names |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-        self.calls.append(ast.unparse(node))
+        call = _Inputs(self.program, self.known, self.inputs).visit(node)
+        self.calls.append(ast.unparse(call))
         # A call and not a name, so that an error in it counts only where the test would have come to it.
-        return ast.Call(ast.Name(_VALUE, ast.Load()), [ast.Constant(len(self.calls) - 1)], [])
+        return _placeholder(_VALUE, len(self.calls) - 1)
+
+    def evaluates(self, node: ast.expr) -> bool:
+        return (
+            isinstance(node, ast.Call)
+            and _root(node.func) in self.evaluators
+            and bool(loaded_names(node) & self.program)
+        )
+
+
+class _Inputs(ast.NodeTransformer):
+    """Replace the largest parts of a call that read the setup and nothing of the program by `__input__(k)`."""
+
+    def __init__(self, program: set[str], known: set[str], inputs: list[str]) -> None:
+        self.program = program
+        self.known = known
+        self.inputs = inputs
+        self.local = set[str]()
+
+    def visit(self, node: ast.AST) -> Any:
+        names = loaded_names(node) if isinstance(node, ast.expr) else set()
+        parts = (ast.Starred, ast.Slice, ast.FormattedValue)
+        if isinstance(node, parts) or not names & self.known or names & (self.program | self.local):
+            outer, self.local = self.local, self.local | self.own_names(node)
+            visited = self.generic_visit(node)
+            self.local = outer
+            return visited
+        text = ast.unparse(node)
+        if text not in self.inputs:
+            self.inputs.append(text)
+        return _placeholder(_INPUT, self.inputs.index(text))
+
+    @staticmethod
+    def own_names(node: ast.AST) -> set[str]:
+        scopes = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        return _local(node) if isinstance(node, scopes) else set()
 
 
 def _root(node: ast.expr) -> str | None:

@@ -424,7 +424,7 @@ def test_nothing_heavy_is_imported(tmp_path, repository):
 def test_an_interrupt_leaves_nothing(tmp_path, repository):
     """The reward's file, which is executed to be checked, sends what Ctrl-C sends."""
     write(tmp_path / "mine.jsonl", [row(i) for i in range(400)])
-    (tmp_path / "mine.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    (tmp_path / "mine.py").write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(30)\n")
     result = command(repository, "testbed", "mine.jsonl", "--reward", "mine.py")
     assert result.returncode == 130 and "nothing was written" in result.stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("recipe")]

@@ -31,8 +31,9 @@ RECOVERIES = {
 OTHER = {
     "name": "other", "seed": 7, "model.dtype": "float32", "model.trust_remote_code": True,
     "data.max_prompt_tokens": 64, "data.max_response_tokens": 64, "calibration.source": "rollouts",
-    "reward.path": __file__, "reward.name": "other", "reward.accuracy_weight": 0.5, "reward.format_weight": 0.5,
-    "reward.format_style": "think_boxed", "resources.nodes": 2, "resources.workers_per_node": 6,
+    "reward.path": __file__, "reward.name": "other", "reward.call_seconds": 5.0, "reward.accuracy_weight": 0.5,
+    "reward.format_weight": 0.5, "reward.format_style": "think_boxed", "resources.nodes": 2,
+    "resources.workers_per_node": 6,
     "resources.tensor_parallel_size": 2, "resources.gpu_memory_utilization": 0.5, "recovery.learning_rate": 0.5,
     "recovery.learning_rate_schedule": {"grpo": "cosine", "distill": "cosine", "cpt": "constant"},
     "recovery.warmup_steps": 3, "recovery.weight_decay": 0.5, "recovery.gradient_checkpointing": False,

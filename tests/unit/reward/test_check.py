@@ -1,12 +1,14 @@
 """The check before a run: one clear sentence for each way in which a reward file can be wrong."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from reward.check import RewardError, check_reward_function, reward_keys
+from reward.check import RewardError, check_loads, check_reward_function, reward_keys
 
 SAMPLE = {
     "data_source": "math12k",
@@ -121,6 +123,56 @@ def test_a_function_that_hangs_is_given_up(write):
     path = write(f"import time\ndef compute_score({SIGNATURE}): time.sleep(20)")
     with pytest.raises(RewardError, match=r"did not return within 0.2 s"):
         check_reward_function(path, "compute_score", SAMPLE, limit_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import os; os._exit(0)", r"ended its process \(exit status 0\) on the sample"),
+        ("import ctypes; ctypes.string_at(1)", r"ended its process \(exit status -11\) on the sample"),
+        ("import re; re.match('(a+)+$', 'a' * 40 + 'b')", "did not return within 1 s on the sample"),
+        ("raise Mute", r"raised Mute on the sample .*\(its text cannot be had\)"),
+        ("raise KeyboardInterrupt", "raised KeyboardInterrupt on the sample"),
+        ("return Mute", "returned a type for a score"),
+    ],
+)
+def test_what_a_function_does_to_its_process_is_a_sentence(write, body, message):
+    mute = "class Mute(Exception):\n    def __str__(self): raise SystemExit(0)\n"
+    path = write(f"{mute}def compute_score({SIGNATURE}): {body}")
+    with pytest.raises(RewardError, match=message):
+        check_reward_function(path, "compute_score", SAMPLE, limit_seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import os; os._exit(0)", r"importing reward file .* ended its process \(exit status 0\): mend the file"),
+        ("class Mute(Exception):\n    def __str__(self): raise OSError\nraise Mute", "failed at line 3 with Mute"),
+        ("raise KeyboardInterrupt", "failed at line 1 with KeyboardInterrupt"),
+    ],
+)
+def test_what_a_file_does_to_its_process_is_a_sentence(write, source, message):
+    with pytest.raises(RewardError, match=message):
+        check_loads(write(source), "compute_score")
+
+
+def test_the_folder_and_the_environment_stay_as_they_are(write, monkeypatch):
+    here = Path.cwd()
+    path = write(f"import os, sys\nos.chdir('/')\nos.environ['MINE'] = '1'\ndef compute_score({SIGNATURE}): return 1")
+    check_reward_function(path, "compute_score", SAMPLE)
+    assert (Path.cwd(), os.environ.get("MINE")) == (here, None)
+
+
+def test_a_file_may_import_its_neighbours(write, tmp_path):
+    (tmp_path / "my_neighbour.py").write_text("VALUE = 0.5\n")
+    (tmp_path / "my_late_neighbour.py").write_text("VALUE = 0.5\n")
+    path = write(f"""
+        import my_neighbour
+        def compute_score({SIGNATURE}):
+            import my_late_neighbour
+            return {{"score": my_neighbour.VALUE, "late": my_late_neighbour.VALUE}}
+    """)
+    assert reward_keys(path, "compute_score", SAMPLE) == {"late": "number"}
 
 
 def test_a_timeout_error_of_the_functions_own_is_reported_as_such(write):

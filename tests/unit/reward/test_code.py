@@ -1,5 +1,6 @@
 """Hostile programs, really run: what each must not do, by the layer that refuses it."""
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from hostile import DEFAULT, ONLY_NAMESPACES, WITHOUT_LANDLOCK, attempt, libc, needs, run
 
 from reward.programs.sandbox import Limits, Sandbox
+from reward.programs.unit_tests import plan_tests
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
@@ -37,6 +39,58 @@ def test_wall_clock_time_is_bounded():
     outcome = run("import time\ndef f(): time.sleep(60)", sandbox=Sandbox(Limits(wall_seconds=0.5)))
     assert (outcome.ended, outcome.passed) == ("timeout", (False,))
     assert time.monotonic() - start < 5
+
+
+def test_a_reply_that_drips_is_waited_for_no_longer_than_another():
+    program = """
+        import os, time
+        def f():
+            for fd in range(3, 64):
+                try: os.write(fd, (1000).to_bytes(4, "big"))
+                except OSError: continue
+                for _ in range(600):
+                    os.write(fd, b" ")
+                    time.sleep(0.01)
+    """
+    start = time.monotonic()
+    assert run(program, sandbox=Sandbox(Limits(wall_seconds=0.6))).ended == "timeout"
+    assert time.monotonic() - start < 3
+
+
+def test_a_dripping_program_is_looked_at_all_the_same():
+    program = """
+        import os, threading, time
+        for _ in range(40): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        for fd in range(3, 64):
+            try: os.write(fd, (4000).to_bytes(4, "big"))
+            except OSError: continue
+            while True:
+                os.write(fd, b" ")
+                time.sleep(0.002)
+    """
+    assert run(program, sandbox=Sandbox(Limits(wall_seconds=4))).ended == "excess"
+
+
+@pytest.mark.parametrize("sandbox", [DEFAULT, WITHOUT_LANDLOCK])
+@pytest.mark.parametrize("act", ["open({path!r}, 'w')", "os.fork()", "os.kill(os.getppid(), 9)", "socket.socket()"])
+def test_what_a_test_does_to_a_result_is_as_confined_as_the_program(tmp_path, sandbox, act):
+    path = tmp_path / "precious"
+    test = f"assert f() == 1 and {act.format(path=str(path))}"
+    truth = {"tests": [test], "setup": "import os, socket", "entry": ["f"]}
+    outcome = run("def f(): return 1", plan_tests(truth), sandbox)
+    assert outcome.passed == (False,) and "PermissionError" in outcome.message
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "test", ["assert f() in range(10**12)", "assert sum(range(10**11)) == f()", "assert time.sleep(60) or f()"]
+)
+def test_the_referee_has_the_same_limits(test):
+    start = time.monotonic()
+    plan = plan_tests([test, "assert f() == 'x'"])
+    outcome = run("def f(): return 'x'", plan, Sandbox(Limits(cpu_seconds=1, wall_seconds=2)))
+    assert (outcome.ended, outcome.passed) == ("timeout", (False, False))
+    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("bomb", ["bytearray(10**10)", "[0] * 10**9", "list(range(10**9))", "1 << 10**11"])
@@ -243,6 +297,32 @@ def test_files_in_its_own_folder_work_where_landlock_can_keep_them_there():
     needs("landlock")
     assert run(program).passed == (True,)
     assert run(program, sandbox=WITHOUT_LANDLOCK).passed == (False,)
+
+
+def test_memory_semaphores_and_queues_of_others_are_out_of_reach():
+    libc = ctypes.CDLL(None, use_errno=True)
+    made = [libc.shmget(0, 4096, 0o1666), libc.semget(0, 1, 0o1666), libc.msgget(0, 0o1666)]
+    try:
+        for sandbox in (DEFAULT, Sandbox(without=("namespaces",))):
+            for call, arguments in (
+                ("shmat", f"{made[0]}, None, 0"),
+                ("shmctl", f"{made[0]}, 2, ctypes.create_string_buffer(256)"),
+                ("semctl", f"{made[1]}, 0, 12"),
+                ("semop", f"{made[1]}, ctypes.create_string_buffer(6), 1"),
+                ("msgctl", f"{made[2]}, 2, ctypes.create_string_buffer(256)"),
+                ("msgsnd", f"{made[2]}, ctypes.create_string_buffer(b'{chr(1)}' * 16), 1, 0o4000"),
+            ):
+                body = f"""
+                    libc = ctypes.CDLL(None, use_errno=True)
+                    libc.shmat.restype = ctypes.c_long
+                    if libc.{call}({arguments}) == -1:
+                        raise OSError(ctypes.get_errno(), "")
+                """
+                assert attempt(body, sandbox) == "PermissionError", (call, sandbox.without)
+    finally:
+        libc.shmctl(made[0], 0, None)
+        libc.semctl(made[1], 0, 0)
+        libc.msgctl(made[2], 0, None)
 
 
 @pytest.mark.parametrize("sandbox", [DEFAULT, WITHOUT_LANDLOCK])

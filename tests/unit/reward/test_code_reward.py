@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -60,6 +61,8 @@ def test_how_a_program_ended_is_a_number_of_its_own():
         ("```\nstray\n```python\na\n```", "a"),
         ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''"),
         ("```python\r\na\r\n```\r\n", "a\r"),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n\n   ```\n", "def f():\n    return 1\n"),
+        ("  ```\n    a\n b\n  ```", "  a\nb"),
         ("```python\ncut sho", None),
         ("def f(): pass", None),
         ("inline ```python a``` code", None),
@@ -131,7 +134,8 @@ def test_ground_truth_may_be_plain_text_with_setup_before_its_asserts():
     ],
 )
 def test_expected_values_go_to_the_judge_and_calls_to_the_program(test, calls, judge):
-    (unit,) = plan_tests([test]).tests
+    names = [name for name in ("f", "g", "x", "cases", "Point") if name in test]
+    (unit,) = plan_tests({"tests": [test], "entry": names}).tests
     assert (unit.calls, unit.judge, bool(unit.whole)) == (calls, judge, not calls)
 
 
@@ -151,16 +155,38 @@ def test_setup_runs_after_the_program_and_where_it_is_needed():
     program = "```python\nclass Node:\n    def __init__(self, v): self.v, self.next = v, None\ndef last(n):\n"
     program += "    return last(n.next) if n.next else n.v\n```"
     setup = "import math\nroot = Node(1)\nroot.next = Node(2)\nTWO = math.sqrt(4)"
-    plan = plan_tests({"tests": ["assert last(root) == TWO"], "setup": setup})
+    truth = {"tests": ["assert last(root) == TWO"], "setup": setup, "entry": ["Node", "last"]}
+    plan = plan_tests(truth)
     assert plan.tests[0].calls == ("last(root)",)
     assert plan.judge_setup == "import math\nTWO = math.sqrt(4)"
-    assert code_reward(program, {"tests": ["assert last(root) == TWO"], "setup": setup}) == 1.0
+    assert code_reward(program, truth) == 1.0
+
+
+def test_a_setup_that_fails_by_itself_is_an_error_and_no_zero():
+    with pytest.raises(ValueError, match=r"setup of the ground truth fails by itself \(ModuleNotFoundError"):
+        code_reward(RIGHT, {"tests": TESTS, "setup": "import no_such_module"})
+    truth = {"tests": ["assert g() == 1"], "setup": "x = square(1)", "entry": ["square", "g"]}
+    assert code_reward("```python\npass\n```", truth) == 0.0
+
+
+def test_values_of_the_setup_stay_with_the_referee():
+    setup = "cases = [(1, 2)]\ndef key(x): return x\nlow = 0"
+    tests = ["assert f(cases[0][0]) == cases[0][1]", "assert f(key) == 2", "assert f(lambda x: x > low) == 3"]
+    plan = plan_tests({"tests": tests, "setup": setup})
+    assert plan.first == ()
+    assert [test.inputs for test in plan.tests] == [("cases[0][0]",), ("key",), ("lambda x: x > low",)]
+    assert [test.calls for test in plan.tests] == [("f(__input__(0))",)] * 3
+    needed = [[plan.setup[number].split("\n")[0] for number in test.needs] for test in plan.tests]
+    assert needed == [["cases = [(1, 2)]"], ["def key(x):"], ["low = 0"]]  # the first is plain, so it needs nothing
 
 
 def test_short_circuits_and_names_of_built_in_functions():
     program = "```python\ndef sum(a, b=0):\n    return None if a > 1 else [a][b]\n```"
     truth = {"tests": ["assert sum(2) is None or sum(2).x == 1", "assert sum(1) == 1", "assert sum(1, 9) == 1"]}
     assert code_reward(program, truth | {"entry": "sum"}, partial=True) == pytest.approx(2 / 3)
+
+
+UTC = timezone.utc
 
 
 class Colour(IntEnum):
@@ -172,6 +198,7 @@ VALUES = [
     *(None, True, 0, -(2**60), 10**5000, 0.1, float("inf"), 1 + 2j, "é\ud800", b"\xff", bytearray(b"a")),
     *([1, [2.5, ("a",)]], (), {"a": [1], (1, 2): None}, {1, "b"}, frozenset({(1,)}), range(3, 10**30, 2)),
     *(Colour.RED, Pair(1, [2]), Counter("aab"), defaultdict(lambda: 1, {2: 3}), OrderedDict(a=1), deque([1, 2], 5)),
+    *(date(2024, 2, 29), datetime(2024, 1, 2, 3, 4, 5, 6, UTC), timedelta(-1, 2, 3)),
     *(Fraction(1, 3), Decimal("0.10"), {"a": 1}.keys(), {"a": 1}.items()),
 ]
 
@@ -180,7 +207,7 @@ VALUES = [
 def test_plain_data_crosses_unchanged(value):
     copy = decode(json.loads(json.dumps(encode(value))))
     assert copy == value and value == copy
-    assert type(copy).__module__ in ("builtins", "collections", "fractions", "decimal")
+    assert type(copy).__module__ in ("builtins", "collections", "fractions", "decimal", "datetime")
 
 
 def test_iterators_arrive_as_iterators_and_objects_as_nothing_in_particular():
@@ -194,6 +221,9 @@ def test_iterators_arrive_as_iterators_and_objects_as_nothing_in_particular():
     assert not carry(type("Empty", (), {"__len__": lambda self: 0})())
     with pytest.raises(Raised, match="NameError"):
         decode(encode_error("NameError: x"))
+    for forged in (["fraction", ["1e999999999"]], ["decimal", "1e999999999"], ["complex", ["1e9"]], ["date", ["1"]]):
+        with pytest.raises((ValueError, TypeError)):
+            decode(forged)
     with pytest.raises(ValueError, match="unknown kind"):
         decode(["code", "x"])
     cycle = []

@@ -2,8 +2,10 @@
 
 import asyncio
 import inspect
+import json
 import textwrap
 import threading
+import time
 
 import pytest
 
@@ -65,6 +67,58 @@ def test_the_users_file_is_loaded_once_per_process(my_reward):
 def test_a_file_that_cannot_be_loaded_is_an_error_and_no_zero(my_reward):
     with pytest.raises(RewardError, match="did you mean 'brevity'"):
         score(user_path=my_reward, user_name="brevty")
+
+
+STUCK = """
+import os, re, threading, time
+def stuck(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "backtracks": re.match("(a+)+$", "a" * 40 + "b")
+    if solution_str == "sleeps": time.sleep(60)
+    if solution_str == "exits": os._exit(0)
+    time.sleep(0.02)
+    return {"score": 0.5, "length": len(solution_str)}
+"""
+
+
+@pytest.mark.parametrize("bad", ["backtracks", "sleeps", "exits"])
+def test_a_call_that_never_returns_scores_zero_and_no_other_does(tmp_path, monkeypatch, bad):
+    path, errors = tmp_path / "stuck.py", tmp_path / "errors.jsonl"
+    path.write_text(STUCK)
+    monkeypatch.setenv("PTL_REWARD_ERRORS", str(errors))
+
+    async def both():
+        where = {"user_path": str(path), "user_name": "stuck", "user_seconds": 0.5, "user_keys": {"length": "number"}}
+        texts = ["a", "b", bad, "c", bad]
+        return await asyncio.gather(
+            *(user.compute_score("d", text, "4", {"index": i}, **where) for i, text in enumerate(texts))
+        )
+
+    zero = {"score": 0.0, "length": 0.0, "reward_error": 1.0}
+    right = {"score": 0.5, "length": 1.0, "reward_error": 0.0}
+    start = time.monotonic()
+    assert asyncio.run(both()) == [right, right, zero, right, zero]
+    assert time.monotonic() - start < 20
+    records = [json.loads(line) for line in errors.read_text().splitlines()]
+    assert sorted(record["index"] for record in records) == [2, 4]  # each sample is named
+    reason = "ended its process (exit status 0)" if bad == "exits" else "did not return within 0.5 s"
+    assert all(reason in record["error"] for record in records)
+
+
+def test_slow_calls_that_come_back_are_none_that_hang(tmp_path):
+    path = tmp_path / "slow.py"
+    source = f"open({str(tmp_path / 'loads')!r}, 'a').write('x')\nimport threading, time\nlock = threading.Lock()\n"
+    path.write_text(source + "def slow(**_):\n  with lock: time.sleep(0.3)\n  return 1\n")
+
+    async def many():
+        where = {"user_path": str(path), "user_name": "slow", "user_seconds": 0.8}
+        return await asyncio.gather(*(user.compute_score("d", "x", "4", **where) for _ in range(5)))
+
+    assert [result["score"] for result in asyncio.run(many())] == [1.0] * 5
+    assert (tmp_path / "loads").read_text() == "x"  # none was given up and called again
+
+
+def test_settings_that_cannot_be_handed_over_are_an_error_of_the_sample(my_reward):
+    assert score(user_path=my_reward, user_name="brevity", scale=threading.Lock())["reward_error"] == 1.0
 
 
 # What follows needs verl itself, which the reward files do not.

@@ -1,0 +1,177 @@
+"""Call a user's reward function in a process of its own, and never wait for it longer than its limit.
+
+A function that never returns cannot be stopped in its own process: threads cannot be killed, and one that hangs in C
+(a regular expression that backtracks) keeps the interpreter from every other thread. A function that changes the
+folder, exits, or crashes would do so to verl's worker. Here it does all that to a child, which is replaced.
+
+Calls run side by side in one child. When one of them takes too long or ends the child, all that were running are called
+again, one at a time: what fails alone is itself to blame.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from reward.guard import Guarded, Value
+from reward.load import RewardError
+
+CALL_SECONDS = 60.0
+"""Limit of one call, unless a recipe says otherwise."""
+_START_SECONDS = 300.0
+
+_WORKER = str(Path(__file__).with_name("call_worker.py"))
+# As in `reward.judge_pool`: our import path and nothing else.
+_BOOT = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import json, runpy; "
+    "sys.path[:] = json.loads(sys.argv[2]); runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+
+
+class CallStopped(Exception):
+    """The call did not return: it took too long, or it ended its process."""
+
+
+class FunctionProcess:
+    """One child, with the function loaded. Any thread may call it."""
+
+    def __init__(self, path: str | Path, name: str, keys: Mapping[str, str] | None = None) -> None:
+        """Raises RewardError if the function cannot be loaded there."""
+        self.path = path
+        self.connection, theirs = Pipe()
+        settings = (theirs.fileno(), os.getpid(), str(path), name, None if keys is None else dict(keys))
+        folders = [str(entry) for entry in sys.path if entry]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, _WORKER, json.dumps(folders), json.dumps(settings)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.numbers = itertools.count(1)
+        self.lock = threading.Lock()
+        ready: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.waiting = {0: ready}
+        self.gone = False
+        self.latest = time.monotonic()
+        threading.Thread(target=self._read, name="reward-replies", daemon=True).start()
+        try:
+            ready.result(_START_SECONDS)
+        except concurrent.futures.TimeoutError:
+            self.kill()
+            raise RewardError(f"importing reward file {path} took more than {_START_SECONDS:g} s: mend it") from None
+        except CallStopped as error:
+            self.kill()
+            raise RewardError(f"importing reward file {path} {error}: mend the file") from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def call(self, arguments: Mapping[str, Any], limit_seconds: float, *, is_trial: bool = False) -> dict[str, Value]:
+        """Return the guarded result of one call. Raises CallStopped; after that the process must be killed.
+
+        The limit counts from the latest reply of any call: where many share a processor, each is slow, and none hangs.
+        """
+        future: concurrent.futures.Future[dict[str, Value]] = concurrent.futures.Future()
+        number = next(self.numbers)
+        data = pickle.dumps((number, is_trial, dict(arguments)))
+        with self.lock:
+            self.waiting[number] = future
+            try:
+                if not self.gone:
+                    self.connection.send_bytes(data)
+            except OSError:
+                self.gone = True
+            if self.gone:
+                raise CallStopped("ended its process")
+        start = time.monotonic()
+        while (left := max(start, self.latest) + limit_seconds - time.monotonic()) > 0:
+            try:
+                return future.result(left)
+            except concurrent.futures.TimeoutError:
+                continue
+        raise CallStopped(f"did not return within {limit_seconds:g} s")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                number, kind, content = json.loads(self.connection.recv_bytes())
+                future = self.waiting.pop(number)
+                self.latest = time.monotonic()
+                if kind in ("result", "ready"):
+                    future.set_result(content)
+                else:
+                    refused = kind == "refused"
+                    future.set_exception(RewardError(content) if refused else CallStopped(f"raised {content}"))
+        except (EOFError, OSError, ValueError, KeyError):
+            self.gone = True
+            self.process.kill()
+            status = self.process.wait()
+            for future in list(self.waiting.values()):
+                if not future.done():
+                    future.set_exception(CallStopped(f"ended its process (exit status {status})"))
+
+    def kill(self) -> None:
+        """End the process; calls that wait for it get CallStopped."""
+        self.gone = True
+        self.process.kill()
+        self.process.wait()
+
+
+class UserFunction:
+    """A user's function behind the guard, as `reward.guard.guard` gives one, but in another process."""
+
+    def __init__(
+        self, path: str | Path, name: str, keys: Mapping[str, str] | None = None, limit_seconds: float = CALL_SECONDS
+    ) -> None:
+        """Raises RewardError if it cannot be loaded."""
+        self.wanted = (path, name, keys)
+        self.limit_seconds = limit_seconds
+        self.guard = Guarded(None, f"{name} of {path}", keys)
+        self.lock = threading.Lock()
+        self.one_at_a_time = threading.Lock()
+        self.together = FunctionProcess(*self.wanted)
+        self.alone: FunctionProcess | None = None
+
+    def __call__(
+        self, data_source: Any, solution_str: Any, ground_truth: Any, extra_info: Any = None, **kwargs: Any
+    ) -> dict[str, Value]:
+        """Return a dict with `score` and `reward_error`, whatever the function does."""
+        sample = {"data_source": data_source, "solution_str": solution_str, "ground_truth": ground_truth}
+        sample["extra_info"] = extra_info
+        try:
+            pickle.dumps(sample | kwargs)
+        except Exception as error:
+            return self.guard.failure(error, sample)
+        process = self._running()
+        try:
+            return self._learnt(process.call(sample | kwargs, self.limit_seconds))
+        except CallStopped:
+            process.kill()
+        with self.one_at_a_time:
+            if self.alone is None or self.alone.gone:
+                self.alone = FunctionProcess(*self.wanted)
+            try:
+                return self._learnt(self.alone.call(sample | kwargs, self.limit_seconds))
+            except CallStopped as error:
+                self.alone.kill()
+                return self.guard.failure(error, sample, always=True)
+
+    def _running(self) -> FunctionProcess:
+        with self.lock:
+            if self.together.gone:
+                self.together = FunctionProcess(*self.wanted)
+            return self.together
+
+    def _learnt(self, result: dict[str, Value]) -> dict[str, Value]:
+        if not result["reward_error"]:
+            self.guard.learn(result)
+        return result
