@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
+# What is repeated; of two, the first stands as often in front of the second.
 UNITS = {
+    "nested": [["\\boxed{", "}"], ["{", "}"], ["\\text{", "}"], ["(", ")"], ["<think>", "</think>"], ["\\sqrt{1", "}"]],
     "braces": ["{", "}", "{}", "}{", "\\{", "{\\}"],
     "boxes": ["\\boxed{", "\\boxed{}", "\\boxed{1}", "\\boxed ", "\\boxed 5 ", "\\boxed 5$", "\\boxed5", "\\\\boxed{"],
     "boxes and spaces": ["\\boxed" + " " * 999, "\\boxed{" + " " * 999 + "}", "\\boxed 5" + " " * 999, "\\boxed{a}{"],
@@ -72,7 +74,9 @@ readers = [
 ]
 failures = []
 for unit in units:
-    repetition = unit * (size // len(unit))
+    opening, closing = unit if isinstance(unit, list) else (unit, "")
+    times = size // len(opening + closing)
+    repetition = opening * times + closing * times
     for form, who in readers:
         text = form.format(repetition)
         for read in who:
