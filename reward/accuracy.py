@@ -4,30 +4,44 @@ Only the last closed `\boxed{...}` counts; a response without one earns 0. That 
 math-verify's own extraction, which takes the last number of any text for an answer: a policy soon learns to
 end on a list of guesses, and a truncated derivation would be paid for whatever number it stopped at.
 
-Most answers are decided here by comparing normalised text. The others go to math-verify, in a child process
-with limits (`reward.judge_pool`): its own time limit uses `signal.alarm`, which works in a main thread only,
-and verl calls a reward function from the threads of a pool.
+Most answers are decided here by comparing normalised text (`reward.answer_text`). The others go to math-verify, in
+a child process with limits (`reward.judge_pool`): its own time limit uses `signal.alarm`, which works in a main
+thread only, and verl calls a reward function from the threads of a pool.
 
-What math-verify accepts is accepted: `x=5` for `5`, `0.5` and `50` for `50\%`, `5 \text{ cm}` for `5`, and
-lists without brackets in any order.
+Accepted are `x=5` for `5`, `0.5` and `50` for `50\%`, `5 \text{ cm}` and `5 dollars` for `5`, `0.333333` (six places)
+for `1/3`, and lists without brackets in any order. A wrong answer that is paid teaches more harm than a right one
+that is not, so what can be read in two ways is refused: a chain such as `4 = 5`, another unit than the known
+answer's, words in another order, and a sum, limit or integral that nobody has worked out.
 """
 
 import functools
 import re
+from itertools import product
 
+from reward.answer_text import compact, in_latex, is_balanced, measure, normalise
 from reward.boxed import find_boxes
 from reward.judge_pool import default_pool
 
 # An answer longer than this (beyond the ground truth's own length) is not worth a parse: it is degenerate
-# text.
+# text. What is longer than the second limit, with its ground truth, is compared as text alone.
 _LONGEST_ANSWER_CHARS = 1000
+_LONGEST_PARSED_CHARS = 5000
 
-_SPACING = re.compile(r"\\[!,;: ]|~")
-_LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
-_SIZED_DELIMITER = re.compile(r"\\(?:left|right)(?![A-Za-z])")
-_SIZED_FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}\\]*)\}")
 _INTEGER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
+_BASED = re.compile(r"([0-9][0-9A-Fa-f]*|[A-F][0-9A-F]+)(?:_\{?([0-9]+)\}?)?")
+_DIGITS_OF_A_BASE = re.compile(r"(?:^|[^A-Za-z0-9])[0-9A-F]*[0-9]_")
+_WRITTEN_OUT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{([^{}\\]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]*")
+# An answer with one of these that the known answer lacks is the question again, a hedge, or a second answer.
+_NOT_WORKED_OUT = re.compile(
+    r"\\(?:sum|prod|i{0,2}int|oint|lim|gcd|lcm|max|min|to|(?:long)?[rR]ightarrow|Longrightarrow|implies"
+    r"|mapsto|[lcd]?dots|fbox|operatorname\{(?:lcm|gcd|max|min))(?![A-Za-z])|\.\.\."
+)
+_EQUALS = re.compile(r"(?<![<>!\\:=])=(?!=)")
+_ALMOST = re.compile(r"\\approx(?![A-Za-z])")
+_NAME = re.compile(r"[A-Za-z\\(][^+*/^<>-]*")
+_LISTED = re.compile(r"[,;](?![0-9]{3}(?![0-9]))")
+_MOST_PARTS = 4
 
 
 def extract_boxed(text: str) -> str | None:
@@ -36,8 +50,9 @@ def extract_boxed(text: str) -> str | None:
     Of two nested boxes the inner one counts; a box that is never closed is passed over.
     """
     for box in reversed(find_boxes(text)):
-        if box.content is not None:
-            return box.content.strip()
+        content = box.content(text)
+        if content is not None:
+            return content.strip()
     return None
 
 
@@ -59,36 +74,86 @@ def answers_equal(answer: str, gold: str) -> bool:
     """True if the two answers (LaTeX, without their boxes) are mathematically equal; bounds as of `accuracy_reward`."""
     if not answer or len(answer) > _LONGEST_ANSWER_CHARS + len(gold):
         return False
-    plain_answer, plain_gold = _normalise(answer), _normalise(gold)
-    if plain_answer == plain_gold:
+    texts = [normalise(in_latex(text)) for text in (answer, gold)]
+    if compact(texts[0]) == compact(texts[1]):
+        return bool(texts[0])
+    (value, unit), (gold_value, gold_unit) = map(measure, texts)
+    if not value or (unit and gold_unit and unit != gold_unit) or not is_balanced(value + gold_value):
+        return False
+    verdict = _by_text(compact(value), compact(gold_value))
+    if verdict is not None or max(len(value), len(gold_value)) > _LONGEST_PARSED_CHARS:
+        return bool(verdict)
+    return _chains_agree(value, gold_value)
+
+
+def _by_text(answer: str, gold: str) -> bool | None:
+    """Decide what needs no mathematics, or in which math-verify would see too little; None: ask it."""
+    if answer == gold:
         return True
-    integer_answer, integer_gold = _integer(plain_answer), _integer(plain_gold)
-    if integer_answer is not None and integer_gold is not None:
-        return integer_answer == integer_gold
-    return bool(plain_answer) and _is_equal(_without_dollars(gold), _without_dollars(answer))
+    integer, gold_integer = _integer(answer), _integer(gold)
+    if integer is not None and gold_integer is not None:
+        return integer == gold_integer
+    if _DIGITS_OF_A_BASE.search(answer) or _DIGITS_OF_A_BASE.search(gold):
+        based, gold_based = _BASED.fullmatch(answer), _BASED.fullmatch(gold)
+        if based is None or gold_based is None or based.group(1).lower() != gold_based.group(1).lower():
+            return False
+        return None in (based.group(2), gold_based.group(2)) or based.group(2) == gold_based.group(2)
+    if _WRITTEN_OUT.sub(_inside, answer) == _WRITTEN_OUT.sub(_inside, gold):
+        return True
+    words, gold_words = _words(answer), _words(gold)
+    written_out = max(len(words), len(gold_words)) > 2 or "text" in answer + gold or "no" in (words, gold_words)
+    if words and gold_words and written_out:
+        return words == gold_words  # as a product of letters "listen" would be "silent"
+    if len(answer) == len(gold) == 1:
+        return False
+    if set(_NOT_WORKED_OUT.findall(answer)) != set(_NOT_WORKED_OUT.findall(gold)):
+        return False
+    bracketed = [text for text in (answer, gold) if text.startswith(("(", "[", r"\{"))]
+    if len(bracketed) == 2 and answer.startswith(r"\{") != gold.startswith(r"\{"):
+        return False
+    if r"\pm" not in answer + gold and not bracketed and len(_LISTED.findall(answer)) != len(_LISTED.findall(gold)):
+        return False
+    return None
+
+
+def _inside(text: re.Match[str]) -> str:
+    return text.group(1)
+
+
+def _words(text: str) -> str:
+    """The letters of an answer in words, small; "" for any other."""
+    words = _WORDS.fullmatch(_WRITTEN_OUT.sub(_inside, text).strip())
+    return re.sub("[^a-z]", "", words.group().lower()) if words else ""
+
+
+def _chains_agree(answer: str, gold: str) -> bool:
+    """Ask math-verify, for every part of `a = b = c`: it would look at the last one alone."""
+    answer, gold = (_head_of_rounded(text) for text in (answer, gold))
+    parts, gold_parts = ([text] if re.search("[,;]", text) else _EQUALS.split(text) for text in (answer, gold))
+    if len(parts) <= 2 and len(parts) == len(gold_parts):
+        return _is_equal(gold, answer)  # `x+y=3` and `y=3-x` are its to compare
+    if max(len(parts), len(gold_parts)) > _MOST_PARTS:
+        return False
+    name, gold_name = (compact(chain.pop(0)) if _is_name(chain) else "" for chain in (parts, gold_parts))
+    if name and gold_name and name != gold_name:
+        return False
+    return all(_is_equal(known, part) for known, part in product(gold_parts, parts))
+
+
+def _is_name(chain: list[str]) -> bool:
+    return len(chain) > 1 and bool(_NAME.fullmatch(chain[0].strip())) and not re.fullmatch(r"[\W\d]*", chain[0])
+
+
+def _head_of_rounded(text: str) -> str:
+    r"""Of `5/3 \approx 1.67` the value before the rounded one; of `x \approx 1.67` that."""
+    head, *rounded = _ALMOST.split(text, maxsplit=1)
+    return rounded[0] if rounded and re.fullmatch(r"\s*[A-Za-z]?\s*", head) else head
 
 
 # The rollouts of one prompt repeat their answers, and a hostile one costs its full time limit each time.
 @functools.lru_cache(maxsize=4096)
 def _is_equal(gold: str, answer: str) -> bool:
-    return default_pool().judge(gold, answer) == "equal"
-
-
-def _normalise(latex: str) -> str:
-    """Drop what changes the look of an answer and never its value."""
-    plain = _without_dollars(latex)
-    plain = _SPACING.sub("", plain).replace("{,}", ",")
-    plain = _SIZED_FRACTION.sub(r"\\frac", _SIZED_DELIMITER.sub("", plain))
-    # Split first: the pattern sees single spaces only, so that long runs of them cost linear time. A space
-    # between two letters or digits stays: "1 2" is not 12.
-    plain = _LOOSE_SPACE.sub("", " ".join(plain.split()))
-    text = _TEXT.fullmatch(plain)
-    return text.group(1).strip() if text else plain
-
-
-def _without_dollars(latex: str) -> str:
-    """Strip math delimiters and the full stop of a sentence, which math-verify does not parse."""
-    return re.sub(r"(?<!\\)\$", "", latex).strip().rstrip(".").rstrip()
+    return default_pool().judge(gold.strip(), answer.strip()) == "equal"
 
 
 def _integer(plain: str) -> str | None:

@@ -14,9 +14,11 @@ this package. It bounds itself, because its parent may be gone by the time an an
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -28,6 +30,7 @@ from typing import Any
 _KILL_AFTER_SECONDS = 1.0
 _TIMER_REPEAT_SECONDS = 0.5
 _PARENT_POLL_SECONDS = 1.0
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\])([0-9}])i(?![A-Za-z])")
 
 
 class _TimeUp(BaseException):
@@ -75,13 +78,61 @@ def _wrap(latex: str) -> str:
 
 
 def _is_equal(gold: str, answer: str) -> bool:
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
-    # LaTeX only: math-verify's plain-expression extraction would pick a number out of prose in the box.
-    config = (LatexExtractionConfig(boxed_match_priority=0),)
-    parsed_gold = parse(_wrap(gold), config, parsing_timeout=None)
-    parsed_answer = parse(_wrap(answer), config, parsing_timeout=None)
-    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
+    # LaTeX only: math-verify's plain-expression extraction would pick a number out of prose in the box. Units are
+    # dropped already, and it would take the t of `3t` for one.
+    normal = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
+    config = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal),)
+    spaced = [_IMAGINARY.sub(r"\1 i", text) for text in (gold, answer)]  # `2i` it takes for two and a real i
+    parsed_gold, parsed_answer = (parse(_wrap(text), config, parsing_timeout=None) for text in spaced)
+    theirs, grader.sympy_numeric_eq = grader.sympy_numeric_eq, _numbers_agree
+    try:
+        return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None, allow_set_relation_comp=True))
+    finally:
+        grader.sympy_numeric_eq = theirs
+
+
+def _numbers_agree(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """What math-verify calls to compare two values, entries or bounds; its own calls all below 1e-15 equal, and
+    all decimals below 1e-6.
+
+    Exact values must be equal. A decimal, which may be rounded, must agree to `float_rounding` places and to four
+    digits.
+    """
+    import sympy
+    from math_verify import grader
+
+    if isinstance(a, (sympy.MatrixBase, sympy.MatrixExpr)) or isinstance(b, (sympy.MatrixBase, sympy.MatrixExpr)):
+        a, b = grader.safe_sympy_doit(a), grader.safe_sympy_doit(b)
+        same_shape = isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase) and a.shape == b.shape
+        return same_shape and all(
+            _numbers_agree(x, y, float_rounding, numeric_precision) for x, y in zip(a.flat(), b.flat(), strict=True)
+        )
+    if all(grader.is_atomic_or_pct_atomic(value, sympy.Integer) for value in (a, b)):
+        return grader.get_pct_val(a, a) == grader.get_pct_val(b, b)  # 9% is 9 as well
+    rounded = a.has(sympy.Float) or b.has(sympy.Float)
+    a, b = (
+        grader.safe_sympy_doit(value.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))))
+        for value in (a, b)
+    )
+    difference = a - b
+    if difference.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+        return bool(a == b) and not a.has(sympy.nan, sympy.zoo)
+    if difference.free_symbols:
+        return difference.expand() == 0
+    size = _size(difference)
+    if size == 0 or not rounded:
+        return size == 0
+    return bool(size <= 0.5 * sympy.Rational(10) ** -float_rounding and size <= max(_size(a), _size(b)) / 10**4)
+
+
+def _size(value: Any) -> Any:
+    """The absolute value of a number; 0 if even 200 digits do not tell it from 0 (sympy then leaves one bit)."""
+    import sympy
+
+    parts = (sympy.Abs(part) for part in value.evalf(15, maxn=200).as_real_imag())
+    return max((part for part in parts if getattr(part, "_prec", 2) > 1), default=sympy.Integer(0))
 
 
 def _texts_agree(gold: str, text: str) -> bool:

@@ -41,11 +41,7 @@ def _thinks_then_boxes(response: str) -> bool:
 
 def _ends_in_one_box(text: str) -> bool:
     boxes = find_boxes(text)
-    return len(boxes) == 1 and _is_filled(boxes[0]) and _is_last(text, boxes[0])
-
-
-def _is_filled(box: Box) -> bool:
-    return box.content is not None and bool(box.content.strip("{}$ \t\r\n"))
+    return len(boxes) == 1 and bool((boxes[0].content(text) or "").strip("{}$ \t\r\n")) and _is_last(text, boxes[0])
 
 
 def _is_last(text: str, box: Box) -> bool:

@@ -13,6 +13,8 @@ _THE_ANSWER_IS = re.compile(r"[Tt]he answer is:?[^\S\n]*")
 # Of minerva_math's.
 _FINAL_ANSWER = re.compile(r"[Tt]he final answer is:?[^\S\n]*")
 _END = re.compile(r"\n|\.\s|\.$")
+# The pattern below takes quadratic time on a run of commas.
+_LONGEST_SENTENCE_CHARS = 1000
 # "$18 dollars a day", "**1,234** eggs", "18, which is less than 20": the words do not make a number another one.
 _NUMBER_AND_WORDS = re.compile(
     r"(?:US)?[$€£]?\s*([+-]?\d[\d,]*(?:\.\d+)?(?:/\d+)?)(%?)(?![\w/.^*(])[\s,;:]*(?:[A-Za-z].*)?"
@@ -29,6 +31,6 @@ def final_answer(response: str) -> str | None:
         _, *stated = pattern.split(response)
         if stated:
             said = _END.split(stated[-1], maxsplit=1)[0].replace("**", "").strip()
-            number = _NUMBER_AND_WORDS.fullmatch(said)
+            number = _NUMBER_AND_WORDS.fullmatch(said) if len(said) <= _LONGEST_SENTENCE_CHARS else None
             return (number.group(1).rstrip(",") + number.group(2) if number else said) or None
     return None
