@@ -29,6 +29,7 @@ class _Worker:
     def __init__(self, connection: Connection, path: str, name: str, keys: dict[str, str] | None) -> None:
         self.connection = connection
         self.sending = threading.Lock()
+        self.latest = 0.0
         self.label = f"reward function {name!r} of {path}"
         self.function = load_function(path, name)
         self.guarded = guard(self.function, name=f"{name} of {path}", keys=keys)
@@ -40,6 +41,27 @@ class _Worker:
         data = json.dumps([number, kind, content]).encode("ascii")
         with self.sending:
             self.connection.send_bytes(data)
+        self.latest = time.monotonic()
+
+    def start(self, number: int, is_trial: bool, arguments: dict[str, Any], limit_seconds: float) -> None:
+        if is_async(self.function) and not is_trial:
+            asyncio.run_coroutine_threadsafe(self.answer_async(number, arguments, limit_seconds), self.loop)
+        else:
+            threading.Thread(target=self.answer, args=(number, is_trial, arguments), daemon=True).start()
+
+    async def answer_async(self, number: int, arguments: dict[str, Any], limit_seconds: float) -> None:
+        call = asyncio.ensure_future(self.guarded(**arguments))
+        start = time.monotonic()
+        while (left := max(start, self.latest) + limit_seconds - time.monotonic()) > 0 and not call.done():
+            await asyncio.wait([call], timeout=left)
+        try:
+            if call.done():
+                self.send(number, "result", dict(call.result()))
+            else:
+                call.cancel()
+                self.send(number, "late", f"did not return within {limit_seconds:g} s")
+        except BaseException as error:
+            self.send(number, "raised", f"raised {type(error).__name__}: {text_of(error)}")
 
     def answer(self, number: int, is_trial: bool, arguments: dict[str, Any]) -> None:
         call: Callable[[], Any] = (lambda: self.trial(arguments)) if is_trial else (lambda: self.call(arguments))
@@ -48,16 +70,13 @@ class _Worker:
         except RewardError as error:
             self.send(number, "refused", str(error))
         except BaseException as error:  # KeyboardInterrupt, say, which the guard lets pass
-            self.send(number, "raised", f"{type(error).__name__}: {text_of(error)}")
+            self.send(number, "raised", f"raised {type(error).__name__}: {text_of(error)}")
 
     def trial(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return attempt(self.function, self.label, arguments)
 
     def call(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        result = self.guarded(**arguments)
-        if is_async(self.function):
-            result = asyncio.run_coroutine_threadsafe(result, self.loop).result()
-        return dict(result)
+        return dict(self.guarded(**arguments))
 
 
 def _watch_parent(parent_pid: int) -> None:
@@ -77,11 +96,10 @@ def main(descriptor: int, parent_pid: int, path: str, name: str, keys: dict[str,
     except RewardError as error:
         connection.send_bytes(json.dumps([0, "refused", str(error)]).encode("ascii"))
         return
-    worker.send(0, "ready", None)
+    worker.send(0, "ready", is_async(worker.function))
     try:
         while True:
-            number, is_trial, arguments = pickle.loads(connection.recv_bytes())
-            threading.Thread(target=worker.answer, args=(number, is_trial, arguments), daemon=True).start()
+            worker.start(*pickle.loads(connection.recv_bytes()))
     except (EOFError, OSError):
         os._exit(0)  # threads of the user's may never end
 

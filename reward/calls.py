@@ -8,6 +8,7 @@ Calls run side by side in one child. When one of them takes too long or ends the
 again, one at a time: what fails alone is itself to blame.
 """
 
+import asyncio
 import concurrent.futures
 import itertools
 import json
@@ -28,6 +29,8 @@ from reward.load import RewardError
 CALL_SECONDS = 60.0
 """Limit of one call, unless a recipe says otherwise."""
 _START_SECONDS = 300.0
+# A child that can end a call by itself gets so much longer for it.
+_GRACE_SECONDS = 2.0
 
 _WORKER = str(Path(__file__).with_name("call_worker.py"))
 # As in `reward.judge_pool`: our import path and nothing else.
@@ -39,6 +42,14 @@ _BOOT = (
 
 class CallStopped(Exception):
     """The call did not return: it took too long, or it ended its process."""
+
+
+class CallLate(CallStopped):
+    """The call did not return in time, was given up, and left its process as it was."""
+
+
+# Of the kinds of reply that are no result.
+_ERRORS = {"refused": RewardError, "late": CallLate, "raised": CallStopped}
 
 
 class FunctionProcess:
@@ -64,7 +75,7 @@ class FunctionProcess:
         self.latest = time.monotonic()
         threading.Thread(target=self._read, name="reward-replies", daemon=True).start()
         try:
-            ready.result(_START_SECONDS)
+            self.is_async = bool(ready.result(_START_SECONDS))
         except concurrent.futures.TimeoutError:
             self.kill()
             raise RewardError(f"importing reward file {path} took more than {_START_SECONDS:g} s: mend it") from None
@@ -80,9 +91,36 @@ class FunctionProcess:
 
         The limit counts from the latest reply of any call: where many share a processor, each is slow, and none hangs.
         """
+        future = self._send(arguments, is_trial, limit_seconds)
+        start = time.monotonic()
+        while (left := max(start, self.latest) + limit_seconds - time.monotonic()) > 0:
+            try:
+                return future.result(left)
+            except concurrent.futures.TimeoutError:
+                continue
+        raise CallStopped(f"did not return within {limit_seconds:g} s")
+
+    async def call_async(self, arguments: Mapping[str, Any], limit_seconds: float) -> dict[str, Value]:
+        """Do what `call` does, and hold no thread while it waits: asynchronous functions run by the thousand.
+
+        The child ends a call that waits too long by itself (CallLate); it does not while another holds its event loop.
+        """
+        run_in_thread = asyncio.get_running_loop().run_in_executor
+        # In a thread, for a child that hangs takes nothing from its pipe, and sending waits for the kill.
+        future = asyncio.wrap_future(await run_in_thread(None, self._send, arguments, False, limit_seconds))
+        start = time.monotonic()
+        limit_seconds += _GRACE_SECONDS
+        while (left := max(start, self.latest) + limit_seconds - time.monotonic()) > 0:
+            if (await asyncio.wait([future], timeout=left))[0]:
+                return future.result()
+        raise CallStopped(f"did not return within {limit_seconds:g} s")
+
+    def _send(
+        self, arguments: Mapping[str, Any], is_trial: bool, limit_seconds: float
+    ) -> concurrent.futures.Future[dict[str, Value]]:
         future: concurrent.futures.Future[dict[str, Value]] = concurrent.futures.Future()
         number = next(self.numbers)
-        data = pickle.dumps((number, is_trial, dict(arguments)))
+        data = pickle.dumps((number, is_trial, dict(arguments), limit_seconds))
         with self.lock:
             self.waiting[number] = future
             try:
@@ -92,13 +130,7 @@ class FunctionProcess:
                 self.gone = True
             if self.gone:
                 raise CallStopped("ended its process")
-        start = time.monotonic()
-        while (left := max(start, self.latest) + limit_seconds - time.monotonic()) > 0:
-            try:
-                return future.result(left)
-            except concurrent.futures.TimeoutError:
-                continue
-        raise CallStopped(f"did not return within {limit_seconds:g} s")
+        return future
 
     def _read(self) -> None:
         try:
@@ -109,8 +141,7 @@ class FunctionProcess:
                 if kind in ("result", "ready"):
                     future.set_result(content)
                 else:
-                    refused = kind == "refused"
-                    future.set_exception(RewardError(content) if refused else CallStopped(f"raised {content}"))
+                    future.set_exception(_ERRORS[kind](content))
         except (EOFError, OSError, ValueError, KeyError):
             self.gone = True
             self.process.kill()
@@ -141,7 +172,7 @@ class UserFunction:
         self.together = FunctionProcess(*self.wanted)
         self.alone: FunctionProcess | None = None
 
-    def __call__(
+    async def __call__(
         self, data_source: Any, solution_str: Any, ground_truth: Any, extra_info: Any = None, **kwargs: Any
     ) -> dict[str, Value]:
         """Return a dict with `score` and `reward_error`, whatever the function does."""
@@ -151,11 +182,19 @@ class UserFunction:
             pickle.dumps(sample | kwargs)
         except Exception as error:
             return self.guard.failure(error, sample)
-        process = self._running()
+        run_in_thread = asyncio.get_running_loop().run_in_executor
+        process = await run_in_thread(None, self._running)
         try:
-            return self._learnt(process.call(sample | kwargs, self.limit_seconds))
+            if process.is_async:
+                return self._learnt(await process.call_async(sample | kwargs, self.limit_seconds))
+            return self._learnt(await run_in_thread(None, process.call, sample | kwargs, self.limit_seconds))
+        except CallLate as error:
+            return self.guard.failure(error, sample, always=True)
         except CallStopped:
             process.kill()
+        return await run_in_thread(None, self._call_alone, sample, kwargs)
+
+    def _call_alone(self, sample: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Value]:
         with self.one_at_a_time:
             if self.alone is None or self.alone.gone:
                 self.alone = FunctionProcess(*self.wanted)

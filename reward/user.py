@@ -6,7 +6,7 @@
     +reward.custom_reward_function.reward_kwargs.user_name=my_function
 
 verl fixes whether a reward function is awaited when it loads the file, before it knows the user's. Hence one
-coroutine function, which waits in the event loop's thread pool: for the shipped functions, which bound themselves, and
+coroutine function. It waits for the shipped functions, which bound themselves, in the event loop's thread pool, and
 for a user's in a process of its own (`reward.calls`). (verl's `remote` reward manager takes no coroutine functions;
 its others do.)
 """
@@ -50,7 +50,7 @@ async def compute_score(
     loop = asyncio.get_running_loop()
     function = await loop.run_in_executor(None, _guarded, user_path, user_name, user_keys, user_seconds)
     call = functools.partial(function, data_source, solution_str, ground_truth, extra_info, **kwargs)
-    return dict(await loop.run_in_executor(None, call))
+    return dict(await (call() if isinstance(function, UserFunction) else loop.run_in_executor(None, call)))
 
 
 def _guarded(

@@ -109,6 +109,7 @@ def speed(
     import json
     from dataclasses import asdict, replace
 
+    from ptl_rl.checkpoints.read import check_finite
     from ptl_rl.errors import UserError, check_new_file, check_plain
     from ptl_rl.evaluation.command import prepare_machine, quieten_exit, quieten_libraries
     from ptl_rl.evaluation.speed import Load, measure
@@ -122,6 +123,7 @@ def speed(
     folders = [open_model(model, setting="MODEL")[0] for model in models]
     for folder in folders:
         check_plain(folder)
+        check_finite(folder)
     console, cpu = make_console(), prepare_machine()
     kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
     loads = [

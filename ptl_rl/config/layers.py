@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config.recovery import METHODS, recovery_entry
-from ptl_rl.config.section import ConfigError
+from ptl_rl.config.section import ConfigError, dotted
 from ptl_rl.config.strict_yaml import read_yaml_text
 from ptl_rl.errors import expanded
 
@@ -32,7 +32,10 @@ def read_yaml(recipe: Path, said_by: str = "") -> Values:
     values = read_yaml_text(text, str(recipe))
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a YAML mapping of sections, this is {type(values).__name__}")
-    return values
+    try:
+        return {key: dotted(value) if key == "verl" else value for key, value in values.items()}
+    except ValueError as error:
+        raise ConfigError(f"{recipe}: verl: {error}") from None
 
 
 def merged(base: Values, own: Values, whole: Sequence[str] = WHOLE) -> Values:
@@ -132,16 +135,25 @@ def apply_override(values: Values, override: str) -> tuple[str, Location]:
     if key == "base":
         raise ConfigError(f"`settings` {override!r}: a base is named in the recipe's file alone; write it there")
     place = tuple(key.split("."))
-    if place[0] == "verl" and len(place) > 1:
-        place = ("verl", key.removeprefix("verl."))
-    elif place[0] == "recovery" and len(place) > 1:
+    if place[0] == "recovery" and len(place) > 1:
         place = _in_recovery(values, place[1:], override)
+    if "verl" in place[:-1] and place[0] in ("verl", *WHOLE):
+        depth = place.index("verl") + 1
+        place = (*place[:depth], ".".join(place[depth:]))
     value = read_yaml_text(text, f"`settings` {override!r}")
     container: Any = values
     for depth, section in enumerate(place[:-1]):
         container = _within(container, ".".join(place[:depth]), section, override)
-    _within(container, ".".join(place[:-1]), place[-1], override)
-    container[int(place[-1]) if isinstance(container, list) else place[-1]] = value
+    if place[-2:-1] == ("verl",) and isinstance(container, dict):
+        try:
+            told = dotted(container) | dotted({place[-1]: value})
+        except ValueError as error:
+            raise ConfigError(f"`settings` {override!r}: {error}") from None
+        container.clear()
+        container.update(told)
+    else:
+        _within(container, ".".join(place[:-1]), place[-1], override)
+        container[int(place[-1]) if isinstance(container, list) else place[-1]] = value
     return key, place
 
 

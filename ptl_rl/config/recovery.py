@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ptl_rl.config.section import Section
+from ptl_rl.config.section import Section, VerlKeys
 
 
 class RecoveryConfig(Section):
@@ -24,7 +24,7 @@ class RecoveryConfig(Section):
     save_every_steps: int = Field(
         0, ge=0, description="Optimizer steps between checkpoints of verl within a recovery; 0: at its end only."
     )
-    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
+    verl: VerlKeys = Field({}, description="verl keys, dotted, verbatim; they win over everything rendered.")
 
     @model_validator(mode="after")
     def _check_steps(self) -> "RecoveryConfig":

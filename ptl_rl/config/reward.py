@@ -43,6 +43,8 @@ class RewardConfig(Section):
         if path is None or path == SHIPPED_REWARD:
             return path
         absolute = expanded(path).absolute()  # workers may run elsewhere
+        if "${" in str(absolute):
+            raise ValueError(f"{path}: verl takes ${{ in a path for a reference; rename the file or its folder")
         # By its name, so that a run or study goes on with another installation, which has it in another place.
         is_shipped = absolute in (_shipped_reward(), _former_place())
         return SHIPPED_REWARD if is_shipped else str(absolute)

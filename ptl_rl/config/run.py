@@ -8,7 +8,7 @@ from ptl_rl.config.data import TESTBED, DataConfig, EvaluationSet, SourceConfig
 from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
 from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
 from ptl_rl.config.reward import RewardConfig
-from ptl_rl.config.section import Section
+from ptl_rl.config.section import Section, VerlKeys
 
 BOX_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -112,7 +112,7 @@ class RunConfig(Section):
     gate: GateConfig = Field(GateConfig(), description="What follows when a cycle loses too much accuracy.")
     resources: ResourcesConfig = Field(ResourcesConfig(), description="Machines, GPUs and their memory.")
     watchdog: WatchdogConfig = Field(WatchdogConfig(), description="When a stage counts as hanging.")
-    verl: dict[str, Any] = Field({}, description="verl keys, dotted, verbatim, for all its RL trainers (not cpt).")
+    verl: VerlKeys = Field({}, description="verl keys, dotted, verbatim, for all its RL trainers (not cpt).")
 
     @field_validator("recovery", mode="before")
     @classmethod

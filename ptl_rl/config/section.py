@@ -1,9 +1,9 @@
 """What every section of a recipe is, and the error that tells of a bad one."""
 
 import typing
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from ptl_rl.errors import UserError
 
@@ -23,3 +23,21 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
+
+
+def dotted(settings: Any, above: str = "") -> Any:
+    """A nested mapping as one of dotted keys; raises ValueError for a key that it gives nested and dotted."""
+    if not isinstance(settings, dict):
+        return settings
+    found: dict[str, Any] = {}
+    for key, inner in settings.items():
+        nested = isinstance(inner, dict) and inner
+        for name, value in dotted(inner, f"{above}{key}.").items() if nested else [(f"{above}{key}", inner)]:
+            if name in found:
+                raise ValueError(f"{name} is given twice, nested and dotted; keep one of them")
+            found[name] = value
+    return found
+
+
+VerlKeys = Annotated[dict[str, Any], BeforeValidator(dotted)]
+"""Settings of verl, dotted key to value; a recipe may nest them."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it whenever what is written, or how it is worked out, changes."""
 TEMPORARY = ".making-"
 ABANDONED_SECONDS = 86400

@@ -72,11 +72,37 @@ def _numbered(batches: Iterator[Any], total: int, told: Told) -> Iterator[Row]:
     """Rows of Arrow record batches."""
     number = 0
     for batch in batches:
+        short = [field for field in batch.schema if _has_short_floats(field.type)]
         for start in range(0, len(batch), BATCH_ROWS):
             for row in batch.slice(start, BATCH_ROWS).to_pylist():
                 number += 1
+                for field in short:
+                    row[field.name] = _as_written(row[field.name], field.type)
                 yield number, row
             told(number, total)
+
+
+def _has_short_floats(kind: Any) -> bool:
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return str(kind) in ("float", "halffloat") or any(map(_has_short_floats, inner))
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A float of 16 or 32 bits as the shortest decimal that means it: 0.1, where Arrow gives 0.10000000149011612."""
+    import numpy
+    import pyarrow
+
+    if value is None:
+        return None
+    if pyarrow.types.is_float32(kind):
+        return float(str(numpy.float32(value)))
+    if pyarrow.types.is_float16(kind):
+        return float(str(numpy.float16(value)))
+    if pyarrow.types.is_struct(kind):
+        return {name: _as_written(part, kind.field(name).type) for name, part in value.items()}
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return [_as_written(part, kind.value_type) for part in value]
+    return value
 
 
 def _columns(layout: Layout, names: list[str]) -> list[str] | None:

@@ -202,6 +202,10 @@ def test_the_shipped_reward_is_known_by_its_name_in_every_installation(repositor
     assert parse_config(MINIMAL).reward.file is None
 
 
+def test_a_reward_whose_path_verl_would_not_read_as_it_is_is_refused():
+    assert "verl takes ${ in a path for a reference" in refused({"reward": {"path": "/tmp/${x}/mine.py"}})
+
+
 def test_overrides_reach_into_lists(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("schedule: {channels_per_cycle: [64]}\nrecovery: [{cpt: {steps: 2}}, {grpo: {}}]\n")

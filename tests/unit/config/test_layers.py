@@ -217,3 +217,26 @@ def test_the_readme_of_the_recipes_names_every_base(repository):
     table = (repository / "recipes" / "README.md").read_text().split("| recipe | its base |\n|---|---|\n")[1]
     rows = [line.split("`") for line in table.split("\n\n")[0].splitlines()]
     assert {row[1]: row[3] for row in rows} == bases and len(bases) > 3
+
+
+def test_verl_keys_are_dotted_however_a_recipe_its_base_and_overrides_write_them(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "schedule: {channels_per_cycle: [64]}\nverl: {actor.lr: 1, trainer: {a: 1, b: 2}}\n"
+    )
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("base: base.yaml\nverl: {actor: {lr: 2}}\nrecovery: [{grpo: {verl: {actor: {clip: 0.1}}}}]\n")
+    config = load_config(recipe)
+    assert config.verl == {"actor.lr": 2, "trainer.a": 1, "trainer.b": 2}
+    assert config.recovery[0].verl == {"actor.clip": 0.1}
+    overrides = ["verl.actor={lr: 3}", "verl.trainer.a=4", "recovery.verl.actor.clip=0.2"]
+    config = load_config(recipe, overrides)
+    assert config.verl == {"actor.lr": 3, "trainer.a": 4, "trainer.b": 2}
+    assert config.recovery[0].verl == {"actor.clip": 0.2}
+
+
+@pytest.mark.parametrize("text", ["verl: {SETTINGS}", "recovery: [{cpt: {verl: {SETTINGS}}}]"])
+def test_a_verl_key_that_is_given_nested_and_dotted_is_refused(tmp_path, text):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("SETTINGS", "optim.lr: 1, optim: {lr: 2}"))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: .*verl: optim\.lr is given twice, nested and dotted"):
+        load_config(recipe)

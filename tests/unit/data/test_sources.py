@@ -10,7 +10,9 @@ from data_rows import row, write
 
 from ptl_rl.config import SourceConfig
 from ptl_rl.data.corpora import DataError, load_corpus
+from ptl_rl.data.known import Layout
 from ptl_rl.data.records import Record
+from ptl_rl.data.sources import _parquet_rows
 
 ROWS = [row(i, more="not read") for i in range(3000)]
 ORDER = list(range(3000))
@@ -94,3 +96,23 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         DataError, match=r"a\.parquet row 1: no column 'question' for the question; the row has problem, x"
     ):
         load_corpus(SourceConfig(path=str(tmp_path / "a.parquet")), seed=0)
+
+
+def test_short_floats_are_the_decimals_that_they_were_written_as(tmp_path):
+    rows = pyarrow.Table.from_pylist([row(i, answer=None) for i in range(3)]).drop_columns("answer")
+    short, path = pyarrow.float32(), tmp_path / "a.parquet"
+    answers = rows.append_column("answer", pyarrow.array([0.1, 2.5e-7, 1 / 3], short))
+    pyarrow.parquet.write_table(answers, path)
+    corpus = load_corpus(SourceConfig(path=str(path)), seed=0)
+    assert {record.answer for record in corpus} == {"0.1", "2.5e-07", "0.33333334"}
+    kind = pyarrow.struct({"known": short, "wide": pyarrow.float64()})
+    parts = {
+        "half": pyarrow.array([0.1, 1, None], pyarrow.float16()),
+        "judged": pyarrow.array([{"known": 0.7, "wide": 0.1}, None, {"known": None, "wide": 1}], kind),
+        "all": pyarrow.array([[0.1, 0.2], [], None], pyarrow.list_(short)),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(parts), path)
+    read = [values for _, values in _parquet_rows(path, Layout("any", (), dict), lambda *_: None)]
+    assert [values["half"] for values in read] == [0.1, 1.0, None]
+    assert [values["judged"] for values in read] == [{"known": 0.7, "wide": 0.1}, None, {"known": None, "wide": 1.0}]
+    assert [values["all"] for values in read] == [[0.1, 0.2], [], None]

@@ -117,6 +117,48 @@ def test_slow_calls_that_come_back_are_none_that_hang(tmp_path):
     assert (tmp_path / "loads").read_text() == "x"  # none was given up and called again
 
 
+def test_asynchronous_calls_wait_side_by_side_however_many_and_one_that_hangs_stops_no_other(tmp_path):
+    calls, path = 100, tmp_path / "served.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import asyncio, pathlib
+        pathlib.Path({str(tmp_path / "loads")!r}).open("a").write("x")
+        inside, all_there = 0, asyncio.Event()
+        async def served(solution_str, **_):
+            global inside
+            inside += 1
+            if inside == {calls}: all_there.set()
+            await all_there.wait()
+            if solution_str == "hangs": await asyncio.Event().wait()
+            return 1
+        """)
+    )
+
+    async def many():
+        where = {"user_path": str(path), "user_name": "served", "user_seconds": 2}
+        texts = ["hangs", *["x"] * (calls - 1)]
+        return await asyncio.gather(*(user.compute_score("d", text, "4", **where) for text in texts))
+
+    results = asyncio.run(many())
+    assert [result["score"] for result in results] == [0.0] + [1.0] * (calls - 1)
+    assert [result["reward_error"] for result in results] == [1.0] + [0.0] * (calls - 1)
+    assert (tmp_path / "loads").read_text() == "x"
+
+
+def test_an_asynchronous_call_that_holds_the_event_loop_scores_zero_and_no_other_does(tmp_path):
+    path = tmp_path / "held.py"
+    path.write_text(
+        "import asyncio, time\nasync def held(solution_str, **_):\n"
+        "    if solution_str == 'holds': time.sleep(60)\n    await asyncio.sleep(0.05)\n    return 1\n"
+    )
+
+    async def several():
+        where = {"user_path": str(path), "user_name": "held", "user_seconds": 0.5}
+        return await asyncio.gather(*(user.compute_score("d", text, "4", **where) for text in ("x", "holds", "y")))
+
+    assert [result["score"] for result in asyncio.run(several())] == [1.0, 0.0, 1.0]
+
+
 def test_settings_that_cannot_be_handed_over_are_an_error_of_the_sample(my_reward):
     assert score(user_path=my_reward, user_name="brevity", scale=threading.Lock())["reward_error"] == 1.0
 
