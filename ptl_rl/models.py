@@ -68,20 +68,28 @@ def open_model(name: str, *, setting: str = "model", prunable: bool = False) -> 
         prunable: refuse models that other methods made.
 
     Raises:
-        UserError: it cannot be found, or :func:`check_weights` or transformers refuses it.
+        UserError: it cannot be found, or :func:`check_weights` refuses it.
     """
     folder = resolve_model(name, setting=setting)
     shape = read_prunable_shape(folder) if prunable else read_shape(folder)
     check_weights(folder, shape)
-    if shape.family.prunable:
-        from transformers import AutoConfig
-
-        try:
-            AutoConfig.from_pretrained(folder)
-        except Exception as error:  # of every kind: each setting has a check of its own
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from error
     return folder, shape
+
+
+def check_readable(folder: Path) -> None:
+    """Raise :class:`UnsupportedModelError` for a configuration that transformers refuses.
+
+    Other methods' models are known to workers alone, and are not looked at.
+    """
+    from transformers import AutoConfig
+
+    if not read_shape(folder).family.prunable:
+        return
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of every kind: each setting has a check of its own
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(f"{folder / 'config.json'}: transformers cannot read it ({reason})") from error
 
 
 def resolve_model(name: str, weights: bool = True, setting: str = "model.path") -> Path:

@@ -113,7 +113,7 @@ def speed(
     from ptl_rl.errors import UserError, check_new_file, check_plain
     from ptl_rl.evaluation.command import prepare_machine, quieten_exit, quieten_libraries
     from ptl_rl.evaluation.speed import Load, measure
-    from ptl_rl.models import open_model
+    from ptl_rl.models import check_readable, open_model
     from ptl_rl.reporting.eval_table import speed_table
 
     if out is not None:
@@ -123,6 +123,7 @@ def speed(
     folders = [open_model(model, setting="MODEL")[0] for model in models]
     for folder in folders:
         check_plain(folder)
+        check_readable(folder)
         check_finite(folder)
     console, cpu = make_console(), prepare_machine()
     kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype

@@ -8,15 +8,15 @@ from ptl_rl.attention import Attention, resolve_attention
 from ptl_rl.config import ConfigError, CptConfig, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.prepare import RunData, run_data
-from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.driver.cluster import check_layout
 from ptl_rl.driver.environment import check_gpus, detect_device, oldest_capability, own_ray_folder
+from ptl_rl.driver.model_checks import ModelChecks
 from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.errors import PathError, check_plain, check_run_dir, check_sockets
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json
-from ptl_rl.models import load_tokenizer, open_model
+from ptl_rl.models import open_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
@@ -155,18 +155,6 @@ def check_reward(config: RunConfig, data: RunData) -> None:
             raise ConfigError(f"reward: {error} (on data.{name})") from None
 
 
-def check_tokenizer(config: RunConfig, model: Path) -> None:
-    """Load the tokenizer and put a question in its chat template, as every stage will."""
-    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
-    try:
-        prompt_ids(tokenizer, "What is 1 + 1?")
-    except Exception as error:  # jinja's own kinds, and whatever the template's code raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"model.path: {model}: its chat template cannot be put to a question ({reason}); correct it there"
-        ) from None
-
-
 def check_chat_template(config: RunConfig, model: Path) -> None:
     """verl puts questions to the policy in its chat template, and fails minutes later where there is none."""
     if (model / "chat_template.jinja").exists() or not config.needs_answers:
@@ -237,16 +225,16 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_run_dir(run_dir)
     check_sockets(own_ray_folder())
     check_gpus(config, config.resources.device)  # before anything is downloaded
-    device = detect_device(config)
-    check_layout(config, device)
     model, shape = check_model(config)
-    lengths = check_lengths(config, model)
-    attention = check_attention(config, device, model)
-    check_tokenizer(config, model)
-    check_chat_template(config, model)
-    check_disk(config, shape, model, run_dir)
-    data = check_data(config, progress)
-    prompts = check_prompts(config, model, data)
+    with ModelChecks(config, model) as checks:
+        device = detect_device(config)
+        check_layout(config, device)
+        lengths = check_lengths(config, model)
+        attention = check_attention(config, device, model)
+        check_chat_template(config, model)
+        check_disk(config, shape, model, run_dir)
+        data = check_data(config, checks.watched(progress))
+        prompts = [*checks.notes(), *check_prompts(config, data, checks.prompt_tokens)]
     check_reward(config, data)
     if not config.schedule.recover_only:
         check_criterion(config, shape, progress)

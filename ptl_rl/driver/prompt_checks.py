@@ -1,7 +1,7 @@
-"""Whether a model's end of an answer and a recipe's longest prompt suit the run's questions."""
+"""Whether tokenizer, chat template, end of an answer and longest prompt suit the run's questions."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +9,54 @@ from ptl_rl.config import ConfigError, GrpoConfig, RunConfig
 from ptl_rl.data.corpora import Corpus
 from ptl_rl.data.prepare import RunData
 from ptl_rl.data.prompts import prompt_ids, stops, template_end
-from ptl_rl.families import read_shape
-from ptl_rl.models import load_tokenizer
+from ptl_rl.families import UnsupportedModelError, read_shape
+from ptl_rl.models import check_readable, load_tokenizer
 
 SAMPLE = 200
 """So many questions of a part, at equal distances, are looked at; where one of them is too long, all are."""
 
+PromptTokens = Callable[[Iterable[str]], list[int]]
+"""How many tokens the prompts of questions have."""
 
-def check_prompts(config: RunConfig, model: Path, data: RunData) -> list[str]:
-    """Put questions to the model as the run will; gives notes on those that are too long, and on how answers end.
+
+def check_tokenizer(config: RunConfig, model: Path) -> tuple[Any, list[str]]:
+    """The tokenizer, tried as every stage will use it, and notes on how answers end. Imports transformers.
 
     Raises:
-        ConfigError: what stands beside the weights cannot be written back, nothing can end an answer, or too few
-            prompts are short enough.
+        ConfigError: configuration, tokenizer or chat template cannot be used or written back, or nothing can end an
+            answer.
     """
+    try:
+        check_readable(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"model.path: {error}") from None
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    try:
+        prompt_ids(tokenizer, "What is 1 + 1?")
+    except Exception as error:  # jinja's own kinds, and whatever the template's code raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.path: {model}: its chat template cannot be put to a question ({reason}); correct it there"
+        ) from None
+    _write_back(config, model, tokenizer)
+    return tokenizer, _end_notes(tokenizer, config, model)
+
+
+def _write_back(config: RunConfig, model: Path, tokenizer: Any) -> None:
+    """As trainers do at the end of a training."""
     from transformers import AutoConfig
 
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(model, trust)
-    try:  # as trainers do at the end of a training
+    try:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             if read_shape(model).family.prunable:  # others' configurations are known to the workers alone
+                trust = config.model.trust_remote_code
                 AutoConfig.from_pretrained(model, trust_remote_code=trust).save_pretrained(folder)
     except Exception as error:  # of many kinds, by what the files say
         raise ConfigError(
             f"model.path: {model}: its configuration or tokenizer cannot be written back, at which a training would "
             f"end ({' '.join(str(error).split())}); mend the files that this names"
         ) from None
-    return [*_end_notes(tokenizer, config, model), *_length_notes(tokenizer, config, data)]
 
 
 def _end_notes(tokenizer: Any, config: RunConfig, model: Path) -> list[str]:
@@ -57,18 +76,23 @@ def _end_notes(tokenizer: Any, config: RunConfig, model: Path) -> list[str]:
     ]
 
 
-def _length_notes(tokenizer: Any, config: RunConfig, data: RunData) -> list[str]:
+def check_prompts(config: RunConfig, data: RunData, tokens: PromptTokens) -> list[str]:
+    """Count the prompts' tokens as the run will; gives notes on those that are too long.
+
+    Raises:
+        ConfigError: too few are short enough.
+    """
     most = config.data.max_prompt_tokens
 
-    def fits(question: str) -> bool:
-        return len(prompt_ids(tokenizer, question + config.prompt_suffix)) <= most
+    def fitting(part: Corpus) -> int:
+        return sum(length <= most for length in tokens(record.question + config.prompt_suffix for record in part))
 
     notes = []
     for name, parts in _read_by_rl(config, data).items():
         samples = [part[:: max(1, len(part) // SAMPLE)] for part in parts]
-        if all(_fitting(sample, fits) == len(sample) for sample in samples):
+        if all(fitting(sample) == len(sample) for sample in samples):
             continue
-        total, counts = sum(map(len, parts)), [_fitting(part, fits) for part in parts]
+        total, counts = sum(map(len, parts)), [fitting(part) for part in parts]
         wanted = _prompts_per_step(config) if name == "train" else 1
         if min(counts) < wanted:
             raise ConfigError(
@@ -97,7 +121,3 @@ def _read_by_rl(config: RunConfig, data: RunData) -> dict[str, list[Corpus]]:
 
 def _prompts_per_step(config: RunConfig) -> int:
     return max((r.prompts_per_step for r in config.all_recoveries if isinstance(r, GrpoConfig)), default=1)
-
-
-def _fitting(part: Corpus, fits: Callable[[str], bool]) -> int:
-    return sum(fits(record.question) for record in part)

@@ -19,7 +19,7 @@ from ptl_rl.evaluation.harness import TaskResult, make_model, run_task
 from ptl_rl.evaluation.task_data import Documents
 from ptl_rl.evaluation.tasks import EvalTask, find_tasks, read_task
 from ptl_rl.families import ModelShape, read_config_json, read_shape
-from ptl_rl.models import load_tokenizer, open_model
+from ptl_rl.models import check_readable, load_tokenizer, open_model
 
 RESULTS = "results.json"
 
@@ -64,6 +64,7 @@ def prepare(model: str, config: EvalConfig) -> tuple[Path, list[Prepared]]:
         raise ConfigError(f"`data` {unknown[0]}: none of the tasks that are run ({', '.join(names)})")
     folder, _ = open_model(model)
     check_plain(folder)
+    check_readable(folder)
     load_tokenizer(folder, config.trust_remote_code)
     identity, window = _identity(folder), context_window(folder, config)
     found = []

@@ -15,7 +15,7 @@ from ptl_rl.data.corpora import load_corpus
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.errors import check_new_folder, check_writable
 from ptl_rl.families import UnsupportedModelError, read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import load_tokenizer, open_model, resolve_model
+from ptl_rl.models import check_readable, load_tokenizer, open_model, resolve_model
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import aligned, make_plan
 from ptl_rl.pruning.plan import PruningPlan
@@ -108,6 +108,7 @@ def score_model(
     texts = texts_of(records[: config.calibration.sequences], config.prompt_suffix)
     general = general_texts(config.criterion, config.seed, config.max_bad_fraction)
     model_folder, _ = open_model(model, prunable=True)
+    check_readable(model_folder)
     check_finite(model_folder)
     prunable, sequences, general_sequences = _prunable(model_folder, config, texts, general)
     out.mkdir(parents=True, exist_ok=True)
@@ -213,6 +214,7 @@ def slice_model(
             f"{model} has {found[0]} of {found[1]}"
         )
     model_folder, _ = open_model(model, prunable=True)
+    check_readable(model_folder)
     if plan.compensate != "none" and checkpoint_hash(model_folder) != plan.source_hash:
         raise ConfigError(
             f"{plan_path}: its compensated weights belong to {plan.source}, and {model} is another model; score "

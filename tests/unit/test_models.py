@@ -13,6 +13,7 @@ from ptl_rl.cli import app
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.driver import preflight
+from ptl_rl.driver.prompt_checks import check_tokenizer
 from ptl_rl.errors import PathError, check_plain, resume_command
 from ptl_rl.models import load_tokenizer, resolve_model
 
@@ -86,7 +87,7 @@ def test_tokenizers_that_cannot_be_read(name, content, says, model, tmp_path):
     for arguments in (score, slicegpt, evaluate):
         refused(arguments, says)
     with pytest.raises(ConfigError, match=says):
-        preflight.check_tokenizer(recipe(tmp_path, path=str(model)), model)
+        check_tokenizer(recipe(tmp_path, path=str(model)), model)
 
 
 @pytest.mark.parametrize("changes", [{"rope_parameters": "long"}, {"rms_norm_eps": []}, {"bos_token_id": {}}])
@@ -106,11 +107,11 @@ def test_a_tokenizer_of_another_model(model):
 
 def test_a_chat_template_that_cannot_be_put_to_a_question(model, tmp_path):
     config = recipe(tmp_path, path=str(model))
-    preflight.check_tokenizer(config, model)
+    check_tokenizer(config, model)
     for template in ("{% if %}", "{{ raise_exception('no user may speak') }}", "{{ messages[7]['content'] }}"):
         (model / "chat_template.jinja").write_text(template)
         with pytest.raises(ConfigError, match="its chat template cannot be put to a question"):
-            preflight.check_tokenizer(config, model)
+            check_tokenizer(config, model)
 
 
 @pytest.mark.parametrize("mark", ["[1]", "*", "?", "${x}"])

@@ -23,7 +23,7 @@ from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.data.records import Record
 from ptl_rl.errors import check_new_folder
 from ptl_rl.families import read_config_json, read_prunable_shape, read_shape
-from ptl_rl.models import load_tokenizer, open_model, resolve_model
+from ptl_rl.models import check_readable, load_tokenizer, open_model, resolve_model
 from ptl_rl.pruning.command import load_model
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.pruning.score.streaming import on_device
@@ -106,6 +106,7 @@ def slice_records(
     """
     check_new_folder(out)
     folder, shape = open_model(model, prunable=True)
+    check_readable(folder)
     check(AutoConfig.from_pretrained(folder))
     tokenizer = load_tokenizer(folder)
     check_finite(folder)

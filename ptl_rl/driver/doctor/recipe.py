@@ -10,6 +10,7 @@ from ptl_rl.driver.cluster import check_fit, check_layout, living, node_needs
 from ptl_rl.driver.doctor.finding import Finding, of_error, ok, problem, warning
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.preflight import check_disk, check_model
+from ptl_rl.driver.prompt_checks import check_tokenizer
 from ptl_rl.driver.ray_session import unreachable
 from ptl_rl.errors import resolved
 from ptl_rl.families import ModelShape
@@ -41,7 +42,7 @@ def find_model(config: RunConfig) -> tuple[Model | None, Finding]:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
     try:
         folder, shape = check_model(config)
-        preflight.check_tokenizer(config, folder)
+        check_tokenizer(config, folder)
     except ConfigError as error:
         return None, of_error("model", error)
     return Model(folder, shape), ok("model", f"{folder}, {shape.parameters / 1e6:.1f} million parameters")

@@ -10,8 +10,9 @@ from data_rows import row, run_config
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.prepare import run_data
-from ptl_rl.driver.preflight import check_tokenizer
-from ptl_rl.driver.prompt_checks import check_prompts
+from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.driver.model_checks import ModelChecks
+from ptl_rl.driver.prompt_checks import check_prompts, check_tokenizer
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.tokenizer import PAD
 
@@ -31,7 +32,12 @@ def notes(tmp_path, model, train, test=None, recovery=GRPO, most=64):
     values = run_config(tmp_path, train, test).model_dump() | {"recovery": recovery}
     values["data"] |= {"max_prompt_tokens": most, "prompt_suffix": ""}
     config = parse_config(values)
-    return check_prompts(config, model, run_data(config, 2))
+    tokenizer, notes = check_tokenizer(config, model)
+    return [*notes, *check_prompts(config, run_data(config, 2), counted_by(tokenizer))]
+
+
+def counted_by(tokenizer):
+    return lambda questions: [len(prompt_ids(tokenizer, question)) for question in questions]
 
 
 def set_template(model, template):
@@ -122,3 +128,31 @@ def test_a_template_that_opens_the_thinking_is_known_to_the_format_reward(model,
     closed, whole = "2 and 2.</think> So \\boxed{4}.", "<think>2 and 2.</think> So \\boxed{4}."
     assert [format_reward(text, "think_boxed", think_opened=True) for text in (closed, whole)] == [1.0, 0.0]
     assert [format_reward(text, "think_boxed") for text in (closed, whole)] == [0.0, 1.0]
+
+
+def test_the_process_gives_its_verdict_and_counts_as_this_one_does(model, tmp_path):
+    questions = ["q?", LONG, "über\nzwei"]
+    with ModelChecks(run_config(tmp_path), model) as checks:
+        told = []
+        checks.watched(lambda *what: told.append(what))("rows", 1, 2)
+        assert told == [("rows", 1, 2)]
+        tokenizer, notes = check_tokenizer(run_config(tmp_path), model)
+        assert checks.notes() == notes
+        for some in (questions, [], questions * 2000):
+            assert checks.prompt_tokens(some) == counted_by(tokenizer)(some)
+    assert checks.process.returncode == -9
+
+
+def test_a_model_is_refused_while_the_rows_are_still_read(model, tmp_path):
+    set_template(model, "{{ raise_exception('no users here') }}")
+    with ModelChecks(run_config(tmp_path), model) as checks:
+        assert checks.process.wait(60) == 0
+        with pytest.raises(ConfigError, match="no users here"):
+            checks.watched(lambda *_: None)("rows", 1, 2)
+
+
+def test_a_check_that_fails_by_itself_is_no_verdict(model, tmp_path):
+    with ModelChecks(run_config(tmp_path), model) as checks:
+        checks.process.kill()
+        with pytest.raises(RuntimeError, match="ended with status -9"):
+            checks.notes()
