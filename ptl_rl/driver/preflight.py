@@ -233,11 +233,11 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
         attention = check_attention(config, device, model)
         check_chat_template(config, model)
         check_disk(config, shape, model, run_dir)
+        if not config.schedule.recover_only:
+            check_criterion(config, shape, checks.watched(progress))
         data = check_data(config, checks.watched(progress))
         prompts = [*checks.notes(), *check_prompts(config, data, checks.prompt_tokens)]
     check_reward(config, data)
-    if not config.schedule.recover_only:
-        check_criterion(config, shape, progress)
     return [
         *([attention.note] if attention.note else []),
         *lengths,

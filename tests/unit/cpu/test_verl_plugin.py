@@ -7,52 +7,58 @@ import sys
 
 import pytest
 
+ACTIVE = {"registered": True, "patched": True, "engine_device": "cuda", "finder": True}
+INERT = {"registered": False, "patched": False, "engine_device": None, "finder": False}
+CASES = {
+    "on request": ({"VERL_PLATFORM": "cpu"}, False, ACTIVE),
+    "another platform": ({"VERL_PLATFORM": "nvidia"}, False, INERT),
+    "accelerator": ({}, True, INERT),
+    "accelerator despite request": ({"VERL_PLATFORM": "cpu"}, True, INERT),
+}
+"""Environment, whether torch sees an accelerator, and what is to be found."""
+# What verl imports is imported once; a child for every case then imports verl.
 REPORT = """
-import json, os, sys, verl
-from verl.plugin.platform import PlatformRegistry
-from verl.utils import distributed
-from ptl_rl.cpu.vllm_alias import AliasFinder
-print(json.dumps({
-    "registered": PlatformRegistry.get("cpu") is not None,
-    "patched": hasattr(distributed.initialize_global_process_group_ray, "names_gloo_once"),
-    "engine_device": os.environ.get("VERL_ENGINE_DEVICE"),
-    "finder": any(isinstance(finder, AliasFinder) for finder in sys.meta_path),
-}))
+import json, os, sys
+import datasets, ray, tensordict, torch, torch.distributed.fsdp, transformers
+from transformers import AutoTokenizer
+
+for name, (env, accelerator) in json.loads(sys.argv[1]).items():
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    os.environ.update(env)
+    if accelerator:
+        torch.cuda.is_available = lambda: True
+    assert "verl" not in sys.modules
+    import verl
+    from verl.plugin.platform import PlatformRegistry
+    from verl.utils import distributed
+    from ptl_rl.cpu.vllm_alias import AliasFinder
+    print(json.dumps([name, {
+        "registered": PlatformRegistry.get("cpu") is not None,
+        "patched": hasattr(distributed.initialize_global_process_group_ray, "names_gloo_once"),
+        "engine_device": os.environ.get("VERL_ENGINE_DEVICE"),
+        "finder": any(isinstance(finder, AliasFinder) for finder in sys.meta_path),
+    }]), flush=True)
+    os._exit(0)
 """
-GPU = "import torch; torch.cuda.is_available = lambda: True\n"
 
 
-def report(prefix: str = "", **env: str) -> dict:
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    cases = {name: case[:2] for name, case in CASES.items()}
     result = subprocess.run(
-        [sys.executable, "-c", prefix + REPORT],
-        env={**clean, **env},
+        [sys.executable, "-c", REPORT, json.dumps(cases)],
+        env=clean,
         capture_output=True,
         text=True,
         timeout=120,
-        check=True,
     )
-    return json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))
 
 
-def test_active_on_request():
-    assert report(VERL_PLATFORM="cpu") == {
-        "registered": True,
-        "patched": True,
-        "engine_device": "cuda",
-        "finder": True,
-    }
-
-
-@pytest.mark.parametrize(
-    ("prefix", "env"),
-    [("", {"VERL_PLATFORM": "nvidia"}), (GPU, {}), (GPU, {"VERL_PLATFORM": "cpu"})],
-    ids=["another platform", "accelerator", "accelerator despite request"],
-)
-def test_inert_otherwise(prefix, env):
-    assert report(prefix, **env) == {
-        "registered": False,
-        "patched": False,
-        "engine_device": None,
-        "finder": False,
-    }
+@pytest.mark.parametrize("name", CASES)
+def test_active_on_request_and_inert_otherwise(name, reports):
+    assert reports[name] == CASES[name][2]
