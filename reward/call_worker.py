@@ -26,12 +26,14 @@ _PARENT_POLL_SECONDS = 1.0
 
 
 class _Worker:
-    def __init__(self, connection: Connection, path: str, name: str, keys: dict[str, str] | None) -> None:
+    def __init__(
+        self, connection: Connection, path: str, name: str, keys: dict[str, str] | None, source: bytes
+    ) -> None:
         self.connection = connection
         self.sending = threading.Lock()
         self.latest = 0.0
         self.label = f"reward function {name!r} of {path}"
-        self.function = load_function(path, name)
+        self.function = load_function(path, name, source)
         self.guarded = guard(self.function, name=f"{name} of {path}", keys=keys)
         self.loop = asyncio.new_event_loop()
         if is_async(self.function):
@@ -41,9 +43,15 @@ class _Worker:
         data = json.dumps([number, kind, content]).encode("ascii")
         with self.sending:
             self.connection.send_bytes(data)
-        self.latest = time.monotonic()
+        if kind == "result":
+            self.latest = time.monotonic()
 
-    def start(self, number: int, is_trial: bool, arguments: dict[str, Any], limit_seconds: float) -> None:
+    def start(self, number: int, is_trial: bool, limit_seconds: float, pickled: bytes) -> None:
+        try:
+            arguments = pickle.loads(pickled)
+        except BaseException as error:  # of classes that this process cannot import
+            self.send(number, "given up", f"raised {type(error).__name__}: {text_of(error)}")
+            return
         if is_async(self.function) and not is_trial:
             asyncio.run_coroutine_threadsafe(self.answer_async(number, arguments, limit_seconds), self.loop)
         else:
@@ -59,7 +67,7 @@ class _Worker:
                 self.send(number, "result", dict(call.result()))
             else:
                 call.cancel()
-                self.send(number, "late", f"did not return within {limit_seconds:g} s")
+                self.send(number, "given up", f"did not return within {limit_seconds:g} s")
         except BaseException as error:
             self.send(number, "raised", f"raised {type(error).__name__}: {text_of(error)}")
 
@@ -92,7 +100,7 @@ def main(descriptor: int, parent_pid: int, path: str, name: str, keys: dict[str,
     logging.basicConfig()
     connection = Connection(descriptor)
     try:
-        worker = _Worker(connection, path, name, keys)
+        worker = _Worker(connection, path, name, keys, connection.recv_bytes())
     except RewardError as error:
         connection.send_bytes(json.dumps([0, "refused", str(error)]).encode("ascii"))
         return

@@ -22,8 +22,8 @@ def text_of(error: BaseException) -> str:
         return "(its text cannot be had)"
 
 
-def load_function(path: str | Path, name: str) -> Callable[..., Any]:
-    """Execute the file `path` in this process and return its function `name`.
+def load_function(path: str | Path, name: str, source: bytes | None = None) -> Callable[..., Any]:
+    """Execute the file `path` in this process, or the `source` that it had, and return its function `name`.
 
     It may import its neighbours: its folder comes last on the import path, for good.
 
@@ -32,11 +32,13 @@ def load_function(path: str | Path, name: str) -> Callable[..., Any]:
     error, an exception while the file runs, and a name that is missing or not callable.
     """
     file = Path(path).expanduser().absolute()
-    source = _read(file)
-    module = _execute(file)
+    if source is None:
+        source = read_source(file)
+    tree = _parse(file, source)
+    module = _execute(file, source)
     function = getattr(module, name, None)
     if function is None:
-        raise RewardError(_no_such_function(file, name, source))
+        raise RewardError(_no_such_function(file, name, tree))
     if not callable(function):
         raise RewardError(
             f"{name!r} in reward file {file} is a {type(function).__name__}, not a function: "
@@ -46,28 +48,37 @@ def load_function(path: str | Path, name: str) -> Callable[..., Any]:
     return loaded
 
 
-def _read(file: Path) -> ast.Module:
+def read_source(path: str | Path) -> bytes:
+    """The bytes of a reward file. Raises RewardError."""
+    file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise RewardError(f"reward file {file} does not exist: set reward.path to a Python file")
     try:
-        return ast.parse(file.read_bytes(), filename=str(file))
+        return file.read_bytes()
+    except OSError as error:
+        raise RewardError(f"reward file {file} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(file: Path, source: bytes) -> ast.Module:
+    try:
+        return ast.parse(source, filename=str(file))
     except SyntaxError as error:
         raise RewardError(f"reward file {file} has a syntax error in line {error.lineno}: {error.msg}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise RewardError(f"reward file {file} cannot be read as Python: {error}") from error
 
 
-def _execute(file: Path) -> Any:
+def _execute(file: Path, source: bytes) -> Any:
     module_name = "reward_user_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise RewardError(f"reward file {file} cannot be imported: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(file), "exec"), module.__dict__)  # the user's own code, which they ask to run
     except BaseException as error:
         sys.modules.pop(module_name, None)
         remedy = "install it in every worker's environment" if isinstance(error, ImportError) else "mend the file"

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import fork_server
 
 import ptl_rl
 from ptl_rl.config import RunConfig, WatchdogConfig
@@ -199,10 +199,7 @@ def wait_until(condition: Callable[[], object], process: BaseProcess) -> None:
 
 def start_child(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process for a driver that a signal is to end; forked from one that has imported everything, which is quick."""
-    os.environ.pop("PTL_RUN_ID", None)  # of an earlier driver here; the server that forks would be one of its processes
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "driven_runs", "ptl_rl.cli", "ptl_rl.reporting.live"])
-    process = context.Process(target=target, args=arguments)
+    process = fork_server().Process(target=target, args=arguments)
     process.start()
     return process
 

@@ -1,6 +1,5 @@
 """Run a function on several ranks, each a process of its own."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,9 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-IMPORTED_ONCE = ["pytest", "transformers", "torch.distributed.fsdp", "verl.workers.engine"]
-"""By the process that ranks are forked from: each of them would take several seconds for these."""
+from forked import fork_server
 
 
 def _main(
@@ -32,6 +29,6 @@ def run_ranks(function: Callable, ranks: int, *arguments, backend: str = "gloo")
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    fork_server()
     given = (ranks, environment, backend, function, arguments)
     mp.start_processes(_main, given, nprocs=ranks, start_method="forkserver")

@@ -3,10 +3,13 @@
 import asyncio
 import inspect
 import json
+import subprocess
+import sys
 import textwrap
 import threading
 import time
 
+import psutil
 import pytest
 
 from reward import compute_score as builtin
@@ -157,6 +160,111 @@ def test_an_asynchronous_call_that_holds_the_event_loop_scores_zero_and_no_other
         return await asyncio.gather(*(user.compute_score("d", text, "4", **where) for text in ("x", "holds", "y")))
 
     assert [result["score"] for result in asyncio.run(several())] == [1.0, 0.0, 1.0]
+
+
+def calls(path, texts, seconds, name="mine"):
+    """Results of calls that are made side by side."""
+
+    async def all_of_them():
+        where = {"user_path": str(path), "user_name": name, "user_seconds": seconds}
+        return await asyncio.gather(*(user.compute_score("d", text, "4", **where) for text in texts))
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import asyncio\nasync def mine(**_): await asyncio.sleep(60)\n",
+        "import time\ndef mine(**_): time.sleep(60)\n",
+    ],
+    ids=["asynchronous", "synchronous"],
+)
+def test_many_calls_that_hang_are_not_waited_for_one_after_another(tmp_path, source):
+    (tmp_path / "hangs.py").write_text(source)
+    start = time.monotonic()
+    results = calls(tmp_path / "hangs.py", ["x"] * 30, 1.0)
+    assert [result["reward_error"] for result in results] == [1.0] * 30
+    assert time.monotonic() - start < 25
+
+
+def test_later_children_have_the_source_of_the_first(tmp_path):
+    path = tmp_path / "edited.py"
+    source = "import os\ndef mine(solution_str, **_):\n    if solution_str == 'exits': os._exit(0)\n    return SCORE\n"
+    path.write_text(source.replace("SCORE", "1.0"))
+    assert calls(path, ["x"], 5)[0]["score"] == 1.0
+    for edited in (source.replace("SCORE", "0.25"), "def mine(:\n"):
+        path.write_text(edited)
+        assert [result["score"] for result in calls(path, ["exits", "x"], 5)] == [0.0, 1.0]
+        assert calls(path, ["x"], 5)[0]["score"] == 1.0
+
+
+def test_what_a_function_has_started_ends_with_its_process(tmp_path):
+    path = tmp_path / "starts.py"
+    path.write_text(
+        "import subprocess\ndef mine(**_):\n"
+        f"    open({str(tmp_path / 'pids')!r}, 'a').write(str((p := subprocess.Popen(['sleep', '300'])).pid) + ' ')\n"
+        "    p.wait()\n"
+    )
+    assert calls(path, ["x"], 1.0)[0]["reward_error"] == 1.0
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2  # with others and alone
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(int(pid)) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(int(pid)) for pid in pids)
+
+
+def test_a_function_that_holds_its_interpreter_ends_with_the_process_that_called_it(tmp_path):
+    path = tmp_path / "holds.py"
+    path.write_text(
+        "import os, re\nasync def mine(**_):\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n    re.match('(a+)+$', 'a' * 40 + 'b')\n"
+    )
+    code = (
+        "import asyncio, pathlib, sys, time; from reward import user\n"
+        "async def main():\n"
+        "    asyncio.ensure_future(user.compute_score('d', 'x', '4', user_path=sys.argv[1], user_name='mine'))\n"
+        "    while not pathlib.Path(sys.argv[2]).exists(): await asyncio.sleep(0.05)\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, path, tmp_path / "pid"], check=True, timeout=60)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_long_text_for_a_function_that_holds_its_interpreter_is_not_waited_for(tmp_path):
+    path = tmp_path / "holds.py"
+    path.write_text(
+        "import re\nasync def mine(solution_str, **_):\n"
+        "    if solution_str == 'holds': re.match('(a+)+$', 'a' * 40 + 'b')\n    return 1\n"
+    )
+
+    async def both():
+        where = {"user_path": str(path), "user_name": "mine", "user_seconds": 0.5}
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(user.compute_score("d", "holds", "4", **where), 2)
+        return await user.compute_score("d", "x" * 1_000_000, "4", **where)
+
+    assert asyncio.run(both())["score"] == 1.0
+
+
+def test_arguments_that_the_child_cannot_read_are_said_and_stop_no_other(tmp_path, monkeypatch):
+    path, errors = tmp_path / "fine.py", tmp_path / "errors.jsonl"
+    path.write_text("def mine(**_): return 1\n")
+    monkeypatch.setenv("PTL_REWARD_ERRORS", str(errors))
+    module = type(sys)("only_here")
+    exec("class Thing: pass", module.__dict__)
+    module.Thing.__module__ = "only_here"
+    monkeypatch.setitem(sys.modules, "only_here", module)
+
+    async def both():
+        where = {"user_path": str(path), "user_name": "mine"}
+        return await asyncio.gather(
+            user.compute_score("d", "x", "4", thing=module.Thing(), **where), user.compute_score("d", "x", "4", **where)
+        )
+
+    assert [result["score"] for result in asyncio.run(both())] == [0.0, 1.0]
+    assert "No module named 'only_here'" in json.loads(errors.read_text())["error"]
 
 
 def test_settings_that_cannot_be_handed_over_are_an_error_of_the_sample(my_reward):
