@@ -111,7 +111,7 @@ def test_output_goes_nowhere():
 def test_files_are_bounded_in_size_and_number():
     needs("landlock")
     assert attempt("with open('a', 'wb') as file: file.write(bytes(2**21))") == "OSError"
-    at_once = "def f():\n  try: files = [open('a' + str(i), 'w') for i in range(100)]\n  except OSError: return 'refused'"
+    at_once = "def f():\n  try: files = [open(f'a{i}', 'w') for i in range(100)]\n  except OSError: return 'refused'"
     outcome = run(at_once, ["assert f() == 'refused'"])
     # Whichever comes first: the limit of open files, or the judge, who counts what lies in the folder.
     assert outcome.passed == (True,) or outcome.ended == "excess"
