@@ -84,6 +84,8 @@ def _numbered(batches: Iterator[Any], total: int, told: Told) -> Iterator[Row]:
 
 def _has_short_floats(kind: Any) -> bool:
     inner = [kind.field(i).type for i in range(kind.num_fields)]
+    if hasattr(kind, "value_type"):  # also of dictionaries
+        inner.append(kind.value_type)
     return str(kind) in ("float", "halffloat") or any(map(_has_short_floats, inner))
 
 
@@ -95,9 +97,13 @@ def _as_written(value: Any, kind: Any) -> Any:
     if value is None:
         return None
     if pyarrow.types.is_float32(kind):
-        return float(str(numpy.float32(value)))
+        return value if value.is_integer() else float(str(numpy.float32(value)))
     if pyarrow.types.is_float16(kind):
-        return float(str(numpy.float16(value)))
+        return value if value.is_integer() else float(str(numpy.float16(value)))
+    if pyarrow.types.is_dictionary(kind):
+        return _as_written(value, kind.value_type)
+    if pyarrow.types.is_map(kind):
+        return [(_as_written(key, kind.key_type), _as_written(part, kind.item_type)) for key, part in value]
     if pyarrow.types.is_struct(kind):
         return {name: _as_written(part, kind.field(name).type) for name, part in value.items()}
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):

@@ -12,7 +12,7 @@ from ptl_rl.config import SourceConfig
 from ptl_rl.data.corpora import DataError, load_corpus
 from ptl_rl.data.known import Layout
 from ptl_rl.data.records import Record
-from ptl_rl.data.sources import _parquet_rows
+from ptl_rl.data.sources import _arrow_rows, _parquet_rows
 
 ROWS = [row(i, more="not read") for i in range(3000)]
 ORDER = list(range(3000))
@@ -110,9 +110,20 @@ def test_short_floats_are_the_decimals_that_they_were_written_as(tmp_path):
         "half": pyarrow.array([0.1, 1, None], pyarrow.float16()),
         "judged": pyarrow.array([{"known": 0.7, "wide": 0.1}, None, {"known": None, "wide": 1}], kind),
         "all": pyarrow.array([[0.1, 0.2], [], None], pyarrow.list_(short)),
+        "named": pyarrow.array([[("a", 0.1)], [], None], pyarrow.map_(pyarrow.string(), short)),
+        "large": pyarrow.array([123456792.0, float("nan"), float("inf")], short),
     }
     pyarrow.parquet.write_table(pyarrow.table(parts), path)
     read = [values for _, values in _parquet_rows(path, Layout("any", (), dict), lambda *_: None)]
     assert [values["half"] for values in read] == [0.1, 1.0, None]
     assert [values["judged"] for values in read] == [{"known": 0.7, "wide": 0.1}, None, {"known": None, "wide": 1.0}]
     assert [values["all"] for values in read] == [[0.1, 0.2], [], None]
+    assert [values["named"] for values in read] == [[("a", 0.1)], [], None]
+    assert repr([values["large"] for values in read]) == "[123456792.0, nan, inf]"
+    few = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0, 1, 0], pyarrow.int8()), pyarrow.array([0.1, 0.7], short)
+    )
+    with pyarrow.ipc.new_file(tmp_path / "few.arrow", pyarrow.schema({"few": few.type})) as writer:
+        writer.write_table(pyarrow.table({"few": few}))
+    read = [values for _, values in _arrow_rows(tmp_path / "few.arrow", Layout("any", (), dict), lambda *_: None)]
+    assert read == [{"few": 0.1}, {"few": 0.7}, {"few": 0.1}]
