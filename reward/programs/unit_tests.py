@@ -182,32 +182,32 @@ def _before(statements: list[ast.stmt], ours: set[int], judges: list[ast.expr]) 
     imported = _bound(statements[number] for number in imports)
     imported -= _bound(statement for number, statement in enumerate(statements) if number not in imports)
     imported.add("__import__")
-    effects = {n for n in ours if (roots := {_root(t) for t in _targets(statements[n])}) and roots <= imported}
+    effects = {n for n in ours if (changed := _targets(statements[n])) and {_root(c) for c in changed} <= imported}
     origins = {
         alias.asname or alias.name: alias.name
         for node in (statements[number] for number in imports)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    needs = dict[int, set[int]]()
-    while effects:
-        values = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
+    values = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
+    needs = {n: _needed(values, set(), loaded_names(statements[n]) - imported) - imports for n in effects}
+    effects = {n for n in effects if needs[n] <= ours and not any(_changed(values[v]) & imported for v in needs[n])}
+    kept: set[int] | None = None
+    while effects and kept != set():
+        rest = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
         read: list[ast.AST] = [*judges]
-        read += [values[number] for number in _needed(values, set(), set[str]().union(*map(loaded_names, judges)))]
-        names, places = set[str]().union(*map(loaded_names, read)), _places(read, origins)
-        needs = {n: _needed(values, set(), loaded_names(statements[n])) | {n} for n in effects}
+        read += [rest[number] for number in _needed(rest, set(), set[str]().union(*map(loaded_names, judges)))]
+        names, places = set[str]().union(*map(loaded_names, read)), _places(read, origins) | {"__dict__"}
+        places |= _ENVIRONMENT if places & _ENVIRONMENT else set()
         kept = {
             number
-            for number, closure in needs.items()
-            if not closure <= ours
-            or _bound(statements[n] for n in closure - imports) & names
-            or set[str]().union(*(_path(target, origins) for target in _targets(statements[number]))) & places
+            for number in effects
+            if _bound(statements[n] for n in needs[number] | {number}) & names
+            or _places(_told(statements[number]), origins) & places
         }
-        if not kept:
-            break
         effects -= kept
-    once = {number for number in effects if needs[number] - imports == {number}}
-    return sorted(imports.union(*(needs[number] for number in effects))), once
+    once = {number for number in effects if not needs[number]}
+    return sorted(imports.union(effects, *(needs[number] for number in effects))), once
 
 
 def _bound(statements: Iterable[ast.AST]) -> set[str]:
@@ -215,11 +215,10 @@ def _bound(statements: Iterable[ast.AST]) -> set[str]:
 
 
 def _targets(statement: ast.stmt) -> list[ast.expr]:
-    """What a statement changes, if it only does that: `os.environ` of `os.environ.update(A='x')`."""
+    """The module's part that a statement changes, if it does nothing else: `random.seed` of `random.seed(0)`."""
     targets: list[ast.expr] = []
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        function = statement.value.func
-        return [function.value] if isinstance(function, ast.Attribute) else [ast.Call(function, [], [])]
+        return [statement.value.func]
     if isinstance(statement, (ast.Assign, ast.Delete)):
         targets = statement.targets
     elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
@@ -227,19 +226,19 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
     return targets if all(isinstance(target, (ast.Attribute, ast.Subscript)) for target in targets) else []
 
 
-def _path(node: ast.expr, origins: dict[str, str]) -> set[str]:
-    """The names of a place without that of its module: `environ` of `os.environ['A']`."""
-    path = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-    root = _root(node)
-    return path | ({origins[root]} if root in origins else set())
+def _told(statement: ast.stmt) -> list[ast.expr]:
+    """What may hold a value afterwards: of a call all but its own name."""
+    if not isinstance(statement, ast.Expr) or not isinstance(call := statement.value, ast.Call):
+        return _targets(statement)
+    owner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return [*owner, *call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def _places(trees: Sequence[ast.AST], origins: dict[str, str]) -> set[str]:
+    """The names of parts of modules: `environ` of `os.environ['A']`, and of a name that is imported as such."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
     places = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    places |= {origins[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in origins}
-    places |= _ENVIRONMENT if places & _ENVIRONMENT else set()
-    return places | {"__dict__"}
+    return places | {origins[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in origins}
 
 
 def _missing_imports(trees: Sequence[ast.AST], entry: set[str]) -> list[ast.stmt]:
@@ -468,15 +467,15 @@ class _Inputs(ast.NodeTransformer):
         self.known = known
         self.inputs = inputs
         self.local = set[str]()
+        self.repeated = False
 
     def visit(self, node: ast.AST) -> Any:
         names = loaded_names(node) if isinstance(node, ast.expr) else set()
         parts = (ast.Starred, ast.Slice, ast.FormattedValue)
-        if isinstance(node, parts) or not names & self.known or names & (self.program | self.local):
-            outer, self.local = self.local, self.local | self.own_names(node)
-            visited = self.generic_visit(node)
-            self.local = outer
-            return visited
+        # In a loop or a lambda, `next(it)` is another value each time.
+        called = self.repeated and any(isinstance(part, ast.Call) for part in ast.walk(node))
+        if isinstance(node, parts) or called or not names & self.known or names & (self.program | self.local):
+            return self.visit_parts(node)
         text = ast.unparse(node)
         # A name is one value, which calls may change. Anything else may be another one each time: `next(it)`.
         if not isinstance(node, ast.Name) or text not in self.inputs:
@@ -484,10 +483,22 @@ class _Inputs(ast.NodeTransformer):
             return _placeholder(_INPUT, len(self.inputs) - 1)
         return _placeholder(_INPUT, self.inputs.index(text))
 
-    @staticmethod
-    def own_names(node: ast.AST) -> set[str]:
-        scopes = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-        return _local(node) if isinstance(node, scopes) else set()
+    def visit_parts(self, node: ast.AST) -> ast.AST:
+        """Visit them in the order in which they are evaluated."""
+        if isinstance(node, ast.Dict):
+            for index, key in enumerate(node.keys):
+                node.keys[index] = key and self.visit(key)
+                node.values[index] = self.visit(node.values[index])
+            return node
+        loops = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        if isinstance(node, loops):  # once, and outside of the loop
+            node.generators[0].iter = self.visit(node.generators[0].iter)
+        outer = self.local, self.repeated
+        if isinstance(node, (ast.Lambda, *loops)):
+            self.local, self.repeated = self.local | _local(node), True
+        visited = self.generic_visit(node)
+        self.local, self.repeated = outer
+        return visited
 
 
 def _root(node: ast.expr) -> str | None:
