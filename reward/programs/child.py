@@ -12,6 +12,7 @@ Requests and replies are JSON. Nothing is imported that costs time, for this sta
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import select
@@ -36,6 +37,7 @@ _JUDGE_MEMORY_BYTES = 2**30
 _REAP_SECONDS = 5.0
 # The judge starts with no more than its standard ones.
 _MOST_DESCRIPTORS = 256
+_CHANGEABLE = (list, dict, set, bytearray, collections.deque)
 
 
 class _Ended(Exception):
@@ -125,11 +127,16 @@ def _describe(error: BaseException) -> str:
 
 
 def _run_program(channel: _Channel) -> None:
-    request = channel.receive()
     module = type(sys)("program")
     sys.modules["program"] = module
     namespace = module.__dict__
     done: set[int] = set()
+    for source in channel.receive()["before"]:
+        try:
+            exec(compile(source, "<setup>", "exec"), namespace)
+        except BaseException:  # what fails fails in the referee's process, too, and is said there
+            continue
+    request = channel.receive()
     try:  # model-written: this process is confined, and runs nothing else
         exec(compile(request["program"], "<program>", "exec"), namespace)
         _set_up(request["setup"], namespace, done)
@@ -159,19 +166,22 @@ def _try_calls(question: dict[str, Any], namespace: dict[str, Any]) -> Any:
     if question["whole"]:  # beside the program, as confined as it is
         exec(compile(question["whole"], "<test>", "exec"), namespace)
         return {"values": [True], "after": []}
-    inputs = [
+    inputs = tuple(
         decode(encoded) if plain else eval(compile(encoded, "<test>", "eval"), namespace)
         for plain, encoded in question["inputs"]
-    ]
-    namespace["__input__"] = inputs.__getitem__
-    values = [_try_call(call, namespace) for call in question["calls"]]
+    )
+    values = [_try_call(call, namespace, inputs) for call in question["calls"]]
     after = [_try_encode(value) if question["inputs"][i][0] else None for i, value in enumerate(inputs)]
     return {"values": values, "after": after}
 
 
-def _try_call(source: str, namespace: dict[str, Any]) -> Any:
+def _try_call(source: str, namespace: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
     try:  # a call of the program, in its confined process
-        return encode(eval(compile(source, "<test>", "eval"), namespace))
+        if not inputs:
+            return encode(eval(compile(source, "<test>", "eval"), namespace))
+        # An argument and no global, for the program's globals are its own; and lambdas inside see it.
+        call = eval(compile(f"lambda __input__: {source}", "<test>", "eval"), namespace)
+        return encode(call(inputs.__getitem__))
     except BaseException as error:
         return encode_error(_describe(error))
 
@@ -224,7 +234,7 @@ def _verdict(question: dict[str, Any], reply: Any, namespace: dict[str, Any], ch
             return [False, str(reply["error"])]
         for name, data in zip(question["names"], reply["after"], strict=True):
             if name in namespace and data is not None:
-                changed[name] = decode(data)
+                changed[name] = _left(after(name), decode(data))
         variables = namespace | {"__value__": value, "__after__": after}
         right = bool(eval(compile(question["judge"], "<test>", "eval"), variables))
         return [right, "" if right else "wrong result"]
@@ -232,6 +242,15 @@ def _verdict(question: dict[str, Any], reply: Any, namespace: dict[str, Any], ch
         return [False, str(error)]
     except BaseException as error:
         return [False, _describe(error)]
+
+
+def _left(own: Any, theirs: Any) -> Any:
+    """What calls can have left of a value: the program may report anything, and only containers change in place."""
+    if type(own) is not type(theirs):
+        return own
+    if type(own) is tuple and len(own) == len(theirs):
+        return tuple(map(_left, own, theirs))
+    return theirs if type(own) in _CHANGEABLE else own
 
 
 # The judge.
@@ -363,6 +382,7 @@ class _Judge:
         messages: list[str] = []
         verdict = {"passed": passed, "ended": "ok", "message": ""}
         try:
+            self.program.channel.send({"before": request["before"]})  # meanwhile, the referee does the same and more
             broken = self.referee.ask({"setup": request["judge_setup"]}).get("error")
             if broken is not None:
                 return verdict | {"ended": "setup", "message": str(broken)[:_MESSAGE_CHARS]}

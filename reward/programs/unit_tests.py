@@ -15,7 +15,7 @@ import builtins
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _KEYS = {"tests", "setup", "entry"}
@@ -35,6 +35,7 @@ _EVALUATING_ATTRIBUTES = {
     *("__globals__", "__builtins__", "__subclasses__", "__import__", "__reduce__", "__reduce_ex__", "__code__"),
     *("__getattribute__", "__loader__", "modules", "system", "popen", "attrgetter", "methodcaller"),
 }
+_ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
 GroundTruth = str | Sequence[str] | Mapping[str, Any]
 
@@ -56,11 +57,13 @@ class UnitTest(NamedTuple):
 class Plan(NamedTuple):
     """`setup` has the statements of the setup, `first` the numbers of those that run after the program, in its process.
 
-    `judge_setup` is the part of them that needs no program. It runs in the referee's process only.
+    `judge_setup` is the part of them that needs no program. It runs in the referee's process, and there alone but for
+    `before`: imports and what they are told (`random.seed(0)`), which run before the program in its process, too.
     """
 
     tests: tuple[UnitTest, ...]
     setup: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     first: tuple[int, ...] = ()
     judge_setup: str = ""
 
@@ -148,6 +151,7 @@ def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
             first |= _needed(statements, {number}, set())
         else:
             untouched.append(statement)
+    ours = {n for n, s in enumerate(statements) if not (loaded_names(s) | bound_names(s)) & program}
     splitter = _Planner(program, statements, untouched)
     planned = []
     for number, (tree, test) in enumerate(zip(trees, tests, strict=True), 1):
@@ -155,8 +159,86 @@ def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
             raise ValueError(f"test {number} uses nothing of the program: {test[:80]!r} (name its function in 'entry')")
         planned.append(splitter.plan(number, tree))
         program |= bound_names(tree)  # statements, which run in the program's process
-    judge_setup = "\n".join(map(ast.unparse, untouched))
-    return Plan(tuple(planned), tuple(map(ast.unparse, statements)), tuple(sorted(first)), judge_setup)
+    before, once = _before(statements, ours, splitter.judges)
+    planned = [test._replace(needs=tuple(n for n in test.needs if n not in once)) for test in planned]
+    texts = tuple(map(ast.unparse, statements))
+    return Plan(
+        tuple(planned),
+        texts,
+        before=tuple(texts[number] for number in before),
+        first=tuple(sorted(first - once)),
+        judge_setup="\n".join(map(ast.unparse, untouched)),
+    )
+
+
+def _before(statements: list[ast.stmt], ours: set[int], judges: list[ast.expr]) -> tuple[list[int], set[int]]:
+    """The statements that run before the program, in its process, and those of them that do not run there again.
+
+    These are imports and what changes an imported module (`sys.stdin = io.StringIO(text)`), with the values that it
+    reads. What the referee reads itself stays out: a value that it compares with, a place in a module
+    (`os.environ['ANSWER'] = '7'`).
+    """
+    imports = {number for number in ours if isinstance(statements[number], (ast.Import, ast.ImportFrom))}
+    imported = _bound(statements[number] for number in imports)
+    imported -= _bound(statement for number, statement in enumerate(statements) if number not in imports)
+    imported.add("__import__")
+    effects = {n for n in ours if (changed := _targets(statements[n])) and {_root(c) for c in changed} <= imported}
+    origins = {
+        alias.asname or alias.name: alias.name
+        for node in (statements[number] for number in imports)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    values = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
+    needs = {n: _needed(values, set(), loaded_names(statements[n]) - imported) - imports for n in effects}
+    effects = {n for n in effects if needs[n] <= ours and not any(_changed(values[v]) & imported for v in needs[n])}
+    kept: set[int] | None = None
+    while effects and kept != set():
+        rest = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
+        read: list[ast.AST] = [*judges]
+        read += [rest[number] for number in _needed(rest, set(), set[str]().union(*map(loaded_names, judges)))]
+        names, places = set[str]().union(*map(loaded_names, read)), _places(read, origins) | {"__dict__"}
+        places |= _ENVIRONMENT if places & _ENVIRONMENT else set()
+        kept = {
+            number
+            for number in effects
+            if _bound(statements[n] for n in needs[number] | {number}) & names
+            or _places(_told(statements[number]), origins) & places
+        }
+        effects -= kept
+    once = {number for number in effects if not needs[number]}
+    return sorted(imports.union(effects, *(needs[number] for number in effects))), once
+
+
+def _bound(statements: Iterable[ast.AST]) -> set[str]:
+    return set[str]().union(*map(bound_names, statements))
+
+
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    """The module's part that a statement changes, if it does nothing else: `random.seed` of `random.seed(0)`."""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        return [statement.value.func]
+    if isinstance(statement, (ast.Assign, ast.Delete)):
+        targets = statement.targets
+    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+        targets = [statement.target]
+    return targets if all(isinstance(target, (ast.Attribute, ast.Subscript)) for target in targets) else []
+
+
+def _told(statement: ast.stmt) -> list[ast.expr]:
+    """What may hold a value afterwards: of a call all but its own name."""
+    if not isinstance(statement, ast.Expr) or not isinstance(call := statement.value, ast.Call):
+        return _targets(statement)
+    owner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return [*owner, *call.args, *(keyword.value for keyword in call.keywords)]
+
+
+def _places(trees: Sequence[ast.AST], origins: dict[str, str]) -> set[str]:
+    """The names of parts of modules: `environ` of `os.environ['A']`, and of a name that is imported as such."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    places = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return places | {origins[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in origins}
 
 
 def _missing_imports(trees: Sequence[ast.AST], entry: set[str]) -> list[ast.stmt]:
@@ -253,6 +335,7 @@ class _Planner:
         self.untouched = untouched
         self.known = set[str]().union(*map(bound_names, untouched))
         self.given = set[str]()
+        self.judges: list[ast.expr] = []
 
     def plan(self, number: int, tree: ast.Module) -> UnitTest:
         whole = UnitTest(whole=ast.unparse(tree), needs=self.needs(loaded_names(tree)))
@@ -266,6 +349,7 @@ class _Planner:
         if splitter.uncalled or splitter.names & _local(judge) or any(map(_compares_values_only, judged)):
             return whole
         self.refuse_evaluators(number, judge)
+        self.judges.append(judge)
         self.given |= {expression for expression in splitter.inputs if expression in self.known}
         needs = self.needs(set[str]().union(*(loaded_names(ast.parse(text)) for text in splitter.inputs)))
         text = ast.unparse(_with_changes(judge, self.given))
@@ -383,24 +467,38 @@ class _Inputs(ast.NodeTransformer):
         self.known = known
         self.inputs = inputs
         self.local = set[str]()
+        self.repeated = False
 
     def visit(self, node: ast.AST) -> Any:
         names = loaded_names(node) if isinstance(node, ast.expr) else set()
         parts = (ast.Starred, ast.Slice, ast.FormattedValue)
-        if isinstance(node, parts) or not names & self.known or names & (self.program | self.local):
-            outer, self.local = self.local, self.local | self.own_names(node)
-            visited = self.generic_visit(node)
-            self.local = outer
-            return visited
+        # In a loop or a lambda, `next(it)` is another value each time.
+        called = self.repeated and any(isinstance(part, ast.Call) for part in ast.walk(node))
+        if isinstance(node, parts) or called or not names & self.known or names & (self.program | self.local):
+            return self.visit_parts(node)
         text = ast.unparse(node)
-        if text not in self.inputs:
+        # A name is one value, which calls may change. Anything else may be another one each time: `next(it)`.
+        if not isinstance(node, ast.Name) or text not in self.inputs:
             self.inputs.append(text)
+            return _placeholder(_INPUT, len(self.inputs) - 1)
         return _placeholder(_INPUT, self.inputs.index(text))
 
-    @staticmethod
-    def own_names(node: ast.AST) -> set[str]:
-        scopes = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-        return _local(node) if isinstance(node, scopes) else set()
+    def visit_parts(self, node: ast.AST) -> ast.AST:
+        """Visit them in the order in which they are evaluated."""
+        if isinstance(node, ast.Dict):
+            for index, key in enumerate(node.keys):
+                node.keys[index] = key and self.visit(key)
+                node.values[index] = self.visit(node.values[index])
+            return node
+        loops = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        if isinstance(node, loops):  # once, and outside of the loop
+            node.generators[0].iter = self.visit(node.generators[0].iter)
+        outer = self.local, self.repeated
+        if isinstance(node, (ast.Lambda, *loops)):
+            self.local, self.repeated = self.local | _local(node), True
+        visited = self.generic_visit(node)
+        self.local, self.repeated = outer
+        return visited
 
 
 def _root(node: ast.expr) -> str | None:
