@@ -18,7 +18,7 @@ import functools
 import re
 from itertools import product
 
-from reward.answer_text import compact, in_latex, is_balanced, measure, normalise
+from reward.answer_text import GREEK, NUMBER_WORDS, compact, in_latex, in_one_form, is_balanced, measure, normalise
 from reward.boxed import find_boxes
 from reward.judge_pool import default_pool
 
@@ -27,7 +27,7 @@ from reward.judge_pool import default_pool
 _LONGEST_ANSWER_CHARS = 1000
 _LONGEST_PARSED_CHARS = 5000
 
-_INTEGER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
+_INTEGER = re.compile(r"([+-]?) ?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
 _BASED = re.compile(r"([0-9][0-9A-Fa-f]*|[A-F][0-9A-F]+)(?:_\{?([0-9]+)\}?)?")
 _DIGITS_OF_A_BASE = re.compile(r"(?:^|[^A-Za-z0-9])[0-9A-F]*[0-9]_")
 _WRITTEN_OUT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{([^{}\\]*)\}")
@@ -39,7 +39,15 @@ _NOT_WORKED_OUT = re.compile(
 )
 _EQUALS = re.compile(r"(?<![<>!\\:=])=(?!=)")
 _ALMOST = re.compile(r"\\approx(?![A-Za-z])")
-_NAME = re.compile(r"[A-Za-z\\(][^+*/^<>-]*")
+_GREEK = rf"\\(?i:var)?(?i:{'|'.join(GREEK)})(?![A-Za-z])"
+_VARIABLE = re.compile(rf"(?:[A-Za-z]|{_GREEK})(?:_(?:[A-Za-z0-9]|\{{[^{{}}]*\}}))?")
+_NO_VARIABLES = re.compile(
+    rf"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z*]*\}}|(?!{_GREEK})\\[A-Za-z]+"
+)
+_PLAIN_NAME = re.compile(r"[A-Za-z\\(\[|][^+*/^<>-]*")
+_LONE_NAME = re.compile(r"[A-Za-z]|\\(?:text|mathrm|mbox)\{[^{}0-9]*\}")
+_APPLIED = re.compile(r"[A-Za-z]'*(?:\^\{-1\})?\(")
+_RELATION = re.compile(r"[<>]|\\(?:[lg]eq?|neq?|in|approx|sim|equiv)(?![A-Za-z])")
 _LISTED = re.compile(r"[,;](?![0-9]{3}(?![0-9]))")
 _MOST_PARTS = 4
 
@@ -80,7 +88,9 @@ def answers_equal(answer: str, gold: str) -> bool:
     (value, unit), (gold_value, gold_unit) = map(measure, texts)
     if not value or (unit and gold_unit and unit != gold_unit) or not is_balanced(value + gold_value):
         return False
-    verdict = _by_text(compact(value), compact(gold_value))
+    e_is_ten = "10^" in value + gold_value
+    value, gold_value = (in_one_form(text, e_is_ten) for text in (value, gold_value))
+    verdict = _by_text(value, gold_value)
     if verdict is not None or max(len(value), len(gold_value)) > _LONGEST_PARSED_CHARS:
         return bool(verdict)
     return _chains_agree(value, gold_value)
@@ -88,11 +98,14 @@ def answers_equal(answer: str, gold: str) -> bool:
 
 def _by_text(answer: str, gold: str) -> bool | None:
     """Decide what needs no mathematics, or in which math-verify would see too little; None: ask it."""
+    lists, gold_lists = _separators(answer), _separators(gold)
+    integers, gold_integers = _integers(answer), _integers(gold)
+    integer, gold_integer = _integer(answer), _integer(gold)
+    answer, gold = compact(answer), compact(gold)
     if answer == gold:
         return True
-    integer, gold_integer = _integer(answer), _integer(gold)
-    if integer is not None and gold_integer is not None:
-        return integer == gold_integer
+    if integers is not None and gold_integers is not None:
+        return integers == gold_integers or (integer is not None and integer == gold_integer)
     if _DIGITS_OF_A_BASE.search(answer) or _DIGITS_OF_A_BASE.search(gold):
         based, gold_based = _BASED.fullmatch(answer), _BASED.fullmatch(gold)
         if based is None or gold_based is None or based.group(1).lower() != gold_based.group(1).lower():
@@ -108,12 +121,26 @@ def _by_text(answer: str, gold: str) -> bool | None:
         return False
     if set(_NOT_WORKED_OUT.findall(answer)) != set(_NOT_WORKED_OUT.findall(gold)):
         return False
-    bracketed = [text for text in (answer, gold) if text.startswith(("(", "[", r"\{"))]
-    if len(bracketed) == 2 and answer.startswith(r"\{") != gold.startswith(r"\{"):
+    if _is_bracketed(answer) and _is_bracketed(gold) and answer.startswith(r"\{") != gold.startswith(r"\{"):
         return False
-    if r"\pm" not in answer + gold and not bracketed and len(_LISTED.findall(answer)) != len(_LISTED.findall(gold)):
-        return False
-    return None
+    if r"\pm" in answer + gold or any(text.startswith(("(", "[", r"\{")) for text in (answer, gold)):
+        return None
+    return None if max(lists[0], gold_lists[0]) <= min(lists[1], gold_lists[1]) else False
+
+
+def _separators(text: str) -> tuple[int, int]:
+    """How many commas list, at least and at most: one before three digits, without a space, may group digits."""
+    return len(_LISTED.findall(text)), len(re.findall("[,;]", text))
+
+
+def _is_bracketed(text: str) -> bool:
+    """True if the bracket that opens the text closes at its end."""
+    depth = 0
+    for bracket in re.finditer(r"[()\[\]]|\\[{}]", text):
+        depth += 1 if bracket.group() in ("(", "[", r"\{") else -1
+        if depth <= 0 or bracket.end() == len(text):
+            return depth == 0 and bracket.end() == len(text) and text.startswith(("(", "[", r"\{"))
+    return False
 
 
 def _inside(text: re.Match[str]) -> str:
@@ -134,14 +161,44 @@ def _chains_agree(answer: str, gold: str) -> bool:
         return _is_equal(gold, answer)  # `x+y=3` and `y=3-x` are its to compare
     if max(len(parts), len(gold_parts)) > _MOST_PARTS:
         return False
-    name, gold_name = (compact(chain.pop(0)) if _is_name(chain) else "" for chain in (parts, gold_parts))
+    (name, parts), (gold_name, gold_parts) = _without_names(parts), _without_names(gold_parts)
     if name and gold_name and name != gold_name:
         return False
     return all(_is_equal(known, part) for known, part in product(gold_parts, parts))
 
 
-def _is_name(chain: list[str]) -> bool:
-    return len(chain) > 1 and bool(_NAME.fullmatch(chain[0].strip())) and not re.fullmatch(r"[\W\d]*", chain[0])
+def _without_names(chain: list[str]) -> tuple[str, list[str]]:
+    """The name in front of a chain, "" for none, and the parts that must be equal: a name stands for what follows."""
+    head, *rest = chain
+    if not rest:
+        return "", chain
+    known = _variables(rest[-1])
+    values = [part for part in rest[:-1] if not _may_name(part) or not _variables(part) - known]
+    if _may_name(head) and _is_name(head.strip(), known):
+        return compact(head), [*values, rest[-1]]
+    return "", [head, *values, rest[-1]]
+
+
+def _variables(text: str) -> set[str]:
+    return set(_VARIABLE.findall(_NO_VARIABLES.sub(" ", text))) - {"e", "i"}
+
+
+def _may_name(part: str) -> bool:
+    """True unless it is a measure, a relation, or a number in words."""
+    words = {word.lower() for word in re.findall("[A-Za-z]+", part)}
+    is_measure = measure(part.strip(" ()")).unit or words & (NUMBER_WORDS | {"no", "not"})
+    return not is_measure and not _RELATION.search(re.sub(r"\([^()]*\)", "", part))
+
+
+def _is_name(head: str, known: set[str]) -> bool:
+    r"""True for `x`, `f(2)` and `m+n`; `2x` and `x^2` name nothing, but are not solved."""
+    variables = _variables(head)
+    if not variables or _LONE_NAME.fullmatch(head):
+        return bool(_LONE_NAME.fullmatch(head))
+    (variable, *others) = variables
+    if not others and re.fullmatch("[a-z]", variable) and not _APPLIED.search(head):
+        return not re.search(r"[0-9+*/^-]", head)
+    return bool(variables - known or _PLAIN_NAME.fullmatch(head))
 
 
 def _head_of_rounded(text: str) -> str:
@@ -154,6 +211,13 @@ def _head_of_rounded(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _is_equal(gold: str, answer: str) -> bool:
     return default_pool().judge(gold.strip(), answer.strip()) == "equal"
+
+
+def _integers(plain: str) -> list[str] | None:
+    """The integers of a list in order, None for anything else; where a comma has a space behind it, only such list."""
+    parts = re.split("[,;] " if re.search("[,;] ", plain) else "[,;]", plain)
+    integers = [integer for part in parts if (integer := _integer(part.strip())) is not None]
+    return sorted(integers) if len(integers) == len(parts) else None
 
 
 def _integer(plain: str) -> str | None:

@@ -27,7 +27,7 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _ROOT = re.compile(r"√ ?(?:([0-9.]+|[A-Za-z]|\\pi )|\(([^()]*)\)|(?=\{))")
 
 _MATH_SIGN = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
-_NO_SPACE = re.compile(r"(?<!\\)\\!|(?<=[0-9])\\,(?=[0-9]{3})")
+_NO_SPACE = re.compile(r"(?<!\\)\\!|(?<=[0-9])(?:\\,(?=[0-9]{3})|\{,\}(?=[0-9]{3}(?![0-9])))")
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|~|\\(?:quad|displaystyle)(?![A-Za-z])|\\(?:text|mbox|mathrm)\{ *\}")
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 _SIZED_DELIMITER = re.compile(r"\\(?:left|right|[bB]ig{1,2}[lr]?)(?![A-Za-z])")
@@ -35,11 +35,23 @@ _SIZED_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _FONT = re.compile(r"\\(?:boldsymbol|mathbf|bm|mathrm|underline|(?:text)?color\{[a-z]{1,20}\}) ?(?=\{)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\{([^{}\\]*)\}")
 _AND = re.compile(r",? ?(?:\\(?:text|mbox)\{ ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])) ?")
-_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.[0-9]+(?=[eE])|[0-9]+(?=E[+-]?[0-9]|e[+-]?[0-9]{2})))[eE]\+?(-?[0-9]+)")
+_SCIENTIFIC = re.compile(
+    r"([+-]?(?:[0-9]+\.[0-9]+(?=[eE])|[0-9]+(?=E[+-]?[0-9]|e\+?[0-9]|e-[0-9]{2})))[eE]\+?(-?[0-9]+)"
+)
+_SCIENTIFIC_OR_E = re.compile(r"([+-]?[0-9]+)e(-[0-9])")
 _MIXED = re.compile(r"([+-]?[0-9]+) ([0-9]+)/([0-9]+)")
 _REPEATING = re.compile(r"([+-]?)([0-9]{0,50})\.([0-9]{0,50})\\overline\{([0-9]{1,50})\}")
 _PERCENT = re.compile(r"(?<=[0-9}]) ?(?:percent|\\text\{ ?percent\})$")
 _CHOICE = re.compile(r"\(([A-Z])\)")
+_SCALES = {
+    **{"dozen": "12", "hundred": "100", "thousand": "1000", "million": "1000000"},
+    **{"billion": "1000000000", "trillion": "1000000000000"},
+}
+_SCALE = "(?:" + "|".join(_SCALES) + ")s?(?![A-Za-z])"
+_SCALED = re.compile(
+    rf"(?<=[0-9}}]) ?(?P<font>\\(?:text|textrm|mbox|mathrm)\{{ ?)?(?P<scales>{_SCALE}(?: {_SCALE})*)(?(font) ?\}}?|)",
+    re.I,
+)
 
 
 def in_latex(answer: str) -> str:
@@ -59,7 +71,22 @@ def normalise(answer: str) -> str:
     plain = _AND.sub(", ", " ".join(plain.split())).replace(r"\varnothing", r"\emptyset").replace(r"\degree", r"^\circ")
     plain = plain.removeprefix("**").removesuffix("**")
     plain = _unwrapped(plain.rstrip(" .,;").removesuffix("**").strip())
-    scientific, mixed, repeating = (form.fullmatch(plain) for form in (_SCIENTIFIC, _MIXED, _REPEATING))
+    choice = _CHOICE.fullmatch(plain)
+    return choice.group(1) if choice else _SCALED.sub(_times_scales, plain)
+
+
+def _times_scales(number_words: re.Match[str]) -> str:
+    scales = "".join(rf"\times {_SCALES[word.removesuffix('s')]}" for word in number_words["scales"].lower().split())
+    return scales if number_words.group().endswith("}") else scales + (number_words["font"] or "")
+
+
+def in_one_form(plain: str, e_is_ten: bool) -> str:
+    r"""Bring a value without its unit to LaTeX: `1.5e3`, `3 1/2` and repeating decimals.
+
+    `2e-1` is a power of ten only with `e_is_ten`: it may be twice e, less one.
+    """
+    scientific = _SCIENTIFIC.fullmatch(plain) or (_SCIENTIFIC_OR_E.fullmatch(plain) if e_is_ten else None)
+    mixed, repeating = _MIXED.fullmatch(plain), _REPEATING.fullmatch(plain)
     if scientific:
         return rf"{scientific.group(1)}\times 10^{{{scientific.group(2)}}}"
     if mixed:
@@ -70,8 +97,7 @@ def normalise(answer: str) -> str:
             int(whole + fixed + again) - int(whole + fixed or 0), 10 ** len(fixed) * (10 ** len(again) - 1)
         )
         return rf"{sign}\frac{{{value.numerator}}}{{{value.denominator}}}"
-    choice = _CHOICE.fullmatch(plain)
-    return choice.group(1) if choice else plain
+    return plain
 
 
 def compact(plain: str) -> str:
@@ -123,26 +149,43 @@ _UNIT_NAMES = {
     **{"kilometre": "kilometer", "millimetre": "millimeter", "metre": "meter", "in": "inch", "inche": "inch"},
     **{"ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile", "kg": "kilogram", "g": "gram", "mg": "milligram"},
     **{"lb": "pound", "oz": "ounce", "hr": "hour", "h": "hour", "min": "minute", "sec": "second", "s": "second"},
-    **{"ml": "milliliter", "l": "liter", "litre": "liter", "deg": "degree", "usd": "dollar", "sq": "square"},
-    **{"celsius": "c", "fahrenheit": "f", "mph": "mile per hour", "kph": "kilometer per hour"},
+    **{"ml": "milliliter", "l": "liter", "L": "liter", "litre": "liter", "deg": "degree", "usd": "dollar"},
+    **{"celsius": "C", "fahrenheit": "F", "kelvin": "K", "N": "newton", "J": "joule", "W": "watt", "V": "volt"},
+    **{"hz": "hertz", "pa": "pascal", "Å": "angstrom"},
 }  # fmt: skip
+_UNIT_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _GLUED = {
     "cm", "mm", "km", "kg", "ft", "lb", "lbs", "hr", "hrs",
     "mph", "kph", "min", "sec", "ml", "degrees", "pm", "am",
 }  # fmt: skip
-_SHORT = _GLUED | {"m", "in", "yd", "oz", "mi", "usd", "day", "days", "mg"}
+_SHORT = _GLUED | {"m", "s", "in", "yd", "oz", "mi", "usd", "day", "days", "mg", "å"}
+GREEK = (
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
+    "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
+)  # fmt: skip
+NUMBER_WORDS = {
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
+    "fifty", "sixty", "seventy", "eighty", "ninety", "dozen", "hundred", "thousand", "million", "billion", "trillion",
+    "half", "halve", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
+    "eleventh", "twelfth", "sixteenth", "twentieth", "hundredth", "thousandth", "millionth", "billionth",
+}  # fmt: skip
 # Words that belong to the value.
-_NO_UNITS = {
-    "pi", "theta", "sqrt", "frac", "sin", "cos", "tan", "log", "ln",
-    "exp", "mod", "choose", "inf", "infinity", "not", "no",
+_NO_UNITS = NUMBER_WORDS | set(GREEK) | {
+    "pi", "sqrt", "frac", "sin", "cos", "tan", "log", "ln", "exp", "mod", "modulo", "choose", "inf", "infinity",
+    "not", "no", "factorial", "over", "plus", "minus", "than", "multiplied", "divided", "power", "root",
+    "if", "unless", "when", "except", "bn", "mn", "mln", "e", "i", "x", "y", "z",
 }  # fmt: skip
 _VALUE = r"(?P<value>.*[0-9)}\]]) ?"
-_UNIT_IN_TEXT = re.compile(
-    r"(?P<value>.*\S) ?\\(?:text|textrm|mathrm|mbox|textbf|operatorname)\{(?P<unit>[A-Za-z. /-]*)\}"
-    r"(?P<power> ?\^ ?\{?[23]\}?)?",
-    re.S,
-)
-_UNIT_IN_WORDS = re.compile(_VALUE + r"(?P<unit>[A-Za-z][A-Za-z. ]*)(?P<power>\^ ?\{?[23]\}?)?", re.S)
+_FONTS = r"\\(?:text|textrm|mathrm|mbox|textbf|operatorname)"
+_EXPONENT = r"-?[0-9]{1,3}(?:/[0-9]{1,3})?"
+_POWER = rf"\^ ?(?:{_EXPONENT}|\{{ ?{_EXPONENT} ?\}})"
+_GROUP = rf"{_FONTS}\{{(?:[A-Za-zÅµμΩ. /()*-]|\\(?:cdot|mu|Omega|AA)(?![A-Za-z])|{_POWER})*\}}(?: ?{_POWER})?"
+_GROUPS = rf"{_GROUP}(?:(?: |\\cdot ?)?{_GROUP})*"
+_UNIT_FACTOR = re.compile(rf"{_GROUP}|\\frac\{{{_GROUPS}\}}\{{{_GROUPS}\}}")
+_BETWEEN_FACTORS = re.compile(r"(?:[ /*()]|\\(?:cdot|times)(?![A-Za-z]))*")
+_UNIT_IN_WORDS = re.compile(_VALUE + rf"(?P<unit>[A-Za-zÅ][A-Za-zÅ./ ]*(?:{_POWER})?)", re.S)
+_UNIT_TOKEN = re.compile(rf"\^{_EXPONENT}|[/()]|\\?[A-Za-zÅµμΩ]+")
 _DEGREES = re.compile(_VALUE + r"\^ ?\{?\\circ ?\}?(?: ?(?:\\(?:text|mathrm)\{ ?)?(?P<scale>[CF])\}?)?", re.S)
 _CURRENCY = re.compile(r"([+-]?)(?:US ?)?(\\\$|£|€) ?(?=[0-9.+-])")
 _CURRENCIES = {r"\$": "dollar", "£": "pound", "€": "euro"}
@@ -165,27 +208,89 @@ def measure(plain: str) -> Measure:
         return Measure(money.group(1) + measure(plain[money.end() :]).value, _CURRENCIES[money.group(2)])
     degrees = _DEGREES.fullmatch(plain)
     if degrees and re.search(r"[A-Za-z]", degrees["value"]) is None:
-        return Measure(degrees["value"], f"degree {(degrees['scale'] or '').lower()}".strip())
-    named = _UNIT_IN_TEXT.fullmatch(plain) or _UNIT_IN_WORDS.fullmatch(plain)
-    if named is None or not re.search(r"[0-9]", named["value"]):
+        return Measure(degrees["value"], _unit(f"degree {degrees['scale'] or ''}"))
+    value = _before_unit_in_text(plain)
+    in_words = _UNIT_IN_WORDS.fullmatch(plain) if value == plain else None
+    if in_words:
+        value = in_words["value"].strip()
+    unit = _without_fonts(plain[len(value) :])
+    words = re.findall(r"[A-Za-zÅ]+", unit)
+    if not words or not re.search(r"[0-9]", value) or not _is_unit([word.lower() for word in words]):
+        return Measure(value if not unit.strip() else plain, "")
+    if in_words and not _is_unit_in_words([word.lower() for word in words], plain[len(value)] != " ", "/" in unit):
         return Measure(plain, "")
-    words = named["unit"].replace(".", "").lower().split()
-    glued = not plain[len(named["value"]) :].startswith(" ")
-    if _NO_UNITS & set(words) or (named.re is _UNIT_IN_WORDS and not _is_unit(words, glued)):
-        return Measure(plain, "")
-    return Measure(named["value"].strip(), _unit(words, named["power"] or ""))
+    return Measure(value, _unit(unit))
 
 
-def _is_unit(words: list[str], glued: bool) -> bool:
+def _before_unit_in_text(plain: str) -> str:
+    r"""What stands before the product or quotient of `\text{...}` at the end, which may be all of `plain`."""
+    start = end = len(plain)
+    for factor in reversed(list(_UNIT_FACTOR.finditer(plain))):
+        if not _BETWEEN_FACTORS.fullmatch(plain, factor.end(), end):
+            break
+        start = end = factor.start()
+    value = plain[:start].rstrip(" (/*")
+    for sign in (r"\cdot", r"\times"):
+        value = value.removesuffix(sign).rstrip()
+    unit = plain[len(value) :]
+    return value if start < len(plain) and unit.count("(") == unit.count(")") else plain
+
+
+def _without_fonts(unit: str) -> str:
+    r"""A unit without `\text` and braces; powers as in `^-1`, a fraction as `(m)/(s)`."""
+    unit = re.sub(rf"\^ ?\{{ ?({_EXPONENT}) ?\}}", r"^\1", unit)
+    unit = re.sub(_FONTS + r"\{([^{}]*)\}", r" \1 ", unit.replace(r"\AA", "Å")).removeprefix(" ")
+    return re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", unit).replace(r"\cdot", " ").replace(r"\times", " ")
+
+
+def _is_unit(words: list[str]) -> bool:
+    known = {word.removesuffix("s") for word in words} | set(words)
+    return not known & _NO_UNITS and words[0] not in ("squared", "cubed") and "times" not in words[:-1]
+
+
+def _is_unit_in_words(words: list[str], glued: bool, is_quotient: bool) -> bool:
     if glued:
-        return words[0] in _GLUED
-    return any(word in _SHORT or (len(word) >= 4 and set(word) & set("aeiouy")) for word in words)
+        return words[0] in _GLUED and not is_quotient
+    if any(len(word) == 1 and word not in _UNIT_NAMES for word in words):
+        return False
+    is_long = [len(word) >= 4 and bool(set(word) & set("aeiouy")) for word in words]
+    if is_quotient:
+        known = all(long or word in _UNIT_NAMES or word in _SHORT for word, long in zip(words, is_long, strict=True))
+        return known and (max(map(len, words)) > 1 or words == ["m", "s"])
+    return any(word in _SHORT or long for word, long in zip(words, is_long, strict=True))
 
 
-def _unit(words: list[str], power: str) -> str:
-    singular = [word if word in _UNIT_NAMES else word.removesuffix("s") for word in words]
-    names = [_UNIT_NAMES.get(word, word) for word in singular]
-    if "unit" in names:
-        return ""  # "square units" names none
-    powers = {"2": "square ", "3": "cubic "}
-    return powers.get(power.strip(" ^{}"), "") + " ".join(names)
+def _unit(text: str) -> str:
+    """The unit in one form: names in the order of the alphabet, with their powers. That of "square units" is empty."""
+    powers: dict[str, Fraction] = {}
+    outer = [1]  # the signs of the brackets that are open
+    sign, power, name = 1, 1, ""
+    expanded = re.sub(r"(?i)\bmph\b", "mi/h", re.sub(r"(?i)\bkph\b", "km/h", text))
+    for token in _UNIT_TOKEN.findall(expanded):
+        word = token.lower()
+        if token.startswith("^") or word in ("squared", "cubed"):
+            if name:
+                powers[name] *= _UNIT_POWERS.get(word) or Fraction(token[1:])
+        elif word in ("/", "per"):
+            sign = -1
+        elif token == "(":
+            outer.append(outer[-1] * sign)
+            sign = 1
+        elif token == ")":
+            outer = outer[:-1] or [1]
+        elif word in _UNIT_POWERS:
+            power = _UNIT_POWERS[word]
+        else:
+            name = _unit_name(token)
+            powers[name] = powers.get(name, 0) + Fraction(outer[-1] * sign * power)
+            sign, power = 1, 1
+    return "" if "unit" in powers else " ".join(sorted(name if n == 1 else f"{name}^{n}" for name, n in powers.items()))
+
+
+def _unit_name(word: str) -> str:
+    if len(word) <= 3:  # "MW" is not "mW", nor "ms" "m"
+        short = word if len(word) == 1 else word.lower()
+        return _UNIT_NAMES.get(short) or _UNIT_NAMES.get(short.removesuffix("s") if len(word) == 3 else "") or word
+    name = word.lower()
+    singular = name if name in _UNIT_NAMES else name.removesuffix("s")
+    return _UNIT_NAMES.get(singular, singular)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 # `\\` is TeX's line break and `\{`, `\}` are printed braces: none of them opens or closes a group. A doubled
 # backslash in front of `boxed` is taken for an over-escaped box, as the usual evaluation harnesses do.
-# TeX boxes what follows `\boxed` without a brace, too: a number or letter counts where the formula ends behind it.
+# TeX boxes what follows `\boxed` without a brace, too: a number or letter counts where the formula ends behind it,
+# the letter only where no box with braces is closed.
 _TOKEN = re.compile(
     r"\\\\(?!boxed)|\\[{}]|\\boxed\s*\{|[{}]"
     r"|\\boxed\s*([+-]?\d[\d,]{0,40}(?:\.\d{1,40})?|(?<=\s)[A-Za-z])(?=[ \t]{0,9}\.?[ \t]{0,9}(?:\$|\\\)|\\\]|\n|\Z))"
@@ -54,4 +55,6 @@ def find_boxes(text: str) -> list[Box]:
         elif kind.endswith("{") and kind != r"\{":
             open_groups.append(len(boxes))
             boxes.append(Box(token.start(), token.end(), None))
+    if any(box.braced and box.end is not None for box in boxes):
+        return [box for box in boxes if box.braced or not text[box.content_start].isalpha()]
     return boxes
