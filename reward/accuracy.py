@@ -9,7 +9,8 @@ a child process with limits (`reward.judge_pool`): its own time limit uses `sign
 thread only, and verl calls a reward function from the threads of a pool.
 
 Accepted are `x=5` for `5`, `0.5` and `50` for `50\%`, `5 \text{ cm}` and `5 dollars` for `5`, `0.333333` (six places)
-for `1/3`, and lists without brackets in any order. A wrong answer that is paid teaches more harm than a right one
+for `1/3`, `m+n=25` for `25`, and lists without brackets in any order (`12, 144` is one; `12,144` may be a number,
+too). A wrong answer that is paid teaches more harm than a right one
 that is not, so what can be read in two ways is refused: a chain such as `4 = 5`, another unit than the known
 answer's, words in another order, and a sum, limit or integral that nobody has worked out.
 """
@@ -49,6 +50,7 @@ _LONE_NAME = re.compile(r"[A-Za-z]|\\(?:text|mathrm|mbox)\{[^{}0-9]*\}")
 _APPLIED = re.compile(r"[A-Za-z]'*(?:\^\{-1\})?\(")
 _RELATION = re.compile(r"[<>]|\\(?:[lg]eq?|neq?|in|approx|sim|equiv)(?![A-Za-z])")
 _LISTED = re.compile(r"[,;](?![0-9]{3}(?![0-9]))")
+_ARGUMENTS = re.compile(r"(?<=[A-Za-z])\([^()]*\)")
 _MOST_PARTS = 4
 
 
@@ -130,6 +132,7 @@ def _by_text(answer: str, gold: str) -> bool | None:
 
 def _separators(text: str) -> tuple[int, int]:
     """How many commas list, at least and at most: one before three digits, without a space, may group digits."""
+    text = _ARGUMENTS.sub("", text)
     return len(_LISTED.findall(text)), len(re.findall("[,;]", text))
 
 
@@ -156,7 +159,7 @@ def _words(text: str) -> str:
 def _chains_agree(answer: str, gold: str) -> bool:
     """Ask math-verify, for every part of `a = b = c`: it would look at the last one alone."""
     answer, gold = (_head_of_rounded(text) for text in (answer, gold))
-    parts, gold_parts = ([text] if re.search("[,;]", text) else _EQUALS.split(text) for text in (answer, gold))
+    parts, gold_parts = ([text] if _separators(text)[0] else _EQUALS.split(text) for text in (answer, gold))
     if len(parts) <= 2 and len(parts) == len(gold_parts):
         return _is_equal(gold, answer)  # `x+y=3` and `y=3-x` are its to compare
     if max(len(parts), len(gold_parts)) > _MOST_PARTS:

@@ -151,7 +151,7 @@ _UNIT_NAMES = {
     **{"lb": "pound", "oz": "ounce", "hr": "hour", "h": "hour", "min": "minute", "sec": "second", "s": "second"},
     **{"ml": "milliliter", "l": "liter", "L": "liter", "litre": "liter", "deg": "degree", "usd": "dollar"},
     **{"celsius": "C", "fahrenheit": "F", "kelvin": "K", "N": "newton", "J": "joule", "W": "watt", "V": "volt"},
-    **{"hz": "hertz", "pa": "pascal", "Å": "angstrom"},
+    **{"hz": "hertz", "pa": "pascal", "Å": "angstrom", "Ω": "ohm"},
 }  # fmt: skip
 _UNIT_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _GLUED = {
@@ -185,7 +185,9 @@ _GROUPS = rf"{_GROUP}(?:(?: |\\cdot ?)?{_GROUP})*"
 _UNIT_FACTOR = re.compile(rf"{_GROUP}|\\frac\{{{_GROUPS}\}}\{{{_GROUPS}\}}")
 _BETWEEN_FACTORS = re.compile(r"(?:[ /*()]|\\(?:cdot|times)(?![A-Za-z]))*")
 _UNIT_IN_WORDS = re.compile(_VALUE + rf"(?P<unit>[A-Za-zÅ][A-Za-zÅ./ ]*(?:{_POWER})?)", re.S)
-_UNIT_TOKEN = re.compile(rf"\^{_EXPONENT}|[/()]|\\?[A-Za-zÅµμΩ]+")
+_UNIT_SIGNS = {r"\mu": "µ", "μ": "µ", r"\Omega": "Ω", r"\AA": "Å"}
+_UNIT_SIGN = re.compile(r"(\\mu|μ|\\Omega|\\AA) ?")
+_UNIT_TOKEN = re.compile(rf"\^{_EXPONENT}|[/()]|[A-Za-zÅµΩ]+")
 _DEGREES = re.compile(_VALUE + r"\^ ?\{?\\circ ?\}?(?: ?(?:\\(?:text|mathrm)\{ ?)?(?P<scale>[CF])\}?)?", re.S)
 _CURRENCY = re.compile(r"([+-]?)(?:US ?)?(\\\$|£|€) ?(?=[0-9.+-])")
 _CURRENCIES = {r"\$": "dollar", "£": "pound", "€": "euro"}
@@ -205,7 +207,9 @@ def measure(plain: str) -> Measure:
         return Measure(plain[: percent.start()] + r"\%", "")
     money = _CURRENCY.match(plain)
     if money:
-        return Measure(money.group(1) + measure(plain[money.end() :]).value, _CURRENCIES[money.group(2)])
+        amount = plain[money.end() :]
+        value = amount if _CURRENCY.match(amount) else measure(amount).value
+        return Measure(money.group(1) + value, _CURRENCIES[money.group(2)])
     degrees = _DEGREES.fullmatch(plain)
     if degrees and re.search(r"[A-Za-z]", degrees["value"]) is None:
         return Measure(degrees["value"], _unit(f"degree {degrees['scale'] or ''}"))
@@ -214,10 +218,10 @@ def measure(plain: str) -> Measure:
     if in_words:
         value = in_words["value"].strip()
     unit = _without_fonts(plain[len(value) :])
-    words = re.findall(r"[A-Za-zÅ]+", unit)
-    if not words or not re.search(r"[0-9]", value) or not _is_unit([word.lower() for word in words]):
+    words = [word.lower() for word in re.findall(r"[A-Za-zÅµΩ]+", unit)]
+    if not words or not re.search(r"[0-9]", value) or not _is_unit(words):
         return Measure(value if not unit.strip() else plain, "")
-    if in_words and not _is_unit_in_words([word.lower() for word in words], plain[len(value)] != " ", "/" in unit):
+    if in_words and not _is_unit_in_words(words, plain[len(value)] != " ", "/" in unit):
         return Measure(plain, "")
     return Measure(value, _unit(unit))
 
@@ -239,8 +243,12 @@ def _before_unit_in_text(plain: str) -> str:
 def _without_fonts(unit: str) -> str:
     r"""A unit without `\text` and braces; powers as in `^-1`, a fraction as `(m)/(s)`."""
     unit = re.sub(rf"\^ ?\{{ ?({_EXPONENT}) ?\}}", r"^\1", unit)
-    unit = re.sub(_FONTS + r"\{([^{}]*)\}", r" \1 ", unit.replace(r"\AA", "Å")).removeprefix(" ")
+    unit = re.sub(_FONTS + r"\{([^{}]*)\}", r" \1 ", _UNIT_SIGN.sub(_one_sign, unit))
     return re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", unit).replace(r"\cdot", " ").replace(r"\times", " ")
+
+
+def _one_sign(sign: re.Match[str]) -> str:
+    return _UNIT_SIGNS[sign.group(1)]
 
 
 def _is_unit(words: list[str]) -> bool:

@@ -35,6 +35,15 @@ UNITS = {
     ],
     "statements": ["The answer is ", "the final answer is 1,", "The answer is 1\n", "#### 1\n", "answer: $1$ and "],
     "texts": ["\\text{", "\\text{and}", "\\text{ cm}", "and ", "or, ", " pi", "5 cm ", "\\left(", "\\approx", "**"],
+    "units of measure": [
+        "5\\text{m}",
+        "5 m/s",
+        "\\text{m}^2/",
+        "\\text{(",
+        "\\frac{\\text{m}",
+        "\\mathrm{\\mu m^{-1} ",
+    ],
+    "lists and chains": ["12, ", "f(1,", "x=", "x_{", " million", "5 million ", "\\$-", "5/(\\text{m}"],
 }
 READ_ALL = r"""
 import json, resource, signal, sys
