@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.guard import Guarded, Value
-from reward.load import RewardError, read_source
+from reward.load import RewardError, read_source, text_of
 
 CALL_SECONDS = 60.0
 """Limit of one call, unless a recipe says otherwise."""
@@ -134,7 +134,11 @@ class FunctionProcess:
     ) -> concurrent.futures.Future[dict[str, Value]]:
         future: concurrent.futures.Future[dict[str, Value]] = concurrent.futures.Future()
         number = next(self.numbers)
-        data = pickle.dumps((number, is_trial, limit_seconds, pickle.dumps(dict(arguments))))
+        try:
+            pickled = pickle.dumps(dict(arguments))
+        except Exception as error:  # of many kinds, by what the arguments are
+            raise CallGivenUp(f"cannot be handed over ({type(error).__name__}: {text_of(error)})") from None
+        data = pickle.dumps((number, is_trial, limit_seconds, pickled))
         with self.lock:
             if self.gone:
                 raise CallStopped("ended its process")
@@ -215,10 +219,6 @@ class UserFunction:
         """Return a dict with `score` and `reward_error`, whatever the function does."""
         sample = {"data_source": data_source, "solution_str": solution_str, "ground_truth": ground_truth}
         sample["extra_info"] = extra_info
-        try:
-            pickle.dumps(sample | kwargs)
-        except Exception as error:
-            return self.guard.failure(error, sample)
         run_in_thread = asyncio.get_running_loop().run_in_executor
         try:
             process = await run_in_thread(None, self._running)

@@ -154,12 +154,7 @@ def test_an_asynchronous_call_that_holds_the_event_loop_scores_zero_and_no_other
         "import asyncio, time\nasync def held(solution_str, **_):\n"
         "    if solution_str == 'holds': time.sleep(60)\n    await asyncio.sleep(0.05)\n    return 1\n"
     )
-
-    async def several():
-        where = {"user_path": str(path), "user_name": "held", "user_seconds": 0.5}
-        return await asyncio.gather(*(user.compute_score("d", text, "4", **where) for text in ("x", "holds", "y")))
-
-    assert [result["score"] for result in asyncio.run(several())] == [1.0, 0.0, 1.0]
+    assert [result["score"] for result in calls(path, ["x", "holds", "y"], 0.5, "held")] == [1.0, 0.0, 1.0]
 
 
 def calls(path, texts, seconds, name="mine"):
