@@ -34,7 +34,8 @@ _ptl_python() {
 
 _ptl_install() {
     local pip="$1" lock=requirements/cpu.lock
-    local quiet=(--quiet --disable-pip-version-check)
+    # pip compiles on one core; what is installed is compiled below, on all.
+    local quiet=(--quiet --disable-pip-version-check --no-compile)
     "$pip" install "${quiet[@]}" --upgrade 'pip>=25' 'setuptools==77.0.3' wheel || return 1
     if "$(dirname "$pip")/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
         # torch first and with its dependencies: outside the lock they differ between CPU and CUDA builds.
@@ -45,7 +46,9 @@ _ptl_install() {
         "$pip" install "${quiet[@]}" --requirement requirements/cpu.in || return 1
         "$pip" install "${quiet[@]}" --no-deps --requirement requirements/cpu-nodeps.txt || return 1
     fi
-    "$pip" install "${quiet[@]}" --no-deps --no-build-isolation --editable .
+    "$pip" install "${quiet[@]}" --no-deps --no-build-isolation --editable . || return 1
+    # Some packages hold templates or tests that are no Python of this version: pip says nothing of them either.
+    "$(dirname "$pip")/python" -m compileall -q -j 0 -x '/tests?/' "${pip%/bin/pip}/lib" >/dev/null 2>&1 || true
 }
 
 ptl_setup

@@ -9,24 +9,32 @@ if [ $# -gt 0 ]; then
 fi
 ruff check .
 ruff format --check .
-mypy
-lint-imports --no-cache
-# Side by side, as each often waits for processes to start: the stack's tests, and all others with one of the stack's behind
-# them, which makes both as long. These have the niceness that Ray gives its workers, which would starve beside them otherwise.
-later=tests/e2e/test_first_light.py
-others="$(mktemp)"
-trap '[ -z "${pid:-}" ] || kill -- "-$pid" 2>/dev/null || true; rm -f "$others"' EXIT
-set -m  # a process group of its own, to end all of it
-(
-    failed=0
-    OMP_NUM_THREADS=1 nice -n 15 python -m pytest -m "not stack and not canary" || failed=1
-    nice -n 15 python -m pytest -m "stack and not canary" "$later" || failed=1
-    exit "$failed"
-) >"$others" 2>&1 &
-pid=$!
+
+types() { mypy && lint-imports --no-cache; }
+# Where Ray is at work the rest has the niceness that Ray gives its workers, which would starve beside it otherwise.
+units() { OMP_NUM_THREADS=1 nice -n 15 python -m pytest -m "not stack and not canary"; }
+demo_runs() { python -m pytest tests/e2e/test_demo_run.py; }
+first_light() { python -m pytest tests/e2e/test_first_light.py; }
+stack() { python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py; }
+
+# Each often waits for processes to start, so three at a time for two cores: every lane takes the next that nobody has taken.
+jobs=(units demo_runs first_light stack types)
+lane() {
+    local job
+    for job in "${jobs[@]}"; do
+        mkdir "$taken/$job" 2>/dev/null || continue
+        "$job" >"$taken/$job/log" 2>&1 || touch "$taken/failed"
+        printf '\n== %s\n%s\n' "$job" "$(cat "$taken/$job/log")"
+    done
+}
+taken="$(mktemp -d)"
+lanes=()
+trap 'for pid in "${lanes[@]}"; do kill -- "-$pid" 2>/dev/null || true; done; rm -rf "$taken"' EXIT
+set -m  # a process group for each, to end all of it
+for _ in 1 2 3; do
+    lane &
+    lanes+=("$!")
+done
 set +m
-failed=0
-python -m pytest -m "stack and not canary" --ignore="$later" || failed=1
-wait "$pid" || failed=1
-cat "$others"
-exit "$failed"
+for pid in "${lanes[@]}"; do wait "$pid"; done
+[ ! -e "$taken/failed" ] || { echo "error: failed, see above" >&2; exit 1; }
