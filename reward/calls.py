@@ -122,6 +122,8 @@ class FunctionProcess:
         The child gives up a call that waits too long by itself; it does not while another holds its event loop.
         """
         future = asyncio.wrap_future(self._begin(arguments, False, limit_seconds))
+        # Of a call that is given up nobody asks for the result, and asyncio would complain of that.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
         start = time.monotonic()
         longest = limit_seconds + _GRACE_SECONDS
         while (left := max(start, self.latest) + longest - time.monotonic()) > 0:

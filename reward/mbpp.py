@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward.programs.unit_tests import bound_names, loaded_names, plan_tests
+from reward.programs.names import bound_names, loaded_names
+from reward.programs.unit_tests import plan_tests
 
 _PROMPT = """{text}
 

@@ -15,8 +15,11 @@ import builtins
 import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from reward.programs.names import bound_names, loaded_names, local_names, needed, root_name
+from reward.programs.setup_order import before_program
 
 _KEYS = {"tests", "setup", "entry"}
 # Those that `site` adds are not there in the program's process.
@@ -35,7 +38,6 @@ _EVALUATING_ATTRIBUTES = {
     *("__globals__", "__builtins__", "__subclasses__", "__import__", "__reduce__", "__reduce_ex__", "__code__"),
     *("__getattribute__", "__loader__", "modules", "system", "popen", "attrgetter", "methodcaller"),
 }
-_ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
 GroundTruth = str | Sequence[str] | Mapping[str, Any]
 
@@ -148,7 +150,7 @@ def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
     for number, statement in enumerate(statements):
         if loaded_names(statement) & program:
             program |= bound_names(statement)
-            first |= _needed(statements, {number}, set())
+            first |= needed(statements, {number}, set())
         else:
             untouched.append(statement)
     ours = {n for n, s in enumerate(statements) if not (loaded_names(s) | bound_names(s)) & program}
@@ -159,7 +161,7 @@ def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
             raise ValueError(f"test {number} uses nothing of the program: {test[:80]!r} (name its function in 'entry')")
         planned.append(splitter.plan(number, tree))
         program |= bound_names(tree)  # statements, which run in the program's process
-    before, once = _before(statements, ours, splitter.judges)
+    before, once = before_program(statements, ours, splitter.judges)
     planned = [test._replace(needs=tuple(n for n in test.needs if n not in once)) for test in planned]
     texts = tuple(map(ast.unparse, statements))
     return Plan(
@@ -169,76 +171,6 @@ def _plan(tests: list[str], setup: str, entry: list[str]) -> Plan:
         first=tuple(sorted(first - once)),
         judge_setup="\n".join(map(ast.unparse, untouched)),
     )
-
-
-def _before(statements: list[ast.stmt], ours: set[int], judges: list[ast.expr]) -> tuple[list[int], set[int]]:
-    """The statements that run before the program, in its process, and those of them that do not run there again.
-
-    These are imports and what changes an imported module (`sys.stdin = io.StringIO(text)`), with the values that it
-    reads. What the referee reads itself stays out: a value that it compares with, a place in a module
-    (`os.environ['ANSWER'] = '7'`).
-    """
-    imports = {number for number in ours if isinstance(statements[number], (ast.Import, ast.ImportFrom))}
-    imported = _bound(statements[number] for number in imports)
-    imported -= _bound(statement for number, statement in enumerate(statements) if number not in imports)
-    imported.add("__import__")
-    effects = {n for n in ours if (changed := _targets(statements[n])) and {_root(c) for c in changed} <= imported}
-    origins = {
-        alias.asname or alias.name: alias.name
-        for node in (statements[number] for number in imports)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    values = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
-    needs = {n: _needed(values, set(), loaded_names(statements[n]) - imported) - imports for n in effects}
-    effects = {n for n in effects if needs[n] <= ours and not any(_changed(values[v]) & imported for v in needs[n])}
-    kept: set[int] | None = None
-    while effects and kept != set():
-        rest = [ast.Pass() if number in effects else statement for number, statement in enumerate(statements)]
-        read: list[ast.AST] = [*judges]
-        read += [rest[number] for number in _needed(rest, set(), set[str]().union(*map(loaded_names, judges)))]
-        names, places = set[str]().union(*map(loaded_names, read)), _places(read, origins) | {"__dict__"}
-        places |= _ENVIRONMENT if places & _ENVIRONMENT else set()
-        kept = {
-            number
-            for number in effects
-            if _bound(statements[n] for n in needs[number] | {number}) & names
-            or _places(_told(statements[number]), origins) & places
-        }
-        effects -= kept
-    once = {number for number in effects if not needs[number]}
-    return sorted(imports.union(effects, *(needs[number] for number in effects))), once
-
-
-def _bound(statements: Iterable[ast.AST]) -> set[str]:
-    return set[str]().union(*map(bound_names, statements))
-
-
-def _targets(statement: ast.stmt) -> list[ast.expr]:
-    """The module's part that a statement changes, if it does nothing else: `random.seed` of `random.seed(0)`."""
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        return [statement.value.func]
-    if isinstance(statement, (ast.Assign, ast.Delete)):
-        targets = statement.targets
-    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
-        targets = [statement.target]
-    return targets if all(isinstance(target, (ast.Attribute, ast.Subscript)) for target in targets) else []
-
-
-def _told(statement: ast.stmt) -> list[ast.expr]:
-    """What may hold a value afterwards: of a call all but its own name."""
-    if not isinstance(statement, ast.Expr) or not isinstance(call := statement.value, ast.Call):
-        return _targets(statement)
-    owner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
-    return [*owner, *call.args, *(keyword.value for keyword in call.keywords)]
-
-
-def _places(trees: Sequence[ast.AST], origins: dict[str, str]) -> set[str]:
-    """The names of parts of modules: `environ` of `os.environ['A']`, and of a name that is imported as such."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    places = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return places | {origins[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in origins}
 
 
 def _missing_imports(trees: Sequence[ast.AST], entry: set[str]) -> list[ast.stmt]:
@@ -256,8 +188,8 @@ def _names_of_program(
     number: int, tree: ast.Module, statements: list[ast.stmt], known: frozenset[str], entry: set[str]
 ) -> set[str]:
     """The names of a test, and of what it needs of the setup, that only the program can define."""
-    needed = [statements[index] for index in _needed(statements, set(), loaded_names(tree))]
-    unknown = set[str]().union(*map(loaded_names, [tree, *needed])) - known
+    read = [statements[index] for index in needed(statements, set(), loaded_names(tree))]
+    unknown = set[str]().union(*map(loaded_names, [tree, *read])) - known
     alien = sorted(unknown - entry)
     if alien and (entry or len(alien) > 1):
         raise ValueError(
@@ -266,64 +198,6 @@ def _names_of_program(
             "name in 'entry' all that the program defines"
         )
     return unknown
-
-
-def _needed(statements: list[ast.stmt], wanted: set[int], names: set[str]) -> set[int]:
-    """The statements that define `names` or change their values, with those that they need in turn."""
-    wanted = set(wanted)
-    names = names.union(*(loaded_names(statements[index]) for index in wanted))
-    grown = True
-    while grown:
-        more = {i for i, s in enumerate(statements) if i not in wanted and (bound_names(s) | _changed(s)) & names}
-        wanted |= more
-        names = names.union(*(loaded_names(statements[index]) for index in more))
-        grown = bool(more)
-    return wanted
-
-
-def _changed(statement: ast.stmt) -> set[str]:
-    """Names whose values a statement may change in place: `root.next = x`, `heapify(heap)`, `items.append(1)`."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return set()
-    changed = set[str]()
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Expr):
-            changed |= loaded_names(node.value)
-        elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-            changed.add(_root(node) or "")
-    return changed
-
-
-def loaded_names(tree: ast.AST) -> set[str]:
-    """Return the names that a piece of code reads, without those of its own comprehensions and functions."""
-    nodes = list(ast.walk(tree))
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    added = [node.target for node in nodes if isinstance(node, ast.AugAssign)]
-    names |= {target.id for target in added if isinstance(target, ast.Name)}
-    return names - _local(tree)
-
-
-def _local(tree: ast.AST) -> set[str]:
-    """Names of comprehensions, lambdas, functions' arguments and `except ... as`."""
-    local = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    local |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.comprehension, ast.NamedExpr)):
-            local |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)}
-    return local
-
-
-def bound_names(statement: ast.AST) -> set[str]:
-    """Return the names that a statement assigns, defines or imports, at any depth."""
-    bound = set()
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-    return bound
 
 
 class _Planner:
@@ -346,7 +220,7 @@ class _Planner:
         splitter = _Splitter(self.program, self.known, self.importers())
         judged = [splitter.visit(test) for test in asserted]
         judge = judged[0] if len(judged) == 1 else ast.BoolOp(ast.And(), judged)
-        if splitter.uncalled or splitter.names & _local(judge) or any(map(_compares_values_only, judged)):
+        if splitter.uncalled or splitter.names & local_names(judge) or any(map(_compares_values_only, judged)):
             return whole
         self.refuse_evaluators(number, judge)
         self.judges.append(judge)
@@ -356,7 +230,7 @@ class _Planner:
         return UnitTest(tuple(splitter.calls), text, inputs=tuple(splitter.inputs), needs=needs)
 
     def needs(self, names: set[str]) -> tuple[int, ...]:
-        return tuple(sorted(_needed(self.statements, set(), names)))
+        return tuple(sorted(needed(self.statements, set(), names)))
 
     def importers(self) -> set[str]:
         """Names by which tests may call what evaluates: of Python, and from imports of the setup."""
@@ -368,8 +242,8 @@ class _Planner:
 
     def refuse_evaluators(self, number: int, judge: ast.expr) -> None:
         """Raise ValueError if what the referee runs over a returned value could run that value."""
-        needed = [self.untouched[index] for index in _needed(self.untouched, set(), loaded_names(judge))]
-        for node in (node for tree in [judge, *needed] for node in ast.walk(tree)):
+        read = [self.untouched[index] for index in needed(self.untouched, set(), loaded_names(judge))]
+        for node in (node for tree in [judge, *read] for node in ast.walk(tree)):
             found = ""
             if isinstance(node, ast.Name) and node.id in _EVALUATORS - self.known:
                 found = node.id
@@ -404,7 +278,7 @@ def _with_changes(judge: ast.expr, given: set[str]) -> ast.expr:
         return ast.UnaryOp(judge.op, _with_changes(judge.operand, given))
     if any(isinstance(node, ast.Name) and node.id == _VALUE for node in ast.walk(judge)):
         return judge
-    changed: ast.expr = _Changed(given - _local(judge)).visit(judge)
+    changed: ast.expr = _Changed(given - local_names(judge)).visit(judge)
     return changed
 
 
@@ -423,7 +297,7 @@ def _placeholder(function: str, argument: str | int) -> ast.Call:
 def _compares_values_only(test: ast.expr) -> bool:
     if not isinstance(test, ast.Compare):
         return False
-    return all(_root(operand) == _VALUE for operand in [test.left, *test.comparators])
+    return all(root_name(operand) == _VALUE for operand in [test.left, *test.comparators])
 
 
 class _Splitter(ast.NodeTransformer):
@@ -442,7 +316,7 @@ class _Splitter(ast.NodeTransformer):
         self.uncalled = False
 
     def visit(self, node: ast.AST) -> Any:
-        if not isinstance(node, ast.expr) or not (_root(node) in self.program or self.evaluates(node)):
+        if not isinstance(node, ast.expr) or not (root_name(node) in self.program or self.evaluates(node)):
             return self.generic_visit(node)
         self.uncalled |= isinstance(node, ast.Name)
         self.names |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
@@ -454,7 +328,7 @@ class _Splitter(ast.NodeTransformer):
     def evaluates(self, node: ast.expr) -> bool:
         return (
             isinstance(node, ast.Call)
-            and _root(node.func) in self.evaluators
+            and root_name(node.func) in self.evaluators
             and bool(loaded_names(node) & self.program)
         )
 
@@ -495,13 +369,7 @@ class _Inputs(ast.NodeTransformer):
             node.generators[0].iter = self.visit(node.generators[0].iter)
         outer = self.local, self.repeated
         if isinstance(node, (ast.Lambda, *loops)):
-            self.local, self.repeated = self.local | _local(node), True
+            self.local, self.repeated = self.local | local_names(node), True
         visited = self.generic_visit(node)
         self.local, self.repeated = outer
         return visited
-
-
-def _root(node: ast.expr) -> str | None:
-    while isinstance(node, (ast.Call, ast.Attribute, ast.Subscript)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else None
