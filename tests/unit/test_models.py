@@ -96,6 +96,8 @@ def test_settings_that_transformers_cannot_read(changes, model, tmp_path):
     (model / "config.json").write_text(json.dumps(values | changes))
     for arguments in commands(model, tmp_path / "out"):
         refused(arguments, f"error: {model}/config.json: transformers cannot read it (")
+    with pytest.raises(ConfigError, match=rf"model\.path: {model}/config\.json: transformers cannot read it"):
+        check_tokenizer(recipe(tmp_path, path=str(model)), model)
 
 
 def test_a_tokenizer_of_another_model(model):

@@ -55,8 +55,12 @@ def save(rank, ranks, folder, family, tied):
     from ptl_rl.verl_patches import checkpoint
 
     model = tiny_model(family, num_hidden_layers=3, tie_word_embeddings=tied, **SIZES)
+    if family == "qwen2":
+        model.config.name_or_path = str(folder / "gone")
     if rank == 0:
         model.save_pretrained(folder / "expected")
+        (folder / "step/huggingface").mkdir(parents=True, exist_ok=True)
+        (folder / "step/huggingface/merges.txt").write_text("as verl wrote it")
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -89,6 +93,7 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     assert len(set(index["weight_map"].values())) == ranks
     assert ("lm_head.weight" in index["weight_map"]) is not tied
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert (folder / "merges.txt").read_text() == "as verl wrote it"  # there is no source to copy from
     found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
