@@ -1,6 +1,7 @@
 """What a model's chat template and its questions' lengths would do to a run is said before Ray starts."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -182,9 +183,20 @@ def test_a_template_that_opens_the_thinking_is_known_to_the_format_reward(model,
     assert [format_reward(text, "think_boxed") for text in (closed, whole)] == [0.0, 1.0]
 
 
-def test_the_process_gives_its_verdict_and_counts_as_this_one_does(model, tmp_path):
+def test_the_process_gives_its_verdict_and_counts_as_this_one_does(model, tmp_path, monkeypatch):
+    """Whatever lies in the folder that a run is started in, and whatever libraries print."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/transformers.py").write_text("raise SystemExit('not the library')")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/transformers.py").write_text(
+        "import sys\nprint('a library speaks')\nsys.path.remove(__file__.rpartition('/')[0])\n"
+        "del sys.modules['transformers']\nimport transformers\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/path:{os.environ.get('PYTHONPATH', '')}")
     questions = ["q?", LONG, "über\nzwei"]
     with ModelChecks(run_config(tmp_path), model) as checks:
+        assert os.getsid(checks.process.pid) == checks.process.pid  # a Ctrl-C in the terminal is not sent to it
         told = []
         checks.watched(lambda *what: told.append(what))("rows", 1, 2)
         assert told == [("rows", 1, 2)]
@@ -208,3 +220,5 @@ def test_a_check_that_fails_by_itself_is_no_verdict(model, tmp_path):
         checks.process.kill()
         with pytest.raises(RuntimeError, match="ended with status -9"):
             checks.notes()
+        with pytest.raises(RuntimeError, match="ended with status -9"):
+            checks.prompt_tokens(["q?"])

@@ -119,8 +119,8 @@ def test_what_stands_beside_the_weights_is_the_sources(tmp_path, make_checkpoint
     shutil.copytree(make_checkpoint("qwen2"), source)
     config = json.loads((source / "config.json").read_text())
     rope = config.pop("rope_parameters")
-    config |= {"rope_theta": 123456.0, "torch_dtype": config.pop("dtype", "float32"), "attn_implementation": "sdpa"}
-    assert rope["rope_theta"] != config["rope_theta"]
+    config |= {"rope_theta": 123456.0, "torch_dtype": "bfloat16", "attn_implementation": "sdpa"}
+    assert config.pop("dtype") == "float32" and rope["rope_theta"] != config["rope_theta"]
     (source / "config.json").write_text(json.dumps(config))
     (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 2]}')
     settings = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2TokenizerFast"}
@@ -131,7 +131,7 @@ def test_what_stands_beside_the_weights_is_the_sources(tmp_path, make_checkpoint
     assert json.loads((written / "config.json").read_text()) == config | {"torch_dtype": "float32"}
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         assert (written / name).read_bytes() == (source / name).read_bytes()
-    found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (written, source))
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (written, source))
     ids = torch.arange(12)[None]
     assert torch.equal(found(ids).logits, wanted(ids).logits)
 
