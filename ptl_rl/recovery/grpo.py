@@ -115,7 +115,7 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
     keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
-    opened = opens_thinking(load_tokenizer(context.spec.source))
+    opened = opens_thinking(load_tokenizer(context.spec.source, context.config.model.trust_remote_code))
     verl_config = compose(render(context.config, context.spec, keys, shape, opened))
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 

@@ -15,6 +15,7 @@ from ptl_rl.config.recipe import parse_config
 from ptl_rl.driver import preflight
 from ptl_rl.driver.prompt_checks import check_tokenizer
 from ptl_rl.errors import PathError, check_plain, resume_command
+from ptl_rl.models import check_tokenizer as check_vocabulary
 from ptl_rl.models import load_tokenizer, resolve_model
 
 DATA = ["--data", "testbed:rl", "--set", "data.rows=8"]
@@ -96,6 +97,21 @@ def test_settings_that_transformers_cannot_read(changes, model, tmp_path):
     (model / "config.json").write_text(json.dumps(values | changes))
     for arguments in commands(model, tmp_path / "out"):
         refused(arguments, f"error: {model}/config.json: transformers cannot read it (")
+    with pytest.raises(ConfigError, match=rf"model\.path: {model}/config\.json: transformers cannot read it"):
+        check_tokenizer(recipe(tmp_path, path=str(model)), model)
+
+
+def test_a_folder_without_a_tokenizer_and_one_that_knows_no_text(model):
+    values = json.loads((model / "tokenizer.json").read_text())
+    values["model"] |= {"vocab": {}, "merges": []}
+    (model / "tokenizer.json").write_text(json.dumps(values | {"added_tokens": []}))
+    with pytest.raises(ConfigError, match="its tokenizer makes nothing of text"):
+        load_tokenizer(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer \(none of tokenizer\.json"):
+        load_tokenizer(model)
+    (model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "own.Own"]}}')
+    check_vocabulary(model)  # its code has one, or makes one
 
 
 def test_a_tokenizer_of_another_model(model):

@@ -144,7 +144,6 @@ def slice_stream(
     _set_norm(target.model.norm, model.config.hidden_size)
     head: Any = model.get_output_embeddings()
     target.lm_head.weight.copy_((head.weight.float() * base.norm.weight.float()) @ streams.basis_HS)
-    target.generation_config = model.generation_config
     return target.eval()
 
 

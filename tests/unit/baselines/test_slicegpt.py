@@ -1,5 +1,8 @@
 """Rotation alone changes nothing; slicing leaves an ordinary folder that transformers loads."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,6 +130,17 @@ def test_a_sliced_folder_loads_counts_right_and_is_not_pruned_further(make_check
     generated = model.generate(torch.randint(5, 300, (2, 6)), max_new_tokens=4, do_sample=False)
     whole = model(generated).logits[:, 5:-1].argmax(-1)
     assert torch.equal(generated[:, 6:], whole)  # the cache holds what a whole pass computes
+
+
+def test_what_stands_beside_the_weights_is_the_sources(make_checkpoint, tmp_path):
+    """A generation configuration that transformers does not write back, too."""
+    source, out = shutil.copytree(make_checkpoint("llama"), tmp_path / "source"), tmp_path / "out"
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 2]}')
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2TokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    slice_with_slicegpt(str(source), out, CONFIG, remove="8")
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_gradients_reach_every_weight_and_checkpointing_changes_none(make_checkpoint, tmp_path):

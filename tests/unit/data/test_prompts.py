@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.data.prompts import end_of_answer, opens_thinking, stops, template_end
@@ -57,6 +58,51 @@ def test_a_template_that_refuses_answers(load):
     questions = "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}x{% endfor %}"
     tokenizer = load(template=questions)
     assert template_end(tokenizer) is None and tokenizer.decode([end_of_answer(tokenizer)]) == END
+
+
+def test_a_template_that_leaves_answers_out(load):
+    """The special token that begins a question ends nothing."""
+    asked = "{% for m in messages if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}\n{% endfor %}"
+    tokenizer = load(template=asked)
+    assert template_end(tokenizer) is None and tokenizer.decode([end_of_answer(tokenizer)]) == END
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_token(load):
+    tokenizer = load()
+    first = (PAD, tokenizer.convert_tokens_to_ids(PAD))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{PAD} $A", special_tokens=[first])
+    assert tokenizer.decode([template_end(tokenizer)]) == END
+    question, text = encode_sequences(tokenizer, ["2 + 2?", ""], ["It is 4.", "Plain."], 100)
+    assert tokenizer.decode(question.ids[question.prompt_tokens :]) == f"It is 4.{END}"
+    assert tokenizer.decode(text.ids) == f"{PAD}Plain."
+
+
+def test_what_is_longer_is_cut(load):
+    tokenizer = load()
+    (whole,) = encode_sequences(tokenizer, ["2 + 2?"], ["It is 4."], 100)
+    for most in (len(whole.ids) - 1, whole.prompt_tokens - 1):
+        (cut,) = encode_sequences(tokenizer, ["2 + 2?"], ["It is 4."], most)
+        assert cut.ids == whole.ids[:most] and cut.prompt_tokens == min(most, whole.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("files", "listed"),
+    [
+        ({"generation_config.json": 7}, {7}),
+        ({"generation_config.json": [7, 8]}, {7, 8}),
+        ({"generation_config.json": None, "config.json": 9}, set()),  # which vLLM does not read then
+        ({"generation_config.json": [7], "config.json": 9}, {7}),
+        ({"config.json": [9, 10]}, {9, 10}),
+        ({}, set()),
+    ],
+)
+def test_where_responses_stop(load, tmp_path, files, listed):
+    tokenizer = load()
+    for name, end in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": end}))
+    assert stops(tokenizer) == {tokenizer.eos_token_id} | listed
+    tokenizer.eos_token = None
+    assert stops(tokenizer) == listed
 
 
 def test_a_tokenizer_that_ends_nothing(load):

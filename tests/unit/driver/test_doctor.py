@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -235,6 +236,12 @@ def test_a_recipes_own_mistakes(repository, tmp_path):
     model, found = recipe.find_model(config)
     assert model is not None and found.text.endswith("3.5 million parameters")
     assert "has no CPU build" in recipe.check_attention(config, "cpu", model).text
+    unasked = shutil.copytree(model.folder, tmp_path / "model")
+    (unasked / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
+    unusable, found = recipe.find_model(
+        load_config(repository / "recipes/demo_grpo_cpu.yaml", [f"model.path={unasked}"])
+    )
+    assert unusable is None and found.level == "problem" and "no users here" in found.text
     assert recipe.check_dtype(parse_config({**values, "model": {"path": "x/y"}}), "cpu").level == "warning"
 
 

@@ -1,14 +1,16 @@
 """What is found wrong before Ray starts, and cannot be shown end to end without breaking the machine."""
 
+import shutil
 from collections import namedtuple
 
 import pytest
-from data_rows import row, run_config
+from data_rows import row, run_config, write
 
 from ptl_rl import attention
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import preflight
+from ptl_rl.testbed import CHECKPOINT_DIR
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -144,6 +146,79 @@ def test_rl_needs_a_chat_template_and_continued_pretraining_does_not(tmp_path):
     preflight.check_chat_template(parse_config({**values, "recovery": [{"cpt": {}}]}), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     preflight.check_chat_template(parse_config(values), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        preflight.check_chat_template(parse_config(values), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="has no chat template"):
+        preflight.check_chat_template(parse_config(values), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    preflight.check_chat_template(parse_config(values), tmp_path)
+
+
+class Checks:
+    """In place of the process that looks at the model."""
+
+    def __init__(self, config, model):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def watched(self, progress):
+        return progress
+
+    def notes(self):
+        return ["the template's note"]
+
+    def prompt_tokens(self, questions):
+        return [999 if "test" in question else 9 for question in questions]
+
+
+class Refusing(Checks):
+    def watched(self, progress):
+        def watching(*_):
+            raise ConfigError("refused while rows are read")
+
+        return watching
+
+
+def test_a_run_is_told_of_its_lengths_and_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "ModelChecks", Checks)
+    test = [row(i, question=f"test {i}?" if i else "short?") for i in range(3)]
+    values = run_config(tmp_path, test=test).model_dump()
+    values["recovery"] = {"cpt": {"sequences_per_step": 1, "max_tokens": 600}}
+    values["data"] |= {"max_prompt_tokens": 256, "max_response_tokens": 256}
+    found = preflight.check(parse_config(values), tmp_path / "run")
+    for note in ("recovery.max_tokens 600 is more than the 512", "the template's note", "data.test: 2 of 3 questions"):
+        assert any(said.startswith(note) for said in found)
+    monkeypatch.setattr(preflight, "ModelChecks", Refusing)
+    rows = [row(i, question=f"Not read before, {i}?") for i in range(20)]
+    values["data"]["train"] = {"path": str(write(tmp_path / "new.jsonl", rows).path)}
+    with pytest.raises(ConfigError, match="refused while rows are read"):
+        preflight.check(parse_config(values), tmp_path / "run")
+    values["data"]["max_response_tokens"] = 257
+    with pytest.raises(ConfigError, match=r"max_response_tokens 257 are more than the 512 tokens that testbed"):
+        preflight.check(parse_config(values), tmp_path / "run")
+
+
+def test_a_run_of_contrast_or_without_a_template_is_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "ModelChecks", Refusing)
+    values = run_config(tmp_path).model_dump() | {"recovery": {"grpo": {"prompts_per_step": 1}}}
+    values["data"] |= {"max_prompt_tokens": 256, "max_response_tokens": 256}
+    text = write(tmp_path / "text.jsonl", [{"text": f"Some text that nobody read, {i}."} for i in range(9)])
+    values["criterion"] = {"channels": "ptl_reference", "contrast": {"data": {"path": text.path}}}
+    monkeypatch.setattr(preflight, "check_data", None)
+    with pytest.raises(ConfigError, match="refused while rows are read"):
+        preflight.check(parse_config(values), tmp_path / "run")
+    model = shutil.copytree(CHECKPOINT_DIR, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    values["model"] = {"path": str(model)}
+    with pytest.raises(ConfigError, match="has no chat template"):
+        preflight.check(parse_config(values), tmp_path / "run")
 
 
 def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refused(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_the_response_leaves_room_for_a_prompt():
     assert command.response_tokens(task, config(max_tokens=9), window) == 9
     with pytest.raises(ConfigError, match="max_tokens"):
         command.response_tokens(task, config(max_tokens=window), window)
+    assert [command.context_window(CHECKPOINT_DIR, config(max_model_tokens=n)) for n in (9, 10**6)] == [9, 512]
 
 
 def test_the_zero_shot_prompt_is_that_of_training():

@@ -1,4 +1,4 @@
-"""The evaluation's vLLM engines keep to the GPUs that Ray gave them."""
+"""The evaluation's vLLM engines keep to the GPUs that Ray gave them, and read prompts of a bounded length."""
 
 import os
 import sys
@@ -7,7 +7,11 @@ import types
 import pytest
 import ray
 
+from ptl_rl.config.recipe import parse_config
+from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.evaluation import runner
 from ptl_rl.evaluation.runner import Engine
+from ptl_rl.testbed import CHECKPOINT_DIR
 
 
 @pytest.mark.parametrize(("cpu", "seen"), [(False, "5,6"), (True, "0,1,2,3,4,5,6,7")])
@@ -30,3 +34,17 @@ def test_an_engine_sees_its_own_gpus_only(cpu, seen, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     Engine(cpu, {"model": "m", "tensor_parallel_size": 2})
     assert visible == [seen]
+
+
+def test_prompts_that_are_too_long_keep_their_end():
+    """Where the question is asked and the response begins."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
+    short, long = (prompt_ids(tokenizer, f"{words}? Box it.") for words in ("Two and two", "Two and two " * 9))
+    data = {"max_prompt_tokens": len(short), "prompt_suffix": " Box it."}
+    config = parse_config({"schedule": {"channels_per_cycle": [64], "alignment": 32}, "data": data})
+    found = runner._prompt_ids(config, CHECKPOINT_DIR, ["Two and two?", f"{'Two and two ' * 9}?"])
+    assert found == [short, long[-len(short) :]] and len(long) > len(short)
+    context = types.SimpleNamespace(spec=types.SimpleNamespace(source=CHECKPOINT_DIR, device="cpu"))
+    assert runner._options(config, context, 30)["max_model_len"] == len(short) + 30

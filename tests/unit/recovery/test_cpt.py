@@ -1,5 +1,6 @@
 """What continued pre-training reads, and that verl trains on exactly that, on any number of ranks."""
 
+import copy
 import json
 import types
 from dataclasses import replace
@@ -43,6 +44,18 @@ def test_all_tokens_or_the_solutions_count(tokenizer, tmp_path):
     solutions, _ = write([PROBLEM, TEXT], tokenizer, tmp_path, response_only=True)
     assert solutions[0]["loss_mask"].tolist() == [0] * prompt + [1] * (len(ids) - prompt)
     assert solutions[1]["loss_mask"].tolist() == [0] + [1] * (len(solutions[1]["input_ids"]) - 1)
+
+
+def test_every_document_ends_once(tokenizer):
+    """So that the model learns where to stop; a tokenizer may have no token for it."""
+    end = tokenizer.eos_token_id
+    text, _ = document_ids(tokenizer, TEXT, "")
+    problem, prompt = document_ids(tokenizer, PROBLEM, "")
+    for ids in (text, problem[prompt:]):
+        assert ids[-1] == end and ids.count(end) == 1
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    assert document_ids(endless, TEXT, "")[0] == text[:-1]
 
 
 def test_long_solutions_are_cut_and_long_texts_divided(tokenizer, tmp_path):

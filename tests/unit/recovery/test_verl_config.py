@@ -75,6 +75,8 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
         verl = compose(render(config, told))
         rollout, actor = verl.actor_rollout_ref.rollout, verl.actor_rollout_ref.actor
         assert verl.algorithm.adv_estimator == "grpo"
+        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+        assert verl.data.filter_overlong_prompts is True and rollout.max_model_len == longest
         assert verl.trainer.total_training_steps == 5
         assert rollout.n == recovery.rollouts_per_prompt == (8 if recovery.method == "grpo" else 1)
         assert (actor.clip_ratio_low, actor.clip_ratio_high) == (recovery.clip_low, recovery.clip_high)

@@ -60,6 +60,7 @@ def test_settings_reach_the_score():
     settings = {"accuracy_weight": 2.0, "format_weight": 0.5, "format_style": "think_boxed"}
     assert compute_score("math", r"<think>2+2</think>\boxed{4}", "4", **settings)["score"] == 2.5
     assert compute_score("math", r"\boxed{4}", "4", **settings)["score"] == 2.0
+    assert compute_score("math", r"2+2</think>\boxed{4}", "4", **settings, think_opened=True)["score"] == 2.5
 
 
 def test_a_misspelt_setting_is_refused_and_verls_own_arguments_are_not():

@@ -55,8 +55,12 @@ def save(rank, ranks, folder, family, tied):
     from ptl_rl.verl_patches import checkpoint
 
     model = tiny_model(family, num_hidden_layers=3, tie_word_embeddings=tied, **SIZES)
+    if family == "qwen2":
+        model.config.name_or_path = str(folder / "gone")
     if rank == 0:
         model.save_pretrained(folder / "expected")
+        (folder / "step/huggingface").mkdir(parents=True, exist_ok=True)
+        (folder / "step/huggingface/merges.txt").write_text("as verl wrote it")
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -89,6 +93,7 @@ def test_ranks_write_their_share_of_one_checkpoint(tmp_path, ranks, family, tied
     assert len(set(index["weight_map"].values())) == ranks
     assert ("lm_head.weight" in index["weight_map"]) is not tied
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert (folder / "merges.txt").read_text() == "as verl wrote it"  # there is no source to copy from
     found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "expected"))
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
@@ -114,8 +119,8 @@ def test_what_stands_beside_the_weights_is_the_sources(tmp_path, make_checkpoint
     shutil.copytree(make_checkpoint("qwen2"), source)
     config = json.loads((source / "config.json").read_text())
     rope = config.pop("rope_parameters")
-    config |= {"rope_theta": 123456.0, "torch_dtype": config.pop("dtype", "float32"), "attn_implementation": "sdpa"}
-    assert rope["rope_theta"] != config["rope_theta"]
+    config |= {"rope_theta": 123456.0, "torch_dtype": "bfloat16", "attn_implementation": "sdpa"}
+    assert config.pop("dtype") == "float32" and rope["rope_theta"] != config["rope_theta"]
     (source / "config.json").write_text(json.dumps(config))
     (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 2]}')
     settings = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2TokenizerFast"}
@@ -126,7 +131,7 @@ def test_what_stands_beside_the_weights_is_the_sources(tmp_path, make_checkpoint
     assert json.loads((written / "config.json").read_text()) == config | {"torch_dtype": "float32"}
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         assert (written / name).read_bytes() == (source / name).read_bytes()
-    found, wanted = (AutoModelForCausalLM.from_pretrained(path) for path in (written, source))
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (written, source))
     ids = torch.arange(12)[None]
     assert torch.equal(found(ids).logits, wanted(ids).logits)
 
