@@ -4,6 +4,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launch/setup.sh"
+unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile the same modules anew
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi

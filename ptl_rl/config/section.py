@@ -3,7 +3,7 @@
 import typing
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from ptl_rl.errors import UserError
 
@@ -39,5 +39,15 @@ def dotted(settings: Any, above: str = "") -> Any:
     return found
 
 
-VerlKeys = Annotated[dict[str, Any], BeforeValidator(dotted)]
+def _without_adapters(settings: dict[str, Any]) -> dict[str, Any]:
+    """Refuse LoRA: a recovery leaves the weights that the next cut takes, and an adapter is not in them."""
+    for key, value in settings.items():
+        if key.rpartition(".")[2] in ("lora_rank", "lora_adapter_path") and value:
+            raise ValueError(
+                f"{key}: {value}: adapters (LoRA) are not in the weights that the next cut takes; leave it out"
+            )
+    return settings
+
+
+VerlKeys = Annotated[dict[str, Any], BeforeValidator(dotted), AfterValidator(_without_adapters)]
 """Settings of verl, dotted key to value; a recipe may nest them."""

@@ -240,3 +240,14 @@ def test_a_verl_key_that_is_given_nested_and_dotted_is_refused(tmp_path, text):
     recipe.write_text(text.replace("SETTINGS", "optim.lr: 1, optim: {lr: 2}"))
     with pytest.raises(ConfigError, match=r"recipe\.yaml: .*verl: optim\.lr is given twice, nested and dotted"):
         load_config(recipe)
+
+
+@pytest.mark.parametrize("text", ["verl: {SETTINGS}", "recovery: [{cpt: {verl: {SETTINGS}}}]"])
+@pytest.mark.parametrize("settings", ["model: {lora_rank: 8}", "actor_rollout_ref.model.lora_adapter_path: here"])
+def test_adapters_are_refused_as_the_next_cut_would_be_without_them(tmp_path, text, settings):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("SETTINGS", settings))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: .*lora_\w+: \w+: adapters \(LoRA\) are not in the weights"):
+        load_config(recipe)
+    recipe.write_text("schedule: {recover_only: true}\n" + text.replace("SETTINGS", "model: {lora_rank: 0}"))
+    load_config(recipe)

@@ -193,7 +193,7 @@ def test_the_process_gives_its_verdict_and_counts_as_this_one_does(model, tmp_pa
         "del sys.modules['transformers']\nimport transformers\n"
     )
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/path:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [f"{tmp_path}/path", os.environ.get("PYTHONPATH")])))
     questions = ["q?", LONG, "über\nzwei"]
     with ModelChecks(run_config(tmp_path), model) as checks:
         assert os.getsid(checks.process.pid) == checks.process.pid  # a Ctrl-C in the terminal is not sent to it
