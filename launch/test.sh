@@ -18,8 +18,7 @@ demo_runs() { python -m pytest tests/e2e/test_demo_run.py; }
 first_light() { python -m pytest tests/e2e/test_first_light.py; }
 stack() { python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py; }
 
-# Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken. On two
-# cores a third lane made it no faster.
+# Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken.
 jobs=(units demo_runs first_light stack types)
 lane() {
     local job
