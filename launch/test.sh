@@ -5,6 +5,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launch/setup.sh"
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile the same modules anew
+export OMP_NUM_THREADS=1       # threads that wait for each other on busy cores take half of their time to do so
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
@@ -13,7 +14,7 @@ ruff format --check .
 
 types() { mypy && lint-imports --no-cache; }
 # Where Ray is at work the rest has the niceness that Ray gives its workers, which would starve beside it otherwise.
-units() { OMP_NUM_THREADS=1 nice -n 15 python -m pytest -m "not stack and not canary"; }
+units() { nice -n 15 python -m pytest -m "not stack and not canary"; }
 demo_runs() { python -m pytest tests/e2e/test_demo_run.py; }
 first_light() { python -m pytest tests/e2e/test_first_light.py; }
 stack() { python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py; }

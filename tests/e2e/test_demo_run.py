@@ -98,13 +98,21 @@ def kill_in_stage(arguments: list[str], run_dir: Path, stage: str, after_seconds
         assert process.poll() is None
 
 
-def kill_after_step(arguments: list[str], run_dir: Path, stage: str, step: int) -> None:
-    """The same, once the stage's training has made so many steps."""
-    with killed_in_the_end(arguments) as process:
+def interrupt_after_step(arguments: list[str], run_dir: Path, stage: str, step: int) -> None:
+    """Ctrl-C once the stage's training has made so many steps; it must leave a resumable run and no process."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
         deadline = time.monotonic() + PATIENCE
         while max(steps_of(run_dir, stage), default=0) < step:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"Continue with: ptl resume {run_dir}" in errors
+    assert processes_of(run_dir) == []
 
 
 def steps_of(run_dir: Path, stage: str) -> list[int]:
@@ -128,7 +136,7 @@ def raising_reward(tmp_path) -> Path:
 
 
 @pytest.mark.timeout(2400)
-def test_run_killed_in_its_stages_is_resumed_and_completes(repository, tmp_path, raising_reward):
+def test_run_killed_and_interrupted_is_resumed_and_completes(repository, tmp_path, raising_reward):
     run_dir = tmp_path / "run"
     # Channels first, then a block that is chosen on the first cycle's rollouts.
     start = command(
@@ -145,7 +153,7 @@ def test_run_killed_in_its_stages_is_resumed_and_completes(repository, tmp_path,
     # In those that hold the most; with stages that do nothing, `test_loop_killed.py` kills it in every one.
     kill_in_stage(start, run_dir, "recover", 15)
     assert entries(run_dir) == ["0.evaluate", "1.score", "1.slice"]
-    kill_after_step(resume_command(run_dir), run_dir, "002-recover", CPT["save_every_steps"] + 2)
+    interrupt_after_step(resume_command(run_dir), run_dir, "002-recover", CPT["save_every_steps"] + 2)
     finished = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stderr
     expected = ["0.evaluate"] + [f"{cycle}.{stage}" for cycle in (1, 2) for stage in STAGES]
@@ -222,6 +230,9 @@ def environment_of_a_shell() -> dict[str, str]:
     return {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
 
 
+HEAD = {"RAY_USAGE_STATS_ENABLED": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}  # a report costs most of a second
+
+
 @pytest.fixture
 def ray_head() -> Iterator[str]:
     """A Ray head as ``ray start`` makes it; gives the address that jobs are submitted to."""
@@ -240,7 +251,7 @@ def ray_head() -> Iterator[str]:
             "--num-gpus=3",  # two workers, and the parent of a distillation
             "--num-cpus=20",  # what the SFT trainer reserves for two workers, and no more
         ],
-        env={**environment_of_a_shell(), "PTL_TEST_HEAD": tag, "RAY_USAGE_STATS_ENABLED": "0"},
+        env={**environment_of_a_shell(), **HEAD, "PTL_TEST_HEAD": tag},
         check=True,
         stdout=subprocess.DEVNULL,
         timeout=120,
@@ -314,18 +325,3 @@ def submit(repository: Path, address: str, options: list[str]) -> subprocess.Com
             break
         time.sleep(2)
     return submitted
-
-
-@pytest.mark.timeout(120)
-def test_ctrl_c_leaves_a_resumable_run_and_no_process(repository, tmp_path):
-    run_dir = tmp_path / "run"
-    process = subprocess.Popen(command(repository, run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(run_dir.glob("logs/*.spec.json")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"Continue with: ptl resume {run_dir}" in errors
-    assert processes_of(run_dir) == []

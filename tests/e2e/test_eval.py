@@ -13,7 +13,7 @@ from ptl_rl.data.corpora import load_corpus
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 pytestmark = pytest.mark.stack
-COUNT = 24
+COUNT = 10
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_a_row_is_made_once_and_reported(tmp_path):
-    settings = ["recovery.0.cpt.steps=4", "data.train.rows=256", "data.test.rows=40", "calibration.sequences=64"]
+    settings = ["recovery.0.cpt.steps=4", "data.train.rows=256", "data.test.rows=40", "calibration.sequences=16"]
     command = [sys.executable, "-m", "ptl_rl.cli", "study", "table1", str(demo_recipes("table1")[1])]
     command += ["--only", "slicegpt", "--seeds", "1", "--out", str(tmp_path / "study")]
     command += [part for setting in settings for part in ("--set", setting)]
