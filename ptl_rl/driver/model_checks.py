@@ -16,8 +16,10 @@ from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.records import Progress
+from ptl_rl.families import read_config_json
 
 _AT_ONCE = 4096
+_USUAL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ModelChecks:
@@ -29,7 +31,8 @@ class ModelChecks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            # The second for transformers, which would say that it has no torch.
+            env={**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
             start_new_session=True,  # a Ctrl-C reaches the driver only
         )
         self._send(config.model_dump(mode="json"))
@@ -89,6 +92,16 @@ class ModelChecks:
         raise RuntimeError(f"checking the model ended with status {self.process.wait()}; the error stands above")
 
 
+def does_without_torch(config: RunConfig, model: Path) -> bool:
+    """Whether the checks find the same without torch, whose import takes most of their seconds.
+
+    A model's own code may import it, and transformers looks a configuration's dtype up in it.
+    """
+    values = read_config_json(model)
+    dtypes = (values.get("torch_dtype"), values.get("dtype"))
+    return not config.model.trust_remote_code and all(dtype in (None, *_USUAL_DTYPES) for dtype in dtypes)
+
+
 def main(model: Path) -> None:
     """Read a configuration; write the verdict; then read lists of questions, and write their prompts' lengths."""
     answers = os.fdopen(os.dup(1), "w")
@@ -104,6 +117,8 @@ def main(model: Path) -> None:
     config = parse_config(json.loads(sys.stdin.readline()))
     # transformers imports it where it can, for a way of generating that nobody uses here: a second less.
     sys.modules["sklearn"] = None  # type: ignore[assignment]
+    if does_without_torch(config, model):
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         tokenizer, notes = check_tokenizer(config, model)
     except ConfigError as error:

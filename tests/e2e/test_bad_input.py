@@ -1,4 +1,7 @@
-"""Bad input ends with one clear line and exit status 2, before Ray starts."""
+"""Bad input ends with one clear line and exit status 2, before Ray starts.
+
+Of the cases three are given to the command in a process of its own, one for each depth of its checks.
+"""
 
 import json
 import os
@@ -6,13 +9,22 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from ptl_rl.cli import app
 
 
-def run(repository, tmp_path, *settings):
-    recipe = str(repository / "recipes" / "demo_grpo_cpu.yaml")
-    options = [part for setting in settings for part in ("--set", setting)]
-    arguments = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run"), *options]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+def run(arguments):
+    """Status and what it says on stderr, of a process of its own."""
+    command = [sys.executable, "-m", "ptl_rl.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return result.returncode, result.stderr
+
+
+def run_here(arguments, capfd):
+    """The same in this process, with what processes say that the command starts."""
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.stderr + capfd.readouterr().err
 
 
 def test_a_recipe_for_gpus_without_any_is_refused_before_anything_is_downloaded(repository, tmp_path):
@@ -26,29 +38,30 @@ def test_a_recipe_for_gpus_without_any_is_refused_before_anything_is_downloaded(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["recovery.stpes=3"], "recovery.stpes: unknown key; did you mean 'steps'?"),
-        (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
-        (["schedule.channels_per_cycle=[700,700]"], "removes 1400 channels per layer, but intermediate_size is 1280"),
-        (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
-        (
-            ["schedule.layers_total=1", "criterion.layers=explicit", "criterion.layer_ids=[4]"],
-            "criterion.layer_ids: 4, but the model's 4 blocks are 0..3",
-        ),
-        (
-            ["criterion.path=CRITERION", "criterion.channels=mine"],
-            "mine reads gradients of its own; set calibration.token",
-        ),
-        (["criterion.path=REWARD", "criterion.channels=mine"], "my_reward.py has no function mine"),
-        (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
-        (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
-        (["reward.path=REWARD", "reward.name=scroe"], "scroe"),
-        (["reward.path=/no/reward.py"], "/no/reward.py"),
-    ],
-)
-def test_one_line_and_status_2(settings, message, repository, tmp_path):
+CASES = [
+    (["recovery.stpes=3"], "recovery.stpes: unknown key; did you mean 'steps'?"),
+    (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
+    (["schedule.channels_per_cycle=[700,700]"], "removes 1400 channels per layer, but intermediate_size is 1280"),
+    (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
+    (
+        ["schedule.layers_total=1", "criterion.layers=explicit", "criterion.layer_ids=[4]"],
+        "criterion.layer_ids: 4, but the model's 4 blocks are 0..3",
+    ),
+    (
+        ["criterion.path=CRITERION", "criterion.channels=mine"],
+        "mine reads gradients of its own; set calibration.token",
+    ),
+    (["criterion.path=REWARD", "criterion.channels=mine"], "my_reward.py has no function mine"),
+    (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
+    (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
+    (["reward.path=REWARD", "reward.name=scroe"], "scroe"),
+    (["reward.path=/no/reward.py"], "/no/reward.py"),
+]
+OWN_PROCESS = ("recovery.stpes: unknown key", "mine reads gradients of its own", "scroe")
+
+
+@pytest.mark.parametrize(("settings", "message"), CASES)
+def test_one_line_and_status_2(settings, message, repository, tmp_path, capfd):
     row = {"question": "1 + 1?", "solution": "2", "answer": "2"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"question": \n')
     function = "def score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
@@ -59,8 +72,12 @@ def test_one_line_and_status_2(settings, message, repository, tmp_path):
     )
     for word, name in (("BAD", "bad.jsonl"), ("REWARD", "my_reward.py"), ("CRITERION", "my_criterion.py")):
         settings = [setting.replace(word, str(tmp_path / name)) for setting in settings]
-    result = run(repository, tmp_path, *settings)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+    recipe = str(repository / "recipes/demo_grpo_cpu.yaml")
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ["run", recipe, "--run-dir", str(tmp_path / "run"), *options]
+    own_process = message.startswith(OWN_PROCESS)
+    status, errors = run(arguments) if own_process else run_here(arguments, capfd)
+    assert status == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], errors
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from typing import Any
 
 IMPORTED_ONCE = [
     *("pytest", "driven_runs", "ptl_rl.cli", "ptl_rl.reporting.live"),
@@ -16,3 +19,20 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
     return context
+
+
+def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+    connection.send(function(*arguments))
+
+
+def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns in a process of its own; it must stand at the top of its module."""
+    context = fork_server()
+    ours, its = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(its, function, arguments))
+    process.start()
+    its.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()

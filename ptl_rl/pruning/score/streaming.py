@@ -6,16 +6,18 @@ listener or the weights need gradients, one backward pass more, and one batch's 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ptl_rl.errors import UserError
 from ptl_rl.families import Family
 from ptl_rl.pruning.masking import hooked
 from ptl_rl.pruning.score.calibration import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Listener:
@@ -207,7 +209,7 @@ def inputs_of(batch: Batch) -> dict:
 
 
 @contextmanager
-def without_head(model: PreTrainedModel) -> Iterator[None]:
+def without_head(model: "PreTrainedModel") -> Iterator[None]:
     """Within this context ``model`` makes no logits, which nobody needs and which cost as much as several blocks.
 
     The root module must be called all the same: under FSDP2 it gathers the embeddings.
@@ -226,7 +228,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def stream(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     family: Family,
     batches: Iterable[Batch],
     listeners: list[Listener],

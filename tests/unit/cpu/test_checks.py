@@ -1,5 +1,6 @@
 """The helpers that stages and configuration use for CPU runs."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,20 +18,13 @@ NOT_IN_YAML = {
 }
 
 
-def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_pure_helpers_do_not_import_torch():
     code = (
         "import sys; from ptl_rl.cpu import checks; checks.cpu_env_vars();"
         "checks.verl_cpu_overrides(); checks.verl_sft_cpu_overrides();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'verl', 'vllm')))"
     )
-    assert run_python(code).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 1, "1"), (2, 4, "1"), (64, 4, "8")])
@@ -54,7 +48,7 @@ def test_ray_environment_carries_what_verl_would_have_set(monkeypatch):
     assert env["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_an_evaluation_has_verls_environment_for_vllm_and_does_not_import_verl(monkeypatch):
+def test_an_evaluation_has_verls_environment_for_vllm_and_does_not_import_verl(monkeypatch, before_verl):
     for name in checks.VLLM_ENV:
         monkeypatch.delenv(name, raising=False)
     assert checks.VLLM_ENV.items() <= checks.ray_runtime_env(2)["env_vars"].items()
@@ -72,7 +66,7 @@ def test_an_evaluation_has_verls_environment_for_vllm_and_does_not_import_verl(m
         "env = StageContext(config, spec).worker_env();"
         "sys.exit('verl' in sys.modules or env['VERL_PLATFORM'] != 'cpu')"
     )
-    assert run_python(code).returncode == 0
+    assert before_verl.run(code).returncode == 0
 
 
 SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
@@ -133,21 +127,21 @@ def test_activation(monkeypatch, requested, accelerator, cuda_build, expected):
 
 
 @pytest.mark.parametrize("env", [{"VERL_USE_EXTERNAL_PLUGINS": "none"}, {"VERL_PLATFORM": "nvidia"}])
-def test_a_platform_that_is_not_loaded_is_reported(env):
+def test_a_platform_that_is_not_loaded_is_reported(env, before_verl):
     code = "from ptl_rl.cpu import checks; checks.assert_cpu_platform_active()"
-    result = run_python(code, **{"VERL_PLATFORM": "cpu", **env})
+    result = before_verl.run(code, **{"VERL_PLATFORM": "cpu", **env})
     assert result.returncode == 1
     assert "RuntimeError: verl is not running on the CPU platform" in result.stderr
     assert "verl.plugins" in result.stderr and "pip install -e ." in result.stderr
 
 
-def test_a_plugin_that_failed_is_reported_with_its_reason():
+def test_a_plugin_that_failed_is_reported_with_its_reason(before_verl):
     code = (
         "from importlib import metadata; version = metadata.version;"
         "metadata.version = lambda name: '0.8.0' if name == 'verl' else version(name);"
         "from ptl_rl.cpu import checks; checks.assert_cpu_platform_active()"
     )
-    result = run_python(code, VERL_PLATFORM="cpu")
+    result = before_verl.run(code, VERL_PLATFORM="cpu")
     assert result.returncode == 1
     assert "found 0.8.0" in result.stderr.splitlines()[-1]
 
@@ -183,8 +177,7 @@ def test_overrides_fit_verl_configuration(config_name, overrides):
 
 def test_worker_extension_is_importable():
     module, _, name = checks.WORKER_EXTENSION.rpartition(".")
-    code = f"import {module} as m; m.{name}.update_weights_from_ipc"
-    assert run_python(code, VERL_PLATFORM="cpu").returncode == 0
+    assert callable(getattr(importlib.import_module(module), name).update_weights_from_ipc)
 
 
 def test_the_engine_that_is_one_process_is_vllms():

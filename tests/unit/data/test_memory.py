@@ -10,8 +10,8 @@ from data_rows import row, run_config, write
 
 from ptl_rl.config.recipe import save_config
 
-ROWS = 200_000
-MOST_MIB = 100
+ROWS = 100_000
+MOST_MIB = 50
 
 PROGRAM = """
 import json, sys, threading, time
@@ -44,7 +44,7 @@ print(json.dumps({"rows": len(corpus), "peak": peak - before, "objects": objects
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-def test_two_hundred_thousand_rows(tmp_path):
+def test_a_hundred_thousand_rows(tmp_path):
     text = "a number of words that are not the evaluation's and of which there are quite a few " * 5
     with (tmp_path / "train.jsonl").open("w") as file:
         for i in range(ROWS):

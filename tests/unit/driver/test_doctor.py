@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
+from ptl_rl.cli import app
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import doctor
 from ptl_rl.driver.cluster import SharedMemory
@@ -67,15 +69,18 @@ def test_planted_problems_are_named_by_the_command(repository, tmp_path):
     assert not any(f["level"] == "problem" and f["topic"] in ("Python", "names", "imports") for f in findings)
 
 
-def test_a_sound_machine_and_a_bad_recipe(repository, tmp_path):
-    demo = str(repository / "recipes/demo_grpo_cpu.yaml")
-    status, findings = run_doctor(demo, "--set", "resources.device=cpu", "--run-dir", str(tmp_path / "run"))
-    assert status == 0, [f for f in findings if f["level"] == "problem"]
+def test_a_sound_machine_and_a_bad_recipe(repository, tmp_path, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    doctor = ["doctor", "--json", str(repository / "recipes/demo_grpo_cpu.yaml"), "--set"]
+    result = CliRunner().invoke(app, [*doctor, "resources.device=cpu", "--run-dir", str(tmp_path / "run")])
+    findings = json.loads(result.stdout)
+    assert result.exit_code == 0, [f for f in findings if f["level"] == "problem"]
     topics = {f["topic"] for f in findings}
     assert topics >= {"Python", "packages", "imports", "open files", "shared memory", "model", "attention", "Ray"}
     assert not (tmp_path / "run").exists()
-    status, (message,) = run_doctor(demo, "--set", "recovery.stpes=3")
-    assert status == 2 and "did you mean 'steps'" in message
+    result = CliRunner().invoke(app, [*doctor, "recovery.stpes=3"])
+    assert result.exit_code == 2 and "did you mean 'steps'" in result.stderr and result.stdout == ""
 
 
 def levels(found) -> list[str]:

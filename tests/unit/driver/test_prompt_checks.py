@@ -13,7 +13,7 @@ from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.prepare import run_data
 from ptl_rl.data.prompts import prompt_ids
-from ptl_rl.driver.model_checks import ModelChecks
+from ptl_rl.driver.model_checks import ModelChecks, does_without_torch
 from ptl_rl.driver.prompt_checks import check_prompts, check_tokenizer
 from ptl_rl.testbed import CHECKPOINT_DIR
 from ptl_rl.testbed.tokenizer import PAD
@@ -205,6 +205,23 @@ def test_the_process_gives_its_verdict_and_counts_as_this_one_does(model, tmp_pa
         for some in (questions, [], questions * 2000):
             assert checks.prompt_tokens(some) == counted_by(tokenizer)(some)
     assert checks.process.returncode == -9
+
+
+@pytest.mark.parametrize(
+    ("trusted", "settings", "without"),
+    [
+        (False, {}, True),
+        (False, {"dtype": "bfloat16"}, True),
+        (False, {"torch_dtype": "bfloat17"}, False),
+        (False, {"dtype": ["float32"]}, False),
+        (True, {}, False),
+    ],
+)
+def test_the_process_imports_torch_where_only_torch_can_tell(trusted, settings, without, model, tmp_path):
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | settings))
+    config = parse_config(run_config(tmp_path).model_dump() | {"model": {"trust_remote_code": trusted}})
+    assert does_without_torch(config, model) is without
 
 
 def test_a_model_is_refused_while_the_rows_are_still_read(model, tmp_path):

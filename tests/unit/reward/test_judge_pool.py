@@ -23,6 +23,14 @@ def pool():
     pool.close()
 
 
+@pytest.fixture(scope="module")
+def lasting():
+    """A pool for tests after which its next question is answered as ever; a worker takes a second to start."""
+    pool = JudgePool(workers=1, limit_seconds=1.0)
+    yield pool
+    pool.close()
+
+
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -45,12 +53,12 @@ def test_starts_nothing_before_the_first_question(pool):
     assert len(pool._idle) == 1
 
 
-def test_hostile_power_returns_within_its_limit_and_the_next_answer_is_right(pool):
-    pool.judge("1", "1+0")
+def test_hostile_power_returns_within_its_limit_and_the_next_answer_is_right(lasting):
+    lasting.judge("1", "1+0")
     start = time.monotonic()
-    assert pool.judge("7", TOWER) == "timeout"
-    assert time.monotonic() - start < 4.0 * pool.limit_seconds + 2.0
-    assert pool.judge("1/2", "0.5") == "equal"
+    assert lasting.judge("7", TOWER) == "timeout"
+    assert time.monotonic() - start < 4.0 * lasting.limit_seconds + 2.0
+    assert lasting.judge("1/2", "0.5") == "equal"
 
 
 STUCK_WORKER = """
@@ -76,24 +84,24 @@ def test_code_that_never_returns_to_the_interpreter_is_ended_by_the_kernel(pool,
     assert pool.judge("1/2", "0.5") == "equal"
 
 
-def test_a_hung_worker_is_killed_and_replaced(pool, monkeypatch):
+def test_a_hung_worker_is_killed_and_replaced(lasting, monkeypatch):
     monkeypatch.setattr(judge_pool, "_WALL_PER_CPU_SECOND", 0.3)
-    pool.judge("1", "1+0")
-    (judge,) = pool._idle
+    lasting.judge("1", "1+0")
+    (judge,) = lasting._idle
     os.kill(judge.process.pid, signal.SIGSTOP)
-    assert pool.judge("1/2", "0.5") == "timeout"
+    assert lasting.judge("1/2", "0.5") == "timeout"
     assert judge.process.returncode == -signal.SIGKILL
     monkeypatch.undo()
-    assert pool.judge("1/2", "0.5") == "equal"
+    assert lasting.judge("1/2", "0.5") == "equal"
 
 
-def test_a_worker_killed_while_idle_is_replaced(pool):
-    pool.judge("1", "1+0")
-    (judge,) = pool._idle
+def test_a_worker_killed_while_idle_is_replaced(lasting):
+    lasting.judge("1", "1+0")
+    (judge,) = lasting._idle
     os.kill(judge.process.pid, signal.SIGKILL)
     assert wait_until_gone(judge.process.pid, 5.0)
-    assert pool.judge("1/2", "0.5") == "equal"
-    assert pool._idle[0].process.pid != judge.process.pid
+    assert lasting.judge("1/2", "0.5") == "equal"
+    assert lasting._idle[0].process.pid != judge.process.pid
 
 
 def test_a_worker_killed_while_busy_costs_one_retry(monkeypatch):
@@ -108,9 +116,9 @@ def test_a_worker_killed_while_busy_costs_one_retry(monkeypatch):
         pool.close()
 
 
-def test_address_space_is_bounded(pool):
-    pool.judge("1", "1+0")
-    limits = Path(f"/proc/{pool._idle[0].process.pid}/limits").read_text()
+def test_address_space_is_bounded(lasting):
+    lasting.judge("1", "1+0")
+    limits = Path(f"/proc/{lasting._idle[0].process.pid}/limits").read_text()
     (line,) = (line for line in limits.splitlines() if line.startswith("Max address space"))
     assert line.split()[3] == str(2 * 2**30)
 

@@ -46,7 +46,11 @@ UNITS = {
     "lists and chains": ["12, ", "f(1,", "x=", "x_{", " million", "5 million ", "\\$-", "5/(\\text{m}"],
 }
 READ_ALL = r"""
-import json, resource, signal, sys
+import functools, json, resource, signal, sys
+from reward import boxed
+
+boxed.find_boxes = functools.lru_cache(1)(boxed.find_boxes)  # readers of one text share it: half of the time
+
 from ptl_rl.evaluation.final_answer import final_answer
 from reward.accuracy import accuracy_reward, answers_equal
 from reward.programs.reward import extract_program
@@ -69,7 +73,7 @@ def accuracy(text):
     return accuracy_reward(text, "7")
 
 def as_long_as_its_gold(text):
-    return answers_equal(text[:100_000], text[:100_000] + "1")
+    return answers_equal(text[:50_000], text[:50_000] + "1")
 
 # What stands around the repetition, and who reads it.
 readers = [
@@ -89,7 +93,8 @@ for unit in units:
     for form, who in readers:
         text = form.format(repetition)
         for read in who:
-            signal.setitimer(signal.ITIMER_PROF, 3)  # about 0.3 s; quadratic time would be hours
+            # A tenth of it is usual; quadratic time would be hours, and of the shorter text a good second.
+            signal.setitimer(signal.ITIMER_PROF, 0.75 if read is as_long_as_its_gold else 3)
             try:
                 read(text)
             except (MemoryError, TimeoutError) as error:

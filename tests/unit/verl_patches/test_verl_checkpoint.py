@@ -4,11 +4,10 @@ import inspect
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import call_forked
 from process_ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -37,18 +36,19 @@ def test_verls_engine_is_given_our_writer(monkeypatch):
     assert transformer_impl.FSDPCheckpointManager is ShardedCheckpointManager
 
 
+def unpickled(pickled):
+    from verl.workers.engine.fsdp import transformer_impl as engine
+
+    before = engine.FSDPCheckpointManager.__name__
+    return before, pickle.loads(pickled).last_step, engine.FSDPCheckpointManager.__name__
+
+
 def test_a_worker_that_is_handed_the_settings_has_our_writer():
     """verl's SFT trainer does not import `external_lib` in its workers; theirs is the unpickling only."""
     from ptl_rl.verl_patches.engine import StepwiseCheckpointConfig
 
-    code = (
-        "import pickle, sys; settings = pickle.loads(bytes.fromhex(sys.argv[1]));"
-        "from verl.workers.engine.fsdp import transformer_impl as engine;"
-        "print(settings.last_step, engine.FSDPCheckpointManager.__name__)"
-    )
-    settings = pickle.dumps(StepwiseCheckpointConfig(last_step=24)).hex()
-    found = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True, timeout=300)
-    assert found.stdout.splitlines()[-1:] == ["24 ShardedCheckpointManager"], found.stderr
+    found = call_forked(unpickled, pickle.dumps(StepwiseCheckpointConfig(last_step=24)))
+    assert found == ("FSDPCheckpointManager", 24, "ShardedCheckpointManager")
 
 
 def save(rank, ranks, folder, family, tied):

@@ -1,10 +1,10 @@
 """Each patch of verl does its work, and verl still needs it."""
 
-import subprocess
-import sys
+import os
 
 import pytest
 import torch.distributed
+from forked import call_forked
 
 from ptl_rl.cpu import patches
 
@@ -58,24 +58,21 @@ def test_patching_twice_wraps_once(distributed):
     assert distributed.initialize_global_process_group_ray is first
 
 
-ENGINE = """
-import os, verl
-from verl.workers.engine import EngineRegistry
-os.environ.pop("VERL_ENGINE_DEVICE", None)
-try:
-    EngineRegistry.get_engine_cls("language_model", "fsdp2")
-except ValueError:
-    print("none for cpu")
-from ptl_rl.cpu.patches import use_cuda_engines
-use_cuda_engines()
-print(EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__)
-"""
+def engines():
+    from verl.workers.engine import EngineRegistry
+
+    from ptl_rl.cpu.patches import use_cuda_engines
+
+    os.environ.pop("VERL_ENGINE_DEVICE", None)
+    with pytest.raises(ValueError, match="cpu"):
+        EngineRegistry.get_engine_cls("language_model", "fsdp2")
+    use_cuda_engines()
+    return EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
 
 
 def test_verl_has_no_cpu_engine_until_told_to_use_the_others():
-    """If "none for cpu" is missing, `use_cuda_engines` can go."""
-    result = subprocess.run([sys.executable, "-c", ENGINE], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.splitlines()[-2:] == ["none for cpu", "FSDPEngineWithLMHead"]
+    """If it finds one before, `use_cuda_engines` can go."""
+    assert call_forked(engines) == "FSDPEngineWithLMHead"
 
 
 def test_an_unknown_verl_is_refused(monkeypatch):
