@@ -1,5 +1,6 @@
 """Shared fixtures: small checkpoints of every family, and recipes."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ def data_cache(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PTL_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap_of_earlier_modules() -> None:
+    """The objects of what is imported are for good: a collection that walks them, too, takes most of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain of objects that outlive the interpreter
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from ptl_rl.data import rollouts
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.processes import end_processes
 
@@ -31,24 +32,17 @@ SMALL = {
     "data.validation.rows": 16,
     "data.test.rows": 40,
     "calibration.sequences": 32,
-    "schedule.channels_per_cycle": [64, 64],
-    "recovery.steps": 1,
-    "recovery.prompts_per_step": 16,
-    "recovery.rollouts_per_prompt": 4,
-    "recovery.micro_batch_sequences": 32,
     "gate.max_extensions": 0,
     "watchdog.startup_seconds": 900,  # two workers' GRPO starts in one minute on two idle cores, in five on busy ones
 }
 CPT = {"steps": 24, "sequences_per_step": 16, "max_tokens": 160, "save_every_steps": 8, "learning_rate": 1e-5}
+GRPO = {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
 PATIENCE = 900
 """Seconds for a driver to come to a stage; a busy machine takes several times what an idle one does."""
-STAGES = ("score", "slice", "recover", "evaluate", "gate")
 
 
 def command(repository: Path, run_dir: Path, **settings) -> list[str]:
     chosen = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
-    if "recovery" in chosen:  # a list, which has none of a single one's settings
-        chosen = {key: value for key, value in chosen.items() if not key.startswith("recovery.")}
     options = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     recipe = str(repository / "recipes" / "demo_grpo_cpu.yaml")
     return [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(run_dir), *options]
@@ -138,40 +132,40 @@ def raising_reward(tmp_path) -> Path:
 @pytest.mark.timeout(2400)
 def test_run_killed_and_interrupted_is_resumed_and_completes(repository, tmp_path, raising_reward):
     run_dir = tmp_path / "run"
-    # Channels first, then a block that is chosen on the first cycle's rollouts.
     start = command(
         repository,
         run_dir,
-        schedule__channels_per_cycle=[128],
+        schedule__channels_per_cycle=[],  # a block; the other run removes channels
         schedule__layers_total=1,
         calibration__source="both",
         reward__path=str(raising_reward),
         reward__name="my_score",
         gate__min_accuracy_ratio=0.01,
-        recovery_of_cycle={2: [{"cpt": CPT}]},
+        recovery=[{"cpt": CPT}, {"grpo": GRPO}],
     )
     # In those that hold the most; with stages that do nothing, `test_loop_killed.py` kills it in every one.
-    kill_in_stage(start, run_dir, "recover", 15)
+    interrupt_after_step(start, run_dir, "001-recover", CPT["save_every_steps"] + 2)
     assert entries(run_dir) == ["0.evaluate", "1.score", "1.slice"]
-    interrupt_after_step(resume_command(run_dir), run_dir, "002-recover", CPT["save_every_steps"] + 2)
+    kill_in_stage(resume_command(run_dir), run_dir, "recover-part2", 15)
     finished = subprocess.run(resume_command(run_dir), capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stderr
-    expected = ["0.evaluate"] + [f"{cycle}.{stage}" for cycle in (1, 2) for stage in STAGES]
+    expected = ["0.evaluate"] + [f"1.{stage}" for stage in ("score", "slice", "recover", "recover", "evaluate", "gate")]
     assert entries(run_dir) == expected  # each once: no finished stage ran again
     assert processes_of(run_dir) == []
     assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
     assert (run_dir / "summary.png").stat().st_size > 10_000
-    check_result(run_dir, channels=1152)
-    journal = {(e.cycle, e.stage): e.metrics for e in Journal(run_dir / "journal.jsonl").entries()}
-    assert journal[1, "score"]["calibration_rollouts"] == 0 < journal[2, "score"]["calibration_rollouts"]
-    assert 0 < journal[1, "recover"]["reward_last"] <= 0.25
+    check_result(run_dir, channels=1280)
+    _, scored, sliced, cpt, grpo, *_ = (entry.metrics for entry in Journal(run_dir / "journal.jsonl").entries())
+    assert 0 < grpo["reward_last"] <= 0.25
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
-    assert steps_of(run_dir, "002-recover")[0] == CPT["save_every_steps"] + 1
-    assert [row["step"] for row in journal[2, "recover"]["curve"]] == list(range(1, CPT["steps"] + 1))
-    sliced = journal[2, "slice"]
-    assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1152)
+    assert steps_of(run_dir, "001-recover")[0] == CPT["save_every_steps"] + 1
+    assert [row["step"] for row in cpt["curve"]] == list(range(1, CPT["steps"] + 1))
+    assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1280)
     assert 0 < sliced["stream_error"] < 1
+    # The next cycle would be scored on what the policy answered, too.
+    assert scored["calibration_rollouts"] == 0
+    assert {0 < rollout.reward <= 0.25 for rollout in rollouts.load(run_dir / "best")} == {True}
     # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
     lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))
