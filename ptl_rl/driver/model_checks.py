@@ -16,6 +16,7 @@ from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.records import Progress
+from ptl_rl.errors import UserError
 from ptl_rl.families import read_config_json
 
 _AT_ONCE = 4096
@@ -31,7 +32,7 @@ class ModelChecks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # The second for transformers, which would say that it has no torch.
+            # Without TRANSFORMERS_NO_ADVISORY_WARNINGS transformers says where it has no torch.
             env={**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
             start_new_session=True,  # a Ctrl-C reaches the driver only
         )
@@ -95,7 +96,8 @@ class ModelChecks:
 def does_without_torch(config: RunConfig, model: Path) -> bool:
     """Whether the checks find the same without torch, whose import takes most of their seconds.
 
-    A model's own code may import it, and transformers looks a configuration's dtype up in it.
+    A model's own code may import it. transformers looks a configuration's dtype up in it, and takes any text without
+    it: so it is left out only where the dtype is one of the usual.
     """
     values = read_config_json(model)
     dtypes = (values.get("torch_dtype"), values.get("dtype"))
@@ -117,11 +119,11 @@ def main(model: Path) -> None:
     config = parse_config(json.loads(sys.stdin.readline()))
     # transformers imports it where it can, for a way of generating that nobody uses here: a second less.
     sys.modules["sklearn"] = None  # type: ignore[assignment]
-    if does_without_torch(config, model):
-        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
+        if does_without_torch(config, model):
+            sys.modules["torch"] = None  # type: ignore[assignment]
         tokenizer, notes = check_tokenizer(config, model)
-    except ConfigError as error:
+    except UserError as error:
         answer(["refused", str(error)])
         return
     answer(["notes", notes])

@@ -13,14 +13,17 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 import torch
 
-from ptl_rl.data import rollouts
+from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.processes import end_processes
+from ptl_rl.pruning.score.texts import calibration_texts
+from ptl_rl.stage import StageSpec
 
 pytestmark = [
     pytest.mark.stack,
@@ -70,9 +73,9 @@ def processes_of(run_dir: Path) -> list[str]:
 
 
 @contextmanager
-def killed_in_the_end(arguments: list[str]) -> Iterator[subprocess.Popen]:
+def killed_in_the_end(arguments: list[str], errors: int | IO = subprocess.DEVNULL) -> Iterator[subprocess.Popen]:
     """A driver that SIGKILL ends, also when the test fails: it would go on beside the tests that follow."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
     try:
         yield process
     finally:
@@ -94,18 +97,15 @@ def kill_in_stage(arguments: list[str], run_dir: Path, stage: str, after_seconds
 
 def interrupt_after_step(arguments: list[str], run_dir: Path, stage: str, step: int) -> None:
     """Ctrl-C once the stage's training has made so many steps; it must leave a resumable run and no process."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
+    said = run_dir.with_suffix(".errors")
+    with said.open("w") as errors, killed_in_the_end(arguments, errors) as process:
         deadline = time.monotonic() + PATIENCE
         while max(steps_of(run_dir, stage), default=0) < step:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert f"Continue with: ptl resume {run_dir}" in errors
+        assert process.wait(timeout=60) == 130
+    assert f"Continue with: ptl resume {run_dir}" in said.read_text()
     assert processes_of(run_dir) == []
 
 
@@ -154,7 +154,6 @@ def test_run_killed_and_interrupted_is_resumed_and_completes(repository, tmp_pat
     assert processes_of(run_dir) == []
     assert not [path for path in run_dir.glob("cycles/*/.*") if path.name.endswith((".tmp", ".work"))]
     assert (run_dir / "summary.png").stat().st_size > 10_000
-    check_result(run_dir, channels=1280)
     _, scored, sliced, cpt, grpo, *_ = (entry.metrics for entry in Journal(run_dir / "journal.jsonl").entries())
     assert 0 < grpo["reward_last"] <= 0.25
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
@@ -163,9 +162,11 @@ def test_run_killed_and_interrupted_is_resumed_and_completes(repository, tmp_pat
     assert [row["step"] for row in cpt["curve"]] == list(range(1, CPT["steps"] + 1))
     assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1280)
     assert 0 < sliced["stream_error"] < 1
-    # The next cycle would be scored on what the policy answered, too.
+    # A cycle that starts from this model is scored on what the policy answered, too.
     assert scored["calibration_rollouts"] == 0
-    assert {0 < rollout.reward <= 0.25 for rollout in rollouts.load(run_dir / "best")} == {True}
+    config = read_saved_config(run_dir / "config.json")
+    texts = calibration_texts(config, StageSpec.model_construct(source=run_dir / "best"), [])
+    assert texts.rollouts == len(texts.weights) > 0 and max(texts.weights) <= 0.25
     # The gate takes no time, so being killed in it is what the disk looks like then: all but the gate's line.
     lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "journal.jsonl").write_text("".join(lines[:-1]))
@@ -303,6 +304,7 @@ def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, t
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
     assert processes_of(run_dir) == []
+    check_result(run_dir, channels=1152)
 
 
 def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:

@@ -22,7 +22,11 @@ def fork_server() -> ForkServerContext:
 
 
 def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple) -> None:
-    connection.send(function(*arguments))
+    try:
+        connection.send((function(*arguments), None))
+    except BaseException as error:
+        connection.send((None, error))
+        raise
 
 
 def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -33,6 +37,9 @@ def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
     process.start()
     its.close()
     try:
-        return ours.recv()
+        answer, error = ours.recv()
     finally:
         process.join()
+    if error is not None:
+        raise error
+    return answer

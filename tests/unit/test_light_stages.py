@@ -10,8 +10,10 @@ import gpu_first_light
 import light_runs
 import psutil
 import pytest
+import typer
 from gpu_first_light import FirstLight, visible_gpus
 from light_runner import Commands, Lines, Sampler, Stage, StageFailed, StageSkipped, python, run_stages, verdict
+from typer.testing import CliRunner
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config
@@ -76,6 +78,24 @@ def test_a_stage_that_fails_is_recorded_with_the_end_of_its_log_and_the_others_r
     assert "raise error" in second["tail"]
     assert third["ok"] is True
     assert "FAILED" in verdict(first)
+
+
+def test_the_command_line_says_what_failed_by_its_status_and_goes_on_with_it(tmp_path, monkeypatch):
+    ran, lines = Ran(), tmp_path / "lines.jsonl"
+    stages = [ran.stage("imports"), ran.stage("grpo", error=StageFailed("exit status 1", None))]
+    monkeypatch.setattr(FirstLight, "stages", lambda light: stages)
+    app = typer.Typer()
+    app.command()(gpu_first_light.main)
+
+    def status(*options):
+        arguments = ["--minutes", "5", "--device", "cpu", "--out", str(lines), *options]
+        return CliRunner().invoke(app, arguments).exit_code
+
+    assert status() == 1 and [name for name, _ in ran] == ["imports", "grpo"]
+    stages[1] = ran.stage("grpo")
+    assert status("--resume") == 0 and [name for name, _ in ran[2:]] == ["grpo"]
+    assert status("--only", "imports") == 0 and [name for name, _ in ran[3:]] == ["imports"]
+    assert status("--only", "gpro") == 2 and len(ran) == 4
 
 
 def test_what_a_machine_cannot_run_is_skipped_not_failed(tmp_path):

@@ -80,7 +80,8 @@ def test_a_sound_machine_and_a_bad_recipe(repository, tmp_path, monkeypatch):
     assert topics >= {"Python", "packages", "imports", "open files", "shared memory", "model", "attention", "Ray"}
     assert not (tmp_path / "run").exists()
     result = CliRunner().invoke(app, [*doctor, "recovery.stpes=3"])
-    assert result.exit_code == 2 and "did you mean 'steps'" in result.stderr and result.stdout == ""
+    assert result.exit_code == 2 and "did you mean 'steps'" in result.stderr
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
 
 
 def levels(found) -> list[str]:

@@ -50,6 +50,13 @@ def test_short_questions_need_no_word(model, tmp_path):
     assert notes(tmp_path, model, [row(i) for i in range(300)]) == []
 
 
+def test_a_configuration_that_is_none_is_refused_in_a_sentence(model, tmp_path, capfd):
+    (model / "config.json").write_text("[1]")
+    with ModelChecks(run_config(tmp_path), model) as checks, pytest.raises(ConfigError, match=r"config\.json"):
+        checks.notes()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_questions_that_verl_will_leave_out_are_counted(model, tmp_path):
     """With verl's own filter."""
     import pandas
