@@ -49,7 +49,7 @@ _ptl_install() {
     "$pip" install "${quiet[@]}" --no-deps --no-build-isolation --editable . || return 1
     # Not what hardly anything imports, three tenths of all. Some packages hold templates that are no Python of this
     # version: pip says nothing of them either.
-    local models='transformers/models/(?!auto/|llama/|mistral/|qwen|gemma)'
+    local models='transformers/models/(?!__|auto/|llama/|mistral/|qwen|gemma)'
     local rare="/site-packages/((.*/)?tests?/|$models|ray/(rllib|serve|tune)/|(pip|nltk|wandb|fontTools)/)"
     "$(dirname "$pip")/python" -m compileall -q -j 0 -x "$rare" "${pip%/bin/pip}/lib" >/dev/null 2>&1 || true
 }
