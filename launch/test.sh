@@ -5,7 +5,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launch/setup.sh"
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile the same modules anew
-export OMP_NUM_THREADS=1       # threads that wait for each other on busy cores take half of their time to do so
+export OMP_NUM_THREADS=1       # threads that wait for each other spin, and the cores are busy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi

@@ -1,8 +1,9 @@
 """The child process that runs a user's reward function for `reward.calls`.
 
 It is a script and not a `multiprocessing` target, so that it does not import the parent's main module. Calls come
-pickled from the parent, which may pass arrays; each runs in a thread, as verl would run it, or in one event loop if
-the function is asynchronous. Replies are JSON: [number of the call, kind of reply, content].
+pickled, as they may hold arrays, through a pipe whose other end the parent alone has: nothing from outside is
+unpickled. The parent unpickles nothing, as replies are JSON: [number of the call, kind of reply, content]. Each call
+runs in a thread, as verl would run it, or in one event loop if the function is asynchronous.
 """
 
 import asyncio
@@ -48,7 +49,7 @@ class _Worker:
 
     def start(self, number: int, is_trial: bool, limit_seconds: float, pickled: bytes) -> None:
         try:
-            arguments = pickle.loads(pickled)
+            arguments = pickle.loads(pickled)  # apart from what is around it: if this fails, the call alone is lost
         except BaseException as error:  # of classes that this process cannot import
             self.send(number, "given up", f"raised {type(error).__name__}: {text_of(error)}")
             return
@@ -107,7 +108,7 @@ def main(descriptor: int, parent_pid: int, path: str, name: str, keys: dict[str,
     worker.send(0, "ready", is_async(worker.function))
     try:
         while True:
-            worker.start(*pickle.loads(connection.recv_bytes()))
+            worker.start(*pickle.loads(connection.recv_bytes()))  # from the parent only
     except (EOFError, OSError):
         os._exit(0)  # threads of the user's may never end
 

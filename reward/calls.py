@@ -136,7 +136,7 @@ class FunctionProcess:
     ) -> concurrent.futures.Future[dict[str, Value]]:
         future: concurrent.futures.Future[dict[str, Value]] = concurrent.futures.Future()
         number = next(self.numbers)
-        try:
+        try:  # for our own child process, which alone reads it; JSON has no arrays
             pickled = pickle.dumps(dict(arguments))
         except Exception as error:  # of many kinds, by what the arguments are
             raise CallGivenUp(f"cannot be handed over ({type(error).__name__}: {text_of(error)})") from None

@@ -150,7 +150,8 @@ def _answer(timer: _Timer, gold: str, answer: str, whole_texts: bool) -> str:
     except _TimeUp:
         return "timeout"
     except Exception:
-        # verify() catches its own errors; what still arrives (MemoryError, RecursionError) decides nothing.
+        # Of any kind, as sympy raises many: verify() catches its own, and what still arrives decides nothing. A text
+        # that cannot be compared is no right answer.
         return "different"
 
 
