@@ -121,7 +121,10 @@ class StageContext:
         ray.init(
             address=self.spec.ray_address,
             namespace=self.spec.stage_id,
-            runtime_env={"env_vars": self.worker_env()},
+            runtime_env={
+                "env_vars": self.worker_env(),
+                "worker_process_setup_hook": "ptl_rl.verl_patches.quick_imports.prepare",
+            },
             logging_level="WARNING",
         )
 

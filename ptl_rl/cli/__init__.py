@@ -2,9 +2,12 @@
 
 from ptl_rl.cli import doctor, init, measure, models, runs
 from ptl_rl.cli.common import app
+from ptl_rl.verl_patches import quick_imports
 
 __all__ = ["app", "doctor", "init", "main", "measure", "models", "runs"]
 
 
 def main() -> None:
+    quick_imports.leave_out_scikit_learn()
+    quick_imports.look_through_all_objects_less_often()
     app()

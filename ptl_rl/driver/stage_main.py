@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.stage import StageContext, StageSpec
+from ptl_rl.verl_patches import quick_imports
 
 
 def die_with_parent() -> None:
@@ -32,6 +33,7 @@ def _function(context: StageContext) -> Callable[[StageContext], dict]:
 
 
 def main() -> None:
+    quick_imports.prepare()
     spec_path = Path(sys.argv[1])
     spec = StageSpec.model_validate_json(spec_path.read_text())
     if spec.device == "cpu" and spec.name != "evaluate":  # which has no part of verl

@@ -1,0 +1,51 @@
+"""What makes verl and transformers quicker to import, in every process of a stage and on the command line.
+
+Ray calls :func:`prepare` in each worker before it imports anything else (``worker_process_setup_hook``). A stage of GRPO
+has about ten processes that import verl, and each takes seconds for it.
+"""
+
+import gc
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class _NoScikitLearn(MetaPathFinder):
+    """Tells transformers, before it asks, that scikit-learn is not there; a reward function may still import it."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "transformers.generation.candidate_generator":
+            sys.modules["transformers.utils"].is_sklearn_available = lambda: False  # type: ignore[attr-defined]
+        return None  # modules are not this finder's business
+
+
+def leave_out_scikit_learn() -> None:
+    """transformers 5 imports it, with scipy and pandas, for one way of speculative decoding; lm-eval installs it."""
+    if not any(isinstance(finder, _NoScikitLearn) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _NoScikitLearn())
+
+
+def leave_out_ascend_transfer() -> None:
+    """verl 0.9 imports vLLM for the weight transfer of Ascend NPUs, wherever a rollout or a trainer is at work.
+
+    It takes a module that does not import for a missing dependency, and says so to who asks for that transfer.
+    """
+    from importlib.metadata import version  # not for the command line, which answers at once
+
+    if version("verl").startswith("0.9."):
+        sys.modules.setdefault("verl.checkpoint_engine.hccl_checkpoint_engine", None)  # type: ignore[arg-type]
+
+
+def look_through_all_objects_less_often() -> None:
+    """Python looks through everything that is imported, again and again, while more is imported.
+
+    Once all is imported it does so seldom by itself, as it waits for a quarter more objects.
+    """
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 1000)
+
+
+def prepare() -> None:
+    """All of the above; a second call changes nothing."""
+    leave_out_scikit_learn()
+    leave_out_ascend_transfer()
+    look_through_all_objects_less_often()

@@ -1,0 +1,43 @@
+"""What is left out of the imports of a stage's processes."""
+
+import subprocess
+import sys
+
+import pytest
+
+PREPARE = "from ptl_rl.verl_patches.quick_imports import prepare; prepare(); prepare()\n"
+TRANSFORMERS = """
+import sys, transformers.generation.candidate_generator
+print(*[name for name in ("sklearn", "scipy") if name in sys.modules])
+"""
+VERL = """
+import sys, verl.checkpoint_engine
+print("vllm" in sys.modules)
+"""
+
+
+def fresh(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_transformers_does_without_scikit_learn_and_others_do_not():
+    assert fresh(PREPARE + TRANSFORMERS + "import sklearn\nprint(sklearn.__name__)") == ["", "sklearn"]
+
+
+def test_verl_is_imported_without_vllm(before_verl):
+    asked = "verl.checkpoint_engine.CheckpointEngineRegistry.get('hccl')"
+    done = before_verl.run(PREPARE + VERL + asked)
+    assert done.stdout == "False\n"
+    assert done.returncode == 1 and "hccl_checkpoint_engine: import of" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.canary
+def test_transformers_still_imports_scikit_learn():
+    assert fresh(TRANSFORMERS) == ["sklearn scipy"]
+
+
+@pytest.mark.canary
+def test_verl_still_imports_vllm(before_verl):
+    assert before_verl.run(VERL).stdout == "True\n"
