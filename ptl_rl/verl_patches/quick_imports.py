@@ -1,7 +1,7 @@
 """What makes verl and transformers quicker to import, in every process of a stage and on the command line.
 
-Ray calls :func:`prepare` in each worker before it imports anything else (``worker_process_setup_hook``). A stage of GRPO
-has about ten processes that import verl, and each takes seconds for it.
+Ray calls :func:`prepare` in each worker before it imports anything (``worker_process_setup_hook``). A stage of GRPO has
+about ten processes that import verl, and each takes seconds for it.
 """
 
 import gc
