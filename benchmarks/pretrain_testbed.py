@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,15 +23,18 @@ from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.masking import skipped
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.testbed import programs, word_problems
-from ptl_rl.testbed.problem import Problem
+from ptl_rl.testbed.problem import EASY, LEVELS, Problem
 from ptl_rl.testbed.tiny_models import tiny_model
 from ptl_rl.testbed.tokenizer import build_tokenizer
 from reward.programs.reward import code_reward
 
 IGNORE = -100
+HARD = tuple(level for level in LEVELS if level not in EASY)
+LONGEST_ANSWER = 160
+"""Tokens."""
 
 Kind = Literal["words", "programs"]
-STREAMS: dict[Kind, Callable[[str, int], Iterator[Problem]]] = {
+STREAMS: dict[Kind, Callable[[str, int, Collection[int]], Iterator[Problem]]] = {
     "words": word_problems.problems,
     "programs": programs.problems,
 }
@@ -56,12 +59,19 @@ def encode(tokenizer, problem: Problem) -> tuple[list[int], int]:
     return prompt + tokenizer.encode(problem.solution) + [tokenizer.eos_token_id], len(prompt)
 
 
-def batches(tokenizer, batch_size: int, seed: int, kind: Kind) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids_BT, labels_BT); question tokens count too, padding does not."""
-    stream, rng = STREAMS[kind]("pretrain", seed), random.Random(seed)
+def batches(
+    tokenizer, batch_size: int, seed: int, kind: Kind, hard_share: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (input_ids_BT, labels_BT); question tokens count too, padding does not.
+
+    ``hard_share`` of the problems are of :data:`HARD` levels.
+    """
+    easy, hard = (STREAMS[kind]("pretrain", seed, levels) for levels in (EASY, HARD))
+    rng = random.Random(seed)
     while True:
         # Sixteen batches are sorted by length together, so that little is padded.
-        window = [encode(tokenizer, p)[0] for p in itertools.islice(stream, batch_size * 16)]
+        drawn = (next(hard if rng.random() < hard_share else easy) for _ in range(batch_size * 16))
+        window = [encode(tokenizer, p)[0] for p in drawn]
         window.sort(key=len)
         groups = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(groups)
@@ -84,26 +94,44 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
 
 
 @torch.no_grad()
-def greedy_accuracy(model, tokenizer, split: str, count: int, seed: int = 0, kind: Kind = "words") -> float:
-    """Share of ``count`` problems whose greedy answer is right; see :func:`is_right`."""
-    sample = list(itertools.islice(STREAMS[kind](split, seed), count))
-    right = 0
-    for start in range(0, count, 250):
-        part = sample[start : start + 250]
+def answers(model, tokenizer, problems: list[Problem], samples: int = 0) -> list[list[str]]:
+    """Responses to every problem: one, greedy, or so many sampled at temperature 1."""
+    found: list[list[str]] = []
+    for start in range(0, len(problems), 100):
+        part = problems[start : start + 100]
         prompts = [encode(tokenizer, p) for p in part]
         longest = max(length for _, length in prompts)
         ids_BT = torch.full((len(part), longest), tokenizer.pad_token_id)
         for row, (ids, length) in enumerate(prompts):
             ids_BT[row, longest - length :] = torch.tensor(ids[:length])
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": samples}
         out_BT = model.generate(
             ids_BT,
             attention_mask=(ids_BT != tokenizer.pad_token_id).long(),
-            max_new_tokens=96,
-            do_sample=False,
+            max_new_tokens=LONGEST_ANSWER,
+            **(sampling if samples else {"do_sample": False}),
         )
         texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
-        right += sum(is_right(kind, problem, text) for problem, text in zip(part, texts, strict=True))
-    return right / count
+        each = max(1, samples)
+        found += [texts[i : i + each] for i in range(0, len(texts), each)]
+    return found
+
+
+def accuracies(model, tokenizer, kind: Kind, split: str, level: int, count: int) -> dict[str, float]:
+    """Of ``count`` problems of a level: the share right greedily, sampled (pass@1), and once in eight (pass@8)."""
+    problems = list(itertools.islice(STREAMS[kind](split, 0, [level]), count))
+    greedy, sampled = answers(model, tokenizer, problems), answers(model, tokenizer, problems, samples=8)
+
+    def right(responses: list[list[str]]) -> list[list[bool]]:
+        pairs = zip(problems, responses, strict=True)
+        return [[is_right(kind, problem, text) for text in texts] for problem, texts in pairs]
+
+    of_greedy, of_sampled = right(greedy), right(sampled)
+    return {
+        "greedy": sum(map(any, of_greedy)) / count,
+        "pass@1": sum(map(sum, of_sampled)) / (8 * count),
+        "pass@8": sum(map(any, of_sampled)) / count,
+    }
 
 
 @torch.no_grad()
@@ -205,6 +233,9 @@ def main(
             min=0, max=1, help="Share of steps that leave one block out, so that each can be done without at some cost."
         ),
     ] = 0.0,
+    hard_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of problems of levels 4 and 5; the others are of 1 to 3.")
+    ] = 0.25,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: bfloat16 or float32.")] = "bfloat16",
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16: faster where the CPU has AMX.")] = True,
     start_from: Annotated[
@@ -214,8 +245,8 @@ def main(
         ),
     ] = None,
 ) -> None:
-    """Pre-train a tiny model on the pre-training split and save it, with its accuracy on 500 validation problems."""
-    tokenizer = build_tokenizer(stream=STREAMS[kind]("pretrain", 1234))
+    """Pre-train a tiny model on the pre-training split and save it, with its accuracy by level on validation."""
+    tokenizer = build_tokenizer(stream=STREAMS[kind]("pretrain", 1234, LEVELS))
     if start_from and not (start_from / "config.json").exists():
         raise typer.BadParameter(f"{start_from} is no checkpoint: it has no config.json")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -225,12 +256,12 @@ def main(
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
         if model.config.num_hidden_layers < layers:
             model = add_blocks(model, layers)
-    stream, started = batches(tokenizer, batch_size, seed, kind), time.time()
+    stream, started = batches(tokenizer, batch_size, seed, kind, hard_share), time.time()
     loss = train(model, stream, steps, peak_lr, block_drop=block_drop, seed=seed, autocast=autocast)
     seconds = time.time() - started
     # Rounded as they are saved, so that the accuracy is that of the saved weights.
     model = model.to(getattr(torch, dtype)).float().eval()
-    accuracy = greedy_accuracy(model, tokenizer, "validation", 500, kind=kind)
+    by_level = {level: accuracies(model, tokenizer, kind, "validation", level, 200) for level in LEVELS}
     model.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
@@ -243,10 +274,11 @@ def main(
         "intermediate_size": model.config.intermediate_size,
         "layers": model.config.num_hidden_layers,
         "block_drop": block_drop,
+        "hard_share": hard_share,
         "autocast": autocast,
         "seconds": round(seconds),
         "final_loss": loss,
-        "greedy_accuracy_validation_500": accuracy,
+        "accuracy_by_level_validation_200": by_level,
     }
     if start_from:
         record["continued_from"] = continued_from

@@ -138,20 +138,32 @@ def _read(opened: Opened, path: str, progress: Progress) -> "Iterator[pyarrow.Ta
 @lru_cache(maxsize=8)
 def _testbed(path: str, rows: int | None, seed: int) -> Store:
     from ptl_rl.testbed import programs, word_problems
-    from ptl_rl.testbed.problem import SPLITS
+    from ptl_rl.testbed.problem import EASY, LEVELS, SPLITS
 
-    kind, _, split = path.removeprefix(TESTBED).rpartition("-")
+    named, colon, of_levels = path.removeprefix(TESTBED).partition(":")
+    kind, _, split = named.rpartition("-")
     if kind not in ("", "programs") or split not in SPLITS:
         there = ", ".join([*SPLITS, *(f"programs-{name}" for name in SPLITS)])
         raise DataError(f"{path}: no such split of the test bed; there are {there}")
+    known = {str(level): level for level in LEVELS}
+    levels = [known.get(level.strip()) for level in of_levels.split(",")] if colon else list(EASY)
+    if None in levels:
+        raise DataError(
+            f"{path}: write levels behind the split as in {TESTBED}{named}:4,5; there are {', '.join(known)}, and "
+            f"{', '.join(map(str, EASY))} where none is named"
+        )
     problems, name = (
         (programs.problems, "ptl_rl/programs") if kind else (word_problems.problems, "ptl_rl/word_problems")
     )
     if rows is None:
         raise DataError(f"{path}: the test bed is endless; set rows, e.g. data.rows=256")
     # Evaluation problems do not depend on the run's seed, so that seeds can be compared.
-    stream = itertools.islice(problems(split, seed if split in ("rl", "pretrain") else 0), rows)
-    return store_of((Record(p.question, p.solution, p.answer, name, p.id) for p in stream), path)
+    found = problems(split, seed if split in ("rl", "pretrain") else 0, [level for level in levels if level])
+    try:
+        made = list(itertools.islice(found, rows))
+    except ValueError as error:  # no more of them
+        raise DataError(f"{path}: {error}") from None
+    return store_of((Record(p.question, p.solution, p.answer, name, p.id) for p in made), path)
 
 
 def store_of(records: Iterable[Record], path: str) -> Store:

@@ -1,13 +1,17 @@
-"""What the test bed's generators share: a problem, the splits, and the stream of distinct ones."""
+"""What the test bed's generators share: a problem, the splits by meaning, and the stream of distinct ones."""
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 SPLITS = {"pretrain": (0, 80), "rl": (80, 92), "validation": (92, 95), "test": (95, 100)}
-"""Split name to its range of hash buckets (percent): a question belongs to one split whatever seed made it."""
-LEVELS = (1, 2, 3)
+"""Split name to its range of hash buckets (percent): a problem belongs to one split whatever seed made it."""
+LEVELS = (1, 2, 3, 4, 5)
+EASY = (1, 2, 3)
+"""What a split's name alone means."""
+EXHAUSTED = 200_000
+"""So many problems drawn in a row that are seen or of another split: there are no more."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Problem:
     answer: str
     level: int
     template: str
+    form: str
+    """What is to be computed, without names, items and wording. Problems of one form are one problem in other words."""
 
 
-def split_of(question: str) -> str:
-    """The one split that a question belongs to, by hash of its text."""
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 100
+def split_of(form: str) -> str:
+    """The one split that a problem's form belongs to, by its hash."""
+    bucket = int.from_bytes(hashlib.sha256(form.encode()).digest()[:8], "big") % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
 
 
@@ -33,24 +39,35 @@ def id_of(prefix: str, question: str) -> str:
     return f"{prefix}-{hashlib.sha256(question.encode()).hexdigest()[:16]}"
 
 
-def distinct(draw: Callable[[random.Random], Problem | None], split: str, seed: int) -> Iterator[Problem]:
-    """Endless stream of distinct problems of one split.
+Draw = Callable[[random.Random, int], Problem | None]
+"""Makes a problem of a level, or none of what it drew."""
+
+
+def distinct(draw: Draw, split: str, seed: int, levels: Collection[int] = LEVELS) -> Iterator[Problem]:
+    """Endless stream of problems of one split, no two of one form.
 
     Args:
-        draw: makes one, or none from what it drew.
-        split: one of :data:`SPLITS`; the splits share no question, whatever the seeds.
+        draw: makes one.
+        split: one of :data:`SPLITS`; the splits share no form, whatever the seeds.
         seed: the same seed gives the same stream.
+        levels: of :data:`LEVELS`, each as likely as another.
 
     Raises:
-        ValueError: for an unknown split.
+        ValueError: for an unknown split or level, or where no more problems are found.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    rng = random.Random(f"{split}-{seed}")
+    if not levels or not set(levels) <= set(LEVELS):
+        raise ValueError(f"unknown level among {sorted(levels)}; there are {', '.join(map(str, LEVELS))}")
+    rng, chosen = random.Random(f"{split}-{seed}"), sorted(set(levels))
     seen: set[str] = set()
-    while True:
-        problem = draw(rng)
-        if problem is None or problem.question in seen or split_of(problem.question) != split:
+    in_vain = 0
+    while in_vain < EXHAUSTED:
+        problem = draw(rng, rng.choice(chosen))
+        if problem is None or problem.form in seen or split_of(problem.form) != split:
+            in_vain += 1
             continue
-        seen.add(problem.question)
+        in_vain = 0
+        seen.add(problem.form)
         yield problem
+    raise ValueError(f"the split {split!r} has no more than {len(seen)} problems of levels {chosen}; ask for fewer")

@@ -5,11 +5,11 @@ running the program that the solution shows.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptl_rl.testbed.problem import LEVELS, Problem, distinct, id_of
+from ptl_rl.testbed.problem import EASY, Problem, distinct, id_of
 
 FUNCTIONS = ("f", "g", "solve", "work", "pick", "make", "change", "count_up")
 WORDS = "apple bread candle dinner engine forest garden hammer island jacket kitten ladder meadow needle orange".split()  # noqa: SIM905
@@ -158,31 +158,55 @@ def _rules(rng: random.Random, level: int) -> _Draft:
     return _Draft("x", words, [*lines, f"return {last.line}"], apply, lambda rng: rng.randint(0, 45))
 
 
-def _sums(rng: random.Random, level: int) -> _Draft:
-    """A sum over 1 to n; from level 2 of some of them only, at level 3 changed at the end."""
-    k, by, times = rng.randint(2, 20), rng.randint(2, 6), rng.randint(2, 20)
+def _term(rng: random.Random) -> _Step:
+    k, c = rng.randint(2, 20), rng.randint(1, 30)
     terms = (
         _Step(f"{k} times i", f"{k} * i", lambda i: k * i),
-        _Step(f"i plus {k}", f"i + {k}", lambda i: i + k),
+        _Step(f"i plus {c}", f"i + {c}", lambda i: i + c),
         _Step("i squared", "i * i", lambda i: i**2),
-        _Step(f"i squared minus {k}", f"i * i - {k}", lambda i: i**2 - k),
+        _Step(f"i squared minus {c}", f"i * i - {c}", lambda i: i**2 - c),
+        _Step(f"{k} times i plus {c}", f"{k} * i + {c}", lambda i: k * i + c),
+        _Step(f"{k} times i minus {c}", f"{k} * i - {c}", lambda i: k * i - c),
     )
-    term = rng.choice(terms)
-    words, lines = [f"for i from 1 to n add up {term.words}"], ["total = 0", "for i in range(1, n + 1):"]
-    if level > 1:
-        words[0] += f" where i can be divided by {by}"
-        lines += [f"    if i % {by} == 0:", f"        total += {term.line}"]
-    else:
-        lines.append(f"    total += {term.line}")
-    if level > 2:
-        words.append(f"multiply the total by {times}")
-        lines.append(f"total = total * {times}")
+    return rng.choice(terms)
+
+
+def _which(rng: random.Random) -> _Step:
+    by, k = rng.randint(2, 6), rng.randint(2, 9)
+    conditions = (
+        _Step(f"i can be divided by {by}", f"i % {by} == 0", lambda i: not i % by),
+        _Step(f"i cannot be divided by {by}", f"i % {by} != 0", lambda i: i % by > 0),
+        _Step(f"i is not {k}", f"i != {k}", lambda i: i - k != 0),
+    )
+    return rng.choice(conditions)
+
+
+def _to_total(rng: random.Random) -> _Step:
+    k = rng.randint(2, 20)
+    steps = (
+        _Step(f"multiply the total by {k}", f"total = total * {k}", lambda total: total * k),
+        _Step(f"add {k} to the total", f"total = total + {k}", lambda total: total + k),
+        _Step(f"take {k} from the total", f"total = total - {k}", lambda total: total - k),
+    )
+    return rng.choice(steps)
+
+
+def _sums(rng: random.Random, level: int) -> _Draft:
+    """A sum from a number to n; from level 2 of some terms only, and from level 3 changed at the end."""
+    first, term, which = rng.randint(1, 5), _term(rng), _which(rng) if level > 1 else None
+    ends = [_to_total(rng) for _ in range(level - 2)]
+    words = [f"for i from {first} to n add up {term.words}" + (f" where {which.words}" if which else "")]
+    lines = ["total = 0", f"for i in range({first}, n + 1):"]
+    lines += [f"    if {which.line}:", f"        total += {term.line}"] if which else [f"    total += {term.line}"]
 
     def apply(n: int) -> int:
-        start, step = (by, by) if level > 1 else (1, 1)
-        return sum(term.apply(i) for i in range(start, n + 1, step)) * (times if level > 2 else 1)
+        counted = (i for i in range(first, n + 1) if which is None or which.apply(i))
+        total: int = _in_turn(ends)(sum(map(term.apply, counted)))
+        return total
 
-    return _Draft("n", [*words, "return it"], [*lines, "return total"], apply, lambda rng: rng.randint(3, 25))
+    words += [*(step.words for step in ends), "return it"]
+    lines += [*(step.line for step in ends), "return total"]
+    return _Draft("n", words, lines, apply, lambda rng: rng.randint(6, 25))
 
 
 TEMPLATES: dict[str, Callable[[random.Random, int], _Draft]] = {
@@ -209,8 +233,8 @@ def _tests(rng: random.Random, name: str, draft: _Draft) -> list[str] | None:
     return [f"assert {name}({value!r}) == {result!r}" for value, result in zip(inputs, found, strict=True)]
 
 
-def _draw(rng: random.Random) -> Problem | None:
-    template, level, name = rng.choice(tuple(TEMPLATES)), rng.choice(LEVELS), rng.choice(FUNCTIONS)
+def _draw(rng: random.Random, level: int) -> Problem | None:
+    template, name = rng.choice(tuple(TEMPLATES)), rng.choice(FUNCTIONS)
     draft = TEMPLATES[template](rng, level)
     tests = _tests(rng, name, draft)
     if tests is None:
@@ -218,12 +242,13 @@ def _draw(rng: random.Random) -> Problem | None:
     question = f"Write {name}({draft.argument}): {', '.join(draft.words)}."
     lines = [f"def {name}({draft.argument}):", *(f"    {line}" for line in draft.lines)]
     solution = "\n".join(["```python", *lines, "```"])
-    return Problem(id_of("pr", question), question, solution, "\n".join(tests), level, template)
+    form = "\n".join(draft.lines)  # the arguments have one name each
+    return Problem(id_of("pr", question), question, solution, "\n".join(tests), level, template, form)
 
 
-def problems(split: str, seed: int = 0) -> Iterator[Problem]:
-    """Endless stream of distinct programming problems of one split; their ``answer`` is asserts, one per line.
+def problems(split: str, seed: int = 0, levels: Collection[int] = EASY) -> Iterator[Problem]:
+    """Endless stream of programming problems of one split, no two of one form; their ``answer`` is a list of asserts.
 
     See :func:`~ptl_rl.testbed.problem.distinct`.
     """
-    return distinct(_draw, split, seed)
+    return distinct(_draw, split, seed, levels)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from ptl_rl.testbed import word_problems
-from ptl_rl.testbed.problem import Problem
+from ptl_rl.testbed.problem import LEVELS, Problem
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 512
@@ -47,7 +47,7 @@ def build_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    stream = word_problems.problems("pretrain", seed=1234) if stream is None else stream
+    stream = word_problems.problems("pretrain", 1234, LEVELS) if stream is None else stream
     texts = [p.question + "\n" + p.solution for p in itertools.islice(stream, sample_problems)]
     raw.train_from_iterator(["user\n", "assistant\n", *texts], trainer=trainer)
     import json

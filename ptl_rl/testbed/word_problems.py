@@ -5,9 +5,10 @@ that one wrong intermediate result spoils the answer, which is what pruning does
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
-from ptl_rl.testbed.problem import LEVELS, Problem, distinct, id_of
+from ptl_rl.testbed.problem import EASY, Problem, distinct, id_of
 
 NAMES = ("Anna Ben Carla Dan Emma Felix Gina Hugo Ida Jonas Kira Leo Mia Nils Olga Paul").split()  # noqa: SIM905
 ITEMS = "apples books coins shells cards stamps eggs pears beads pens rings nuts".split()  # noqa: SIM905
@@ -36,144 +37,232 @@ class _Working:
         return self._note(left, "/", right, left // right)
 
 
-Draft = tuple[str, int]
-"""A template's result: the question and its integer answer. An answer outside 0..MAX_ANSWER is drawn again."""
 MAX_ANSWER = 199
+"""A problem with a result outside 0..MAX_ANSWER is drawn again."""
+LONGEST_BASE = 3
+"""Templates know levels up to this; what is beyond are further events."""
+DISTRACTED = 0.2
+"""Share of problems, from level 2 on, that begin with a number that does not matter."""
 
 
-def _inventory(rng: random.Random, work: _Working, level: int) -> Draft:
+@dataclass(frozen=True)
+class _Draft:
+    """A story with its question, the answer, and who then has so many of what, for stories that go on."""
+
+    text: str
+    question: str
+    value: int
+    owner: str
+    unit: str
+
+
+def _event(rng: random.Random, work: _Working, have: int, owner: str, unit: str) -> tuple[str, int]:
+    """Something that happens to what ``owner`` has; for several owners ``They``."""
+    verb = (lambda one: one) if owner == "They" else (lambda one: one + "s")
+    kind = rng.choice(("more", "less", "packs", "friends", "double"))
+    if kind == "more":
+        count = rng.randint(2, 60)
+        more = f"{verb('earn')} {count} dollars" if unit == "dollars" else f"{verb('buy')} {count} more"
+        return f"{owner} {more}.", work.add(have, count)
+    if kind == "less":
+        count = rng.randint(1, max(1, min(60, have - 1)))
+        less = f"{verb('spend')} {count} dollars" if unit == "dollars" else f"{verb('lose')} {count} of them"
+        return f"{owner} {less}.", work.sub(have, count)
+    if kind == "packs":
+        packs, each = rng.randint(2, 7), rng.randint(2, 12)
+        what = f"{packs} times {each} dollars" if unit == "dollars" else f"{packs} boxes with {each} {unit} each"
+        return f"{owner} {verb('get')} {what}.", work.add(have, work.mul(packs, each))
+    if kind == "friends":
+        friends, each = rng.randint(2, 6), rng.randint(2, 9)
+        what = f"{each} dollars" if unit == "dollars" else str(each)
+        return f"{owner} {verb('give')} {what} to each of {friends} friends.", work.sub(have, work.mul(each, friends))
+    return f"Then {owner.replace('They', 'they')} {verb('double')} the number of {unit}.", work.mul(have, 2)
+
+
+def _inventory(rng: random.Random, work: _Working, level: int) -> _Draft:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    have = rng.randint(5, 60)
+    have = rng.randint(3, 90)
     text = [f"{name} has {have} {item}."]
     for _ in range(level):
-        event = rng.choice(("buy", "lose", "boxes", "friends", "double"))
-        if event == "buy":
-            count = rng.randint(2, 40)
-            text.append(f"{name} buys {count} more.")
-            have = work.add(have, count)
-        elif event == "lose":
-            count = rng.randint(1, max(1, min(40, have - 1)))
-            text.append(f"{name} loses {count} of them.")
-            have = work.sub(have, count)
-        elif event == "boxes":
-            boxes, each = rng.randint(2, 6), rng.randint(2, 9)
-            text.append(f"{name} gets {boxes} boxes with {each} {item} each.")
-            have = work.add(have, work.mul(boxes, each))
-        elif event == "friends":
-            friends, each = rng.randint(2, 5), rng.randint(2, 6)
-            text.append(f"{name} gives {each} to each of {friends} friends.")
-            have = work.sub(have, work.mul(each, friends))
-        else:
-            text.append(f"Then {name} doubles the number of {item}.")
-            have = work.mul(have, 2)
-    return " ".join(text) + f" How many {item} does {name} have now?", have
+        said, have = _event(rng, work, have, name, item)
+        text.append(said)
+    return _Draft(" ".join(text), f"How many {item} does {name} have now?", have, name, item)
 
 
-def _shopping(rng: random.Random, work: _Working, level: int) -> Draft:
+def _shopping(rng: random.Random, work: _Working, level: int) -> _Draft:
     name = rng.choice(NAMES)
     first, second = rng.sample(ITEMS, 2)
-    price_a, price_b, count_a, count_b = (rng.randint(2, 9) for _ in range(4))
+    price_a, price_b, count_a, count_b = (rng.randint(2, 12) for _ in range(4))
     cost = work.mul(count_a, price_a)
     text = f"{name} buys {count_a} {first} for {price_a} dollars each"
     if level == 1:
-        fee = rng.randint(2, 20)
-        return f"{text} and pays {fee} dollars for delivery. How much does {name} pay?", work.add(cost, fee)
+        fee = rng.randint(2, 60)
+        text += f" and pays {fee} dollars for delivery."
+        return _Draft(text, f"How much does {name} pay?", work.add(cost, fee), name, "dollars")
     text += f" and {count_b} {second} for {price_b} dollars each."
     total = work.add(cost, work.mul(count_b, price_b))
     if level == 2:
-        return f"{text} How much does {name} pay?", total
-    money = total + rng.randint(1, 50)
-    return f"{text} {name} had {money} dollars. How many dollars are left?", work.sub(money, total)
+        return _Draft(text, f"How much does {name} pay?", total, name, "dollars")
+    money = total + rng.randint(1, 90)
+    text += f" {name} had {money} dollars."
+    return _Draft(text, "How many dollars are left?", work.sub(money, total), name, "dollars")
 
 
-def _comparison(rng: random.Random, work: _Working, level: int) -> Draft:
+def _comparison(rng: random.Random, work: _Working, level: int) -> _Draft:
     (one, two, three), item = rng.sample(NAMES, 3), rng.choice(ITEMS)
-    base, more, times = rng.randint(3, 30), rng.randint(2, 20), rng.randint(2, 4)
+    base, more, times = rng.randint(3, 60), rng.randint(2, 50), rng.randint(2, 6)
     text = f"{one} has {base} {item}. {two} has {more} more than {one}."
     second = work.add(base, more)
     if level == 1:
-        return f"{text} How many {item} do {one} and {two} have together?", work.add(base, second)
+        question = f"How many {item} do {one} and {two} have together?"
+        return _Draft(text, question, work.add(base, second), "They", item)
     text += f" {three} has {times} times as many as {two}."
     third = work.mul(second, times)
     if level == 2:
-        return f"{text} How many {item} do {two} and {three} have together?", work.add(second, third)
+        question = f"How many {item} do {two} and {three} have together?"
+        return _Draft(text, question, work.add(second, third), "They", item)
     total = work.add(work.add(base, second), third)
-    return f"{text} How many {item} do they have together?", total
+    return _Draft(text, f"How many {item} do they have together?", total, "They", item)
 
 
-def _machine(rng: random.Random, work: _Working, level: int) -> Draft:
-    item, rate = rng.choice(ITEMS), rng.randint(3, 9)
-    morning, evening = rng.randint(2, 6), rng.randint(2, 6)
+def _machine(rng: random.Random, work: _Working, level: int) -> _Draft:
+    item, rate = rng.choice(ITEMS), rng.randint(2, 15)
+    morning, evening = rng.randint(2, 12), rng.randint(2, 12)
     text = f"A machine packs {rate} {item} per hour. It runs {morning} hours in the morning"
     text += f" and {evening} hours in the evening."
     packed = work.mul(work.add(morning, evening), rate)
     if level == 1:
-        return f"{text} How many {item} does it pack?", packed
-    broken = rng.randint(1, min(20, packed - 1))
+        return _Draft(text, f"How many {item} does it pack?", packed, "The owner", item)
+    broken = rng.randint(1, max(1, min(60, packed - 1)))
     text += f" {broken} of them are broken."
     good = work.sub(packed, broken)
     if level == 2:
-        return f"{text} How many good {item} are there?", good
-    price = rng.randint(2, 3)
-    return f"{text} The good ones sell for {price} dollars each. How many dollars is that?", work.mul(good, price)
+        return _Draft(text, f"How many good {item} are there?", good, "The owner", item)
+    price = rng.randint(2, 5)
+    text += f" The good ones sell for {price} dollars each."
+    return _Draft(text, "How many dollars is that?", work.mul(good, price), "The owner", "dollars")
 
 
-def _sharing(rng: random.Random, work: _Working, level: int) -> Draft:
+def _sharing(rng: random.Random, work: _Working, level: int) -> _Draft:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    children, share = rng.randint(2, 9), rng.randint(2, 12)
+    children, share = rng.randint(2, 12), rng.randint(2, 20)
     total = children * share
     found = rng.randint(1, total - 1)
     text = f"{name} has {found} {item} and finds {total - found} more."
     text += f" {name} shares them equally among {children} children."
     each = work.div(work.add(found, total - found), children)
     if level == 1:
-        return f"{text} How many {item} does each child get?", each
-    extra = rng.randint(2, 20)
+        return _Draft(text, f"How many {item} does each child get?", each, "They", item)
+    extra = rng.randint(2, 40)
     text += f" Each child already had {extra} {item}."
     now = work.add(each, extra)
     if level == 2:
-        return f"{text} How many {item} does each child have now?", now
-    return f"{text} How many {item} do the {children} children have together?", work.mul(now, children)
+        return _Draft(text, f"How many {item} does each child have now?", now, "They", item)
+    question = f"How many {item} do the {children} children have together?"
+    return _Draft(text, question, work.mul(now, children), "They", item)
 
 
-def _backwards(rng: random.Random, work: _Working, level: int) -> Draft:
+def _backwards(rng: random.Random, work: _Working, level: int) -> _Draft:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    left, given, sold = rng.randint(2, 50), rng.randint(2, 30), rng.randint(2, 30)
+    left, given, sold = rng.randint(2, 70), rng.randint(2, 50), rng.randint(2, 50)
     text = f"{name} sold {sold} {item}, gave away {given} and has {left} left."
     start = work.add(work.add(left, given), sold)
     if level == 1:
-        return f"{text} How many {item} did {name} have at first?", start
-    found = rng.randint(1, min(20, start - 1))
+        return _Draft(text, f"How many {item} did {name} have at first?", start, name, item)
+    found = rng.randint(1, min(50, start - 1))
     text = f"{name} found {found} {item}, then " + text.removeprefix(f"{name} ")
     before = work.sub(start, found)
     if level == 2:
-        return f"{text} How many {item} did {name} have at first?", before
-    other, times = rng.choice([n for n in NAMES if n != name]), rng.randint(2, 3)
+        return _Draft(text, f"How many {item} did {name} have at first?", before, name, item)
+    other, times = rng.choice([n for n in NAMES if n != name]), rng.randint(2, 5)
     text += f" {other} had {times} times as many as {name} at first."
-    return f"{text} How many {item} did {other} have?", work.mul(before, times)
+    return _Draft(text, f"How many {item} did {other} have?", work.mul(before, times), other, item)
 
 
-TEMPLATES: dict[str, Callable[[random.Random, _Working, int], Draft]] = {
+def _savings(rng: random.Random, work: _Working, level: int) -> _Draft:
+    name, rate, weeks = rng.choice(NAMES), rng.randint(2, 20), rng.randint(2, 12)
+    first = rng.randint(2, 60)
+    text = f"{name} has {first} dollars and saves {rate} dollars a week for {weeks} weeks."
+    saved = work.add(first, work.mul(rate, weeks))
+    if level == 1:
+        return _Draft(text, f"How many dollars does {name} have then?", saved, name, "dollars")
+    spent = rng.randint(1, max(1, min(90, saved - 1)))
+    text += f" Then {name} spends {spent} dollars."
+    left = work.sub(saved, spent)
+    if level == 2:
+        return _Draft(text, f"How many dollars does {name} have then?", left, name, "dollars")
+    other, more = rng.choice([n for n in NAMES if n != name]), rng.randint(2, 60)
+    text += f" {other} has {more} dollars more than {name} then."
+    return _Draft(text, f"How many dollars does {other} have?", work.add(left, more), other, "dollars")
+
+
+def _reading(rng: random.Random, work: _Working, level: int) -> _Draft:
+    name, rate, days = rng.choice(NAMES), rng.randint(2, 20), rng.randint(2, 12)
+    pages = min(MAX_ANSWER, rate * days + rng.randint(1, 90))
+    text = [f"A book has {pages} pages. {name} reads {rate} pages a day for {days} days."]
+    left = work.sub(pages, work.mul(rate, days))
+    for _ in range(level - 1):
+        if rng.random() < 0.5:
+            more = rng.randint(1, max(1, min(30, left - 1)))
+            text.append(f"Then {name} reads {more} pages.")
+            left = work.sub(left, more)
+        else:
+            rate, days = rng.randint(2, 9), rng.randint(2, 6)
+            text.append(f"Then {name} reads {rate} pages a day for {days} days.")
+            left = work.sub(left, work.mul(rate, days))
+    return _Draft(" ".join(text), "How many pages are left?", left, name, "pages")
+
+
+TEMPLATES: dict[str, Callable[[random.Random, _Working, int], _Draft]] = {
     "inventory": _inventory,
     "shopping": _shopping,
     "comparison": _comparison,
     "machine": _machine,
     "sharing": _sharing,
     "backwards": _backwards,
+    "savings": _savings,
+    "reading": _reading,
 }
 
 
-def _draw(rng: random.Random) -> Problem | None:
-    template, level = rng.choice(tuple(TEMPLATES)), rng.choice(LEVELS)
-    work = _Working()
-    question, answer = TEMPLATES[template](rng, work, level)
+ENDLESS = ("inventory", "reading")
+"""Templates that know every level."""
+
+
+def _gone_on(rng: random.Random, work: _Working, draft: _Draft, events: int) -> _Draft:
+    """The story told further, in place of its question."""
+    text, have, owner, unit = [draft.text], draft.value, draft.owner, draft.unit
+    for _ in range(events):
+        said, have = _event(rng, work, have, owner, unit)
+        text.append(said)
+    who = f"do {owner.lower()}" if owner == "They" else f"does {owner.replace('The', 'the')}"
+    return _Draft(" ".join(text), f"How many {unit} {who} have now?", have, owner, unit)
+
+
+def _distractor(rng: random.Random, text: str) -> str:
+    """A sentence on somebody and something that the story does not know."""
+    name = rng.choice([name for name in NAMES if name not in text])
+    item = rng.choice([item for item in ITEMS if item not in text])
+    return f"{name} has {rng.randint(2, 90)} {item}. "
+
+
+def _draw(rng: random.Random, level: int) -> Problem | None:
+    template, work = rng.choice(tuple(TEMPLATES)), _Working()
+    known = level if template in ENDLESS else min(level, LONGEST_BASE)
+    draft = TEMPLATES[template](rng, work, known)
+    if level > known:
+        draft = _gone_on(rng, work, draft, level - known)
     numbers = [int(line.rsplit(" ", 1)[1]) for line in work.lines]
     if min(numbers) < 0 or max(numbers) > MAX_ANSWER:
         return None
-    solution = "\n".join([*work.lines, f"\\boxed{{{answer}}}"])
-    return Problem(id_of("wp", question), question, solution, str(answer), level, template)
+    text = draft.text
+    if level > 1 and rng.random() < DISTRACTED:
+        text = _distractor(rng, text) + text
+    question, form = f"{text} {draft.question}", "\n".join(work.lines)
+    solution = f"{form}\n\\boxed{{{draft.value}}}"
+    return Problem(id_of("wp", question), question, solution, str(draft.value), level, template, form)
 
 
-def problems(split: str, seed: int = 0) -> Iterator[Problem]:
-    """Endless stream of distinct word problems of one split; see :func:`~ptl_rl.testbed.problem.distinct`."""
-    return distinct(_draw, split, seed)
+def problems(split: str, seed: int = 0, levels: Collection[int] = EASY) -> Iterator[Problem]:
+    """Endless stream of word problems of one split, no two of one form; :func:`~ptl_rl.testbed.problem.distinct`."""
+    return distinct(_draw, split, seed, levels)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 
 import pytest
@@ -10,8 +11,9 @@ from pretrain_testbed import add_blocks, history, train
 
 from ptl_rl.config import ConfigError
 from ptl_rl.models import resolve_model
+from ptl_rl.testbed import problem as problem_module
 from ptl_rl.testbed import programs, shipped_checkpoint, word_problems
-from ptl_rl.testbed.problem import LEVELS, SPLITS, split_of
+from ptl_rl.testbed.problem import EASY, LEVELS, SPLITS, Problem, split_of
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
 from reward.programs.reward import code_reward
 
@@ -30,22 +32,66 @@ def test_streams_are_seeded(generator):
         generator.problems("nowhere").__next__()
 
 
-@GENERATORS
-def test_splits_share_no_question(generator):
-    questions = {split: {p.question for p in take(split, 600, 5, generator)} for split in SPLITS}
-    assert all(len(found) == 600 for found in questions.values())
-    assert len(set().union(*questions.values())) == 600 * len(SPLITS)
-    assert all(split_of(q) == split for split, found in questions.items() for q in found)
+def masked(problem, generator):
+    """A question without names, items, distractors and the names of functions: what is left decides the computation."""
+    text = problem.question
+    if generator is programs:
+        return re.sub(r"^Write \w+\(", "Write f(", text)
+    names, items = "|".join(word_problems.NAMES), "|".join(word_problems.ITEMS)
+    distractor = re.match(rf"(\w+) has \d+ ({items})\. (?=.)", text)
+    if distractor and not re.search(rf"\b({distractor[1]}|{distractor[2]})\b", text[distractor.end() :]):
+        text = text[distractor.end() :]
+    known = {}
+
+    def placeholder(word):
+        return known.setdefault(word[0], f"<{len(known)}>")
+
+    return re.sub(rf"\b(?:{names}|{items})\b", placeholder, text)
 
 
 @GENERATORS
-def test_every_template_and_level_appears(generator):
-    found = {(p.template, p.level) for p in take("pretrain", 1500, generator=generator)}
-    assert found == set(itertools.product(generator.TEMPLATES, LEVELS))
+def test_no_problem_stands_in_two_splits_in_other_words(generator):
+    """Of 100 thousand draws, whatever the names; the question's own text says so, not the form that the split is of."""
+    rng, splits, drawn = random.Random(7), {}, 0
+    while drawn < 100_000:
+        problem = generator._draw(rng, rng.choice(LEVELS))
+        if problem is not None:
+            splits.setdefault(masked(problem, generator), set()).add(split_of(problem.form))
+            drawn += 1
+    assert len(splits) < 99_000  # some are the same problem in other words, so that there is something to find
+    assert [text for text, found in splits.items() if len(found) > 1] == []
+    assert {split for found in splits.values() for split in found} == set(SPLITS)
+
+
+@GENERATORS
+def test_a_stream_has_no_problem_twice_and_only_its_own(generator):
+    for split in SPLITS:
+        found = take(split, 400, 5, generator)
+        assert len({problem.form for problem in found}) == len({problem.id for problem in found}) == 400
+        assert all(split_of(problem.form) == split and problem.level in EASY for problem in found)
+
+
+@GENERATORS
+def test_every_template_appears_in_every_level(generator):
+    for level in LEVELS:
+        found = list(itertools.islice(generator.problems("pretrain", 0, [level]), 300))
+        assert {problem.template for problem in found} == set(generator.TEMPLATES)
+        assert {problem.level for problem in found} == {level}
+
+
+def test_no_more_problems_than_there_are(monkeypatch):
+    monkeypatch.setattr(problem_module, "EXHAUSTED", 2000)
+    few = problem_module.distinct(
+        lambda rng, level: Problem("", "", "", "", level, "", str(rng.randint(0, 40))), "rl", 0
+    )
+    with pytest.raises(ValueError, match="the split 'rl' has no more than . problems of levels .1, 2, 3, 4, 5.; ask"):
+        list(few)
+    with pytest.raises(ValueError, match="unknown level among"):
+        next(word_problems.problems("rl", 0, [6]))
 
 
 def test_programs_pass_their_tests_and_others_do_not():
-    sample = take("test", 60, generator=programs)
+    sample = list(itertools.islice(programs.problems("test", 0, LEVELS), 60))
     assert all(code_reward(p.solution, p.answer) == 1.0 for p in sample)
     nothing = "```python\ndef {}(_):\n    return None\n```"
     assert not any(
@@ -54,7 +100,7 @@ def test_programs_pass_their_tests_and_others_do_not():
 
 
 def test_solutions_are_right():
-    for problem in take("test", 800):
+    for problem in itertools.islice(word_problems.problems("test", 0, LEVELS), 1500):
         *lines, box = problem.solution.split("\n")
         for line in lines:
             left, sign, right, result = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
