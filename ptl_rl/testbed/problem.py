@@ -43,7 +43,7 @@ Draw = Callable[[random.Random, int], Problem | None]
 """Makes a problem of a level, or none of what it drew."""
 
 
-def distinct(draw: Draw, split: str, seed: int, levels: Collection[int] = LEVELS) -> Iterator[Problem]:
+def distinct(draw: Draw, split: str, seed: int, levels: Collection[int] = EASY) -> Iterator[Problem]:
     """Endless stream of problems of one split, no two of one form.
 
     Args:
