@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from pretrain_testbed import add_blocks, history, train
+from pretrain_testbed import QUESTION_WEIGHT, add_blocks, batches, history, train
 
 from ptl_rl.config import ConfigError
 from ptl_rl.models import resolve_model
@@ -15,6 +15,7 @@ from ptl_rl.testbed import problem as problem_module
 from ptl_rl.testbed import programs, shipped_checkpoint, word_problems
 from ptl_rl.testbed.problem import EASY, LEVELS, SPLITS, Problem, split_of
 from ptl_rl.testbed.tiny_models import FAMILIES, tiny_model
+from ptl_rl.testbed.tokenizer import build_tokenizer
 from reward.programs.reward import code_reward
 
 GENERATORS = pytest.mark.parametrize("generator", [word_problems, programs], ids=["words", "programs"])
@@ -144,14 +145,25 @@ def test_added_blocks_change_nothing_at_first_and_can_learn(family):
     assert any(p.grad is not None and p.grad.norm() > 0 for p in grown.model.layers[2].parameters())
 
 
+def test_questions_weigh_little_and_padding_nothing():
+    tokenizer = build_tokenizer(sample_problems=200)
+    ids_BT, weights_BT = next(batches(tokenizer, 8, 0, "words", hard_share=0.5))
+    assert ids_BT.shape == weights_BT.shape and len(ids_BT) == 8
+    for ids, weights in zip(ids_BT, weights_BT, strict=True):
+        answer = tokenizer.decode(ids[weights == 1])
+        assert "\\boxed{" in answer and answer.endswith("<|im_end|>")
+        assert tokenizer.decode(ids[weights == torch.tensor(QUESTION_WEIGHT)]).startswith("<|im_start|>user\n")
+        assert set(ids[weights == 0].tolist()) <= {tokenizer.pad_token_id}
+
+
 def test_a_dropped_block_learns_nothing_in_that_step():
     model = tiny_model("llama", num_hidden_layers=3, hidden_size=32, intermediate_size=48)
     before = [block.mlp.down_proj.weight.clone() for block in model.model.layers]
     ids_BT = torch.arange(24).view(2, 12)
-    loss = train(model, iter([(ids_BT, ids_BT)]), 1, 1e-2, block_drop=1.0)
+    loss = train(model, iter([(ids_BT, torch.ones(2, 12))]), 1, 1e-2, block_drop=1.0)
     changed = [not torch.equal(b.mlp.down_proj.weight, w) for b, w in zip(model.model.layers, before, strict=True)]
     assert sum(changed) == 2 and 4 < loss < 8  # about the log of 512 tokens
-    train(model, iter([(ids_BT, ids_BT)]), 1, 1e-2)
+    train(model, iter([(ids_BT, torch.ones(2, 12))]), 1, 1e-2)
     assert all(not torch.equal(b.mlp.down_proj.weight, w) for b, w in zip(model.model.layers, before, strict=True))
 
 
@@ -164,7 +176,8 @@ def test_the_record_goes_back_over_cuts(tmp_path):
     )
     found = history(tmp_path)
     assert found["sliced_to"] == {"intermediate_size": 2, "layers": 2}
-    assert found["continued_from"]["greedy_accuracy_validation_500"] == 0.944
+    of_shipped = json.loads((shipped_checkpoint("testbed") / "pretraining.json").read_text())
+    assert found["continued_from"] == of_shipped and of_shipped["family"] == "qwen2"
 
 
 def test_blocks_are_only_added_where_there_are_fewer():
