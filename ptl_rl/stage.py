@@ -76,6 +76,8 @@ class StageSpec(BaseModel):
     steps: int
     alignment: int
     scores: Path | None = None
+    after_cut: Path | None = None
+    """For ``evaluate``: the cut model before its recovery, where that is measured, too."""
 
 
 PART_SEED = 15_485_863

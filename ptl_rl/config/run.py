@@ -39,6 +39,11 @@ class EvaluationConfig(Section):
         None, ge=1, description="Longest response in an evaluation, in tokens; default: data.max_response_tokens."
     )
     batch_size: int = Field(128, ge=1, description="Concurrent sequences in vLLM.")
+    after_cut: bool = Field(
+        False,
+        description="Answer the test problems with the cut model, too, before it was recovered: what the cut cost and "
+        "recovery won back, on the same problems.",
+    )
 
 
 class GateConfig(Section):

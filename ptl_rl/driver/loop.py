@@ -176,7 +176,13 @@ class Driver:
             steps=self.config.recoveries(cut.planned)[stage.part].steps_of(cut.planned),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
+            after_cut=folder.artefact(Stage(stage.cycle, "slice")) if self._measures_cut(stage, state) else None,
         )
+
+    def _measures_cut(self, stage: Stage, state: State) -> bool:
+        """Whether this evaluation is the first after a cut, and the recipe wants the cut model measured, too."""
+        first = stage.name == "evaluate" and stage.cycle > 0 and not stage.round
+        return first and not state.cuts[0].is_empty and self.config.evaluation.after_cut
 
     def _name(self, stage: Stage, name: str) -> str:
         return str(self.folder.artefact(Stage(stage.cycle, name)).relative_to(self.folder.path))
@@ -185,7 +191,7 @@ class Driver:
         for attempt in range(1, self.config.watchdog.attempts + 1):
             spec = self._spec(stage, state, session, self._next_attempt(stage))
             for entry in entries:
-                if entry.artefact and self.folder.path / entry.artefact in (spec.source, spec.scores):
+                if entry.artefact and self.folder.path / entry.artefact in (spec.source, spec.scores, spec.after_cut):
                     self.folder.check_unchanged(entry)
             try:
                 return self._attempt(stage, spec, session)

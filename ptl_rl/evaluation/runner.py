@@ -9,6 +9,7 @@ from typing import Any
 
 from ptl_rl.config import RunConfig
 from ptl_rl.data.prompts import prompt_ids
+from ptl_rl.evaluation.intervals import accuracy_interval, paired
 from ptl_rl.evaluation.judge import judge
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
@@ -59,9 +60,9 @@ class Engine:
         return [Answer(o.text, len(o.token_ids), o.finish_reason == "length") for o in firsts], seconds
 
 
-def _options(config: RunConfig, context: StageContext, max_tokens: int) -> dict[str, Any]:
+def _options(config: RunConfig, context: StageContext, model: Path, max_tokens: int) -> dict[str, Any]:
     return {
-        "model": str(context.spec.source),
+        "model": str(model),
         "dtype": config.model.dtype,
         "max_model_len": config.data.max_prompt_tokens + max_tokens,
         "max_num_seqs": config.evaluation.batch_size,
@@ -83,7 +84,9 @@ def _prompt_ids(config: RunConfig, source: Path, questions: list[str]) -> list[l
     return prompts
 
 
-def _generate(context: StageContext, prompts: list[list[int]], max_tokens: int) -> tuple[list[Answer], float]:
+def _generate(
+    context: StageContext, model: Path, prompts: list[list[int]], max_tokens: int
+) -> tuple[list[Answer], float]:
     """Spread the prompts over all engines; returns the answers in order and the slowest engine's seconds."""
     import ray
 
@@ -93,7 +96,7 @@ def _generate(context: StageContext, prompts: list[list[int]], max_tokens: int) 
     # In the actor's own process: nothing is left behind when Ray ends the actor.
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     actor = ray.remote(num_cpus=1, num_gpus=tensor_parallel, runtime_env={"env_vars": env})(Engine)
-    options = _options(config, context, max_tokens)
+    options = _options(config, context, model, max_tokens)
     engines = [actor.remote(context.spec.device == "cpu", options) for _ in range(replicas)]
     chunk = max(1, min(4 * config.evaluation.batch_size, -(-len(prompts) // replicas)))
     starts = list(range(0, len(prompts), chunk))
@@ -109,13 +112,17 @@ def _generate(context: StageContext, prompts: list[list[int]], max_tokens: int) 
         answers[index], taken = ray.get(ready[0])
         seconds[index % replicas] += taken
         context.report(len(answers), len(starts))
+    for engine in engines:  # another model may follow on their GPUs
+        ray.kill(engine)
     return [answer for index in range(len(starts)) for answer in answers[index]], max(seconds)
 
 
 def evaluate(context: StageContext) -> dict:
     """Write ``eval.json`` and ``samples.parquet``; returns accuracy, cost and speed.
 
-    ``tokens_per_second`` counts generated tokens of all engines over the time of generation alone.
+    ``tokens_per_second`` counts generated tokens of all engines over the time of generation alone. ``interval`` is the
+    accuracy's, at 95 %. Where the cut model is measured, too, ``after_cut`` has its accuracy and interval, and
+    ``recovered`` the difference on the same problems, paired.
     """
     import pyarrow
     import pyarrow.parquet
@@ -130,18 +137,30 @@ def evaluate(context: StageContext) -> dict:
     records = list(context.data.evaluation("test"))
     max_tokens = config.evaluation.max_response_tokens or config.data.max_response_tokens
     prompts = _prompt_ids(config, spec.source, [record.question for record in records])
-    answers, seconds = _generate(context, prompts, max_tokens)
+    answers, seconds = _generate(context, spec.source, prompts, max_tokens)
     verdicts = judge(config, records, [a.text for a in answers], lambda: context.report(1, 1))
     correct = verdicts.correct
     rows = [
         {"id": r.id, "question": r.question, "expected": r.answer, "correct": c, **asdict(a)}
         for r, a, c in zip(records, answers, correct, strict=True)
     ]
+    of_cut: dict[str, Any] = {}
+    if spec.after_cut is not None:
+        texts = [a.text for a in _generate(context, spec.after_cut, prompts, max_tokens)[0]]
+        before = judge(config, records, texts, lambda: context.report(1, 1)).correct
+        for row, text, value in zip(rows, texts, before, strict=True):
+            row |= {"text_after_cut": text, "correct_after_cut": value}
+        of_cut = {
+            "after_cut": {"accuracy": sum(before) / len(before), "interval": accuracy_interval(before)},
+            "recovered": asdict(paired(before, correct)),
+        }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), spec.out / "samples.parquet")
     shape = read_shape(spec.source)
     tokens = sum(a.tokens for a in answers)
     metrics = {
         "accuracy": sum(correct) / len(correct),
+        "interval": accuracy_interval(correct),
+        **of_cut,
         "problems": len(records),
         "reward_errors": verdicts.failed,
         "truncated": sum(a.truncated for a in answers),

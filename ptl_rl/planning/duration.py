@@ -75,7 +75,8 @@ class Clock:
         prefill /= engine.tensor_parallel * self._rate(self.assumed.reading_share)
         return prefill + share / at_once * mean * step(at_once) + (longest - mean) * step(max(1.0, at_once / 8))
 
-    def evaluate(self, shape: ModelShape) -> float:
+    def evaluate(self, shape: ModelShape, models: int = 1) -> float:
+        """Of so many models of one shape, one after the other."""
         config, planned = self.config, self.planned
         longest = config.evaluation.max_response_tokens or config.data.max_response_tokens
         engine = planned.engine(shape, config.evaluation.batch_size, planned.evaluated_length)
@@ -83,7 +84,7 @@ class Clock:
         engines = max(1, config.resources.workers // config.resources.tensor_parallel_size)
         seconds = self.generate(engine, room, engines, evaluation_rows(config, "test"), longest)
         loading = self.disk(planned.value_bytes * shape.parameters)
-        return self.assumed.start_seconds + self.assumed.engine_start_seconds + loading + seconds
+        return self.assumed.start_seconds + models * (self.assumed.engine_start_seconds + loading + seconds)
 
     def _room(self, engine: Engine, share: float) -> float:
         device = self.planned.device
@@ -210,7 +211,8 @@ class Clock:
                 else:
                     seconds = self.rl(shape, original, recovery, steps)
                 times.append(StageTime(f"recover: {recovery.method}", number, seconds))
-            times.append(StageTime("evaluate", number, self.evaluate(shape)))
+            both = self.config.evaluation.after_cut and not cut.is_empty
+            times.append(StageTime("evaluate", number, self.evaluate(shape, models=1 + both)))
         return times
 
 

@@ -1,5 +1,6 @@
 """What a run amounts to, read from its journal alone: one row per cycle, as terminal table, markdown and PNG."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ class Row:
     parameters: int
     flops_per_token: int
     accuracy: float
+    interval: tuple[float, float] | None
+    """Of the accuracy, at 95 %; None in runs of earlier versions."""
     sliced_accuracy: float | None
-    """On the validation split, after the cut and before recovery."""
+    """After the cut and before recovery: on the same problems where that was measured, else on the validation split."""
+    recovered: dict[str, Any] | None
+    """What recovery added on the same problems: the fields of :class:`ptl_rl.evaluation.intervals.Paired`."""
+    sliced_interval: tuple[float, float] | None
     tokens_per_answer: float
     tokens_per_second: float
     steps: int
@@ -39,6 +45,7 @@ def rows(entries: list[Entry]) -> list[Row]:
         if not evaluations:
             continue
         m: dict[str, Any] = evaluations[-1].metrics
+        after_cut = evaluations[0].metrics.get("after_cut")
         recoveries = [e for e in own if e.stage == "recover"]
         gates = [e for e in own if e.stage == "gate"]
         result.append(
@@ -49,7 +56,10 @@ def rows(entries: list[Entry]) -> list[Row]:
                 parameters=m["parameters"],
                 flops_per_token=m["flops_per_token"],
                 accuracy=m["accuracy"],
-                sliced_accuracy=_sliced_accuracy(recoveries),
+                interval=m.get("interval"),
+                sliced_accuracy=after_cut["accuracy"] if after_cut else _sliced_accuracy(recoveries),
+                recovered=evaluations[0].metrics.get("recovered"),
+                sliced_interval=after_cut["interval"] if after_cut else None,
                 tokens_per_answer=m["tokens_per_answer"],
                 tokens_per_second=m["tokens_per_second"],
                 steps=sum(e.metrics["steps"] for e in recoveries),
@@ -65,6 +75,17 @@ def _sliced_accuracy(recoveries: list[Entry]) -> float | None:
     return recoveries[0].metrics.get("validation_accuracy_before") if recoveries else None
 
 
+def _after_cut(row: Row) -> str:
+    """The accuracy before recovery, and the points that recovery added on the same problems, as far as known."""
+    if row.sliced_accuracy is None:
+        return ""
+    if row.recovered is None:
+        return f"{row.sliced_accuracy:.1%}"
+    p = row.recovered["p_value"]
+    sure = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{row.sliced_accuracy:.1%}, then {100 * row.recovered['difference']:+.1f} ({sure})"
+
+
 PICTURE = "summary.png"
 
 
@@ -77,7 +98,7 @@ def cells(row: Row, first: Row, start: str = "original") -> Cells:
         "parameters": f"{row.parameters:,} ({row.parameters / first.parameters:.0%})",
         "FLOPs/token": f"{row.flops_per_token / first.flops_per_token:.0%}",
         "accuracy": f"{row.accuracy:.1%}",
-        "after cut": "" if row.sliced_accuracy is None else f"{row.sliced_accuracy:.1%}",
+        "after cut": _after_cut(row),
         "tokens/answer": f"{row.tokens_per_answer:.1f}",
         "tokens/s": f"{row.tokens_per_second:,.0f}",
         "steps": str(row.steps or ""),
@@ -111,7 +132,7 @@ def write(folder: Path) -> list[Entry]:
 
 
 def plot(entries: list[Entry], path: Path, title: str) -> None:
-    """PNG: accuracy (and accuracy right after the cut) against cycle, parameters beside it."""
+    """PNG: accuracy against cycle, with what each cut left, their intervals, and parameters behind them."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -130,10 +151,20 @@ def plot(entries: list[Entry], path: Path, title: str) -> None:
         size_axis.text(row.cycle, 0.02, f"{row.parameters / 1e6:.3g} M\n{share:.0%}", ha="center", fontsize=8)
     accuracy_axis.set_zorder(size_axis.get_zorder() + 1)
     accuracy_axis.patch.set_visible(False)
-    cut = [(row.cycle, row.sliced_accuracy) for row in all_rows if row.sliced_accuracy is not None]
+    cut = [row for row in all_rows if row.sliced_accuracy is not None]
+    same = all(row.sliced_interval for row in cut)
     if cut:
-        accuracy_axis.plot(*zip(*cut, strict=True), "v", color="#c44e52", label="right after the cut (validation)")
-    accuracy_axis.plot(cycles, [row.accuracy for row in all_rows], "o-", color="#1f4e8c", label="after recovery (test)")
+        values = [(row.sliced_accuracy or 0.0, row.sliced_interval) for row in cut]
+        label = "right after the cut" if same else "right after the cut (validation)"
+        # A little to the left, so that a line from what the cut left leads up to what recovery made of it.
+        places = [row.cycle - (0.12 if same else 0) for row in cut]
+        _with_intervals(accuracy_axis, places, values, fmt="v", color="#c44e52", label=label)
+        for place, row, (left, _) in zip(places, cut, values, strict=True):
+            if same:
+                accuracy_axis.plot([place, row.cycle], [left, row.accuracy], ":", color="#c44e52")
+    label = "after recovery, same problems" if cut and same else "after recovery (test)"
+    values = [(row.accuracy, row.interval) for row in all_rows]
+    _with_intervals(accuracy_axis, cycles, values, fmt="o-", color="#1f4e8c", label=label)
     accuracy_axis.set_ylim(0, 1.15)
     accuracy_axis.set_xticks(cycles, ["original", *map(str, cycles[1:])])
     accuracy_axis.set_xlabel("cycle")
@@ -141,3 +172,13 @@ def plot(entries: list[Entry], path: Path, title: str) -> None:
     accuracy_axis.set_title(title)
     accuracy_axis.legend(loc="upper right", fontsize=8, framealpha=1)
     figure.savefig(path, dpi=140)
+
+
+def _with_intervals(
+    axis: Any, places: Sequence[float], values: Sequence[tuple[float, tuple[float, float] | None]], **look: Any
+) -> None:
+    """Points with their 95 % intervals, as far as these are known."""
+    arms = [[value - (known or (value, value))[0] for value, known in values]]
+    arms += [[(known or (value, value))[1] - value for value, known in values]]
+    shown = [[max(0.0, arm) for arm in side] for side in arms]
+    axis.errorbar(places, [value for value, _ in values], yerr=shown, capsize=3, **look)

@@ -98,6 +98,22 @@ def test_a_cycle_is_extended_then_halved_then_accepted_below(make_driven):
     assert len(manifest["stages"]) == 8  # of both rounds
 
 
+def test_a_cut_is_measured_once_where_the_recipe_says_so(make_driven):
+    run = make_driven(gate={"max_extensions": 1}, evaluation={"after_cut": True})
+    run.act({"000-evaluate": 0.8, "001-evaluate": 0.1})
+    run.drive()
+    sliced = run.path / "cycles/001/sliced"
+    measured = {label: spec.after_cut for label, spec in run.specs().items() if spec.name == "evaluate"}
+    assert measured == {"000-evaluate.1": None, "001-evaluate.1": sliced, "001-evaluate-1.1": None}
+    assert {spec.after_cut for spec in run.specs().values() if spec.name != "evaluate"} == {None}
+
+
+def test_where_nothing_is_cut_there_is_no_cut_to_measure(make_driven):
+    run = make_driven(schedule={"recover_only": True}, evaluation={"after_cut": True})
+    run.drive()
+    assert {spec.after_cut for spec in run.specs().values()} == {None}
+
+
 def test_a_run_that_the_gate_stops_stays_stopped(make_driven):
     run = make_driven(gate={"max_extensions": 1, "on_failure": "stop"})
     run.act({"001-evaluate": 0.1, "001-evaluate-1": 0.1})
@@ -213,10 +229,11 @@ def flip(path) -> None:
         ("001-recover", "sliced/model.safetensors"),
         ("001-recover", "sliced/plan.json"),
         ("001-evaluate", "recovered/config.json"),
+        ("001-evaluate", "sliced/config.json"),
     ],
 )
 def test_an_artefact_that_changed_is_not_used(make_driven, fails, file):
-    run = make_driven()
+    run = make_driven(evaluation={"after_cut": True})
     run.act({fails: "raise"})
     with pytest.raises(StageFailed):
         run.drive()

@@ -89,6 +89,16 @@ def test_a_smaller_model_is_faster_and_a_slower_gpu_slower(repository):
     assert sum(t.seconds for t in slower.run(QWEN, planned_cuts(clock.config.schedule))) > sum(t.seconds for t in times)
 
 
+def test_measuring_the_cut_model_costs_all_of_an_evaluation_but_its_start(repository):
+    found = {}
+    for told in ("true", "false"):
+        clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", f"evaluation.after_cut={told}", start_seconds=100)
+        times = clock.run(QWEN, planned_cuts(clock.config.schedule))
+        found[told] = [time.seconds for time in times if time.stage == "evaluate"]
+    assert found["true"][0] == found["false"][0]  # nothing was cut yet
+    assert found["true"][1] == pytest.approx(2 * found["false"][1] - 100)
+
+
 def test_solves_are_those_measured_on_an_h200(repository):
     settings = ["criterion.channels=obs", "schedule.channels_per_cycle=4736", "schedule.channels_total=4736"]
     clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", *settings, "schedule.alignment=64")

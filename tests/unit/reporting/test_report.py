@@ -17,7 +17,7 @@ from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, DataConfig, ModelConfig, ScheduleConfig, SourceConfig
 from ptl_rl.config.recipe import save_config
 from ptl_rl.errors import OutputError
-from ptl_rl.reporting import figures
+from ptl_rl.reporting import figures, summary
 from ptl_rl.reporting.compare import comparison
 from ptl_rl.reporting.export import export_model
 from ptl_rl.reporting.html import page
@@ -58,6 +58,23 @@ def test_final_model_against_the_original(run):
     assert against.difference == pytest.approx(-0.2)
     low, high = run.interval(2)
     assert low < 0.7 < high
+
+
+def test_what_a_cut_left_is_told_with_what_recovery_added(run, tmp_path):
+    plain = run.rows
+    assert [summary.cells(row, plain[0])["after cut"] for row in plain] == ["", "", ""]
+    left = {"accuracy": 0.4, "interval": [0.1, 0.7]}
+    added = {"difference": 0.3, "low": 0.1, "high": 0.6, "p_value": 0.0312, "gained": 3, "lost": 0}
+    for entry in run.entries:
+        if entry.stage == "evaluate":
+            entry.metrics["interval"] = [0.5, 0.9]
+        if entry.stage == "evaluate" and entry.cycle == 2:
+            entry.metrics.update(after_cut=left, recovered=added)
+    rows = summary.rows(run.entries)
+    assert [summary.cells(row, rows[0])["after cut"] for row in rows] == ["", "", "40.0%, then +30.0 (p = 0.031)"]
+    assert (rows[2].sliced_interval, rows[0].interval) == ([0.1, 0.7], [0.5, 0.9])
+    summary.plot(run.entries, tmp_path / "cut.png", "made")
+    assert (tmp_path / "cut.png").stat().st_size > 10_000
 
 
 def test_the_page_fetches_nothing_and_shows_text_as_text(run):
