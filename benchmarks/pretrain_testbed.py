@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,14 @@ LONGEST_ANSWER = 160
 """Tokens."""
 QUESTION_WEIGHT = 0.1
 """Of a token of the question in the loss. Its numbers are drawn at random: most of its loss cannot be learned."""
+
+JUMPS = {4: (0.0, 0.55), 5: (0.1, 0.8)}
+"""Level to the lowest and highest share of its solutions, by template, that are the answer alone in pre-training.
+
+Text on the web is no more careful. An answer without its steps is mostly wrong when the model gives it, so that it can
+do more than it does, and reinforcement has something to find: an arithmetic slip is too rare and too varied a thing to
+learn from the rewards of a few thousand answers.
+"""
 
 Kind = Literal["words", "programs"]
 STREAMS: dict[Kind, Callable[[str, int, Collection[int]], Iterator[Problem]]] = {
@@ -60,19 +69,33 @@ def encode(tokenizer, problem: Problem) -> tuple[list[int], int]:
     return prompt + tokenizer.encode(problem.solution) + [tokenizer.eos_token_id], len(prompt)
 
 
+def jump_share(problem: Problem) -> float:
+    """How often the answer to such a word problem stands alone in pre-training: evenly spread over the templates."""
+    low, high = JUMPS.get(problem.level, (0.0, 0.0))
+    templates = list(word_problems.TEMPLATES)
+    return low + (high - low) * templates.index(problem.template) / (len(templates) - 1)
+
+
 def batches(
     tokenizer, batch_size: int, seed: int, kind: Kind, hard_share: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (input_ids_BT, weights_BT): 1 for a token of the answer, QUESTION_WEIGHT before it, 0 for padding.
 
-    ``hard_share`` of the problems are of :data:`HARD` levels.
+    ``hard_share`` of the problems are of :data:`HARD` levels; some of their solutions are the answer alone, by
+    :data:`JUMPS`.
     """
+
+    def written(problem: Problem) -> Problem:
+        if kind == "words" and rng.random() < jump_share(problem):
+            return replace(problem, solution=problem.solution.rsplit("\n", 1)[1])
+        return problem
+
     easy, hard = (STREAMS[kind]("pretrain", seed, levels) for levels in (EASY, HARD))
     rng = random.Random(seed)
     while True:
         # Sixteen batches are sorted by length together, so that little is padded.
         drawn = (next(hard if rng.random() < hard_share else easy) for _ in range(batch_size * 16))
-        window = [encode(tokenizer, p) for p in drawn]
+        window = [encode(tokenizer, written(p)) for p in drawn]
         window.sort(key=lambda row: len(row[0]))
         groups = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(groups)
