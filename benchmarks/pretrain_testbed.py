@@ -151,7 +151,7 @@ def greedy_accuracy(
 
 
 def accuracies(model, tokenizer, kind: Kind, split: str, level: int, count: int) -> dict[str, float]:
-    """Of ``count`` problems of a level: the share right greedily; of half of them sampled (pass@1), and once in eight."""
+    """Share of ``count`` problems of a level that are right greedily; of half of them sampled, and once in eight."""
     problems = list(itertools.islice(STREAMS[kind](split, 0, [level]), count))
     greedy, sampled = answers(model, tokenizer, problems), answers(model, tokenizer, problems[: count // 2], samples=8)
 
@@ -319,6 +319,7 @@ def main(
         "layers": model.config.num_hidden_layers,
         "block_drop": block_drop,
         "hard_share": hard_share,
+        "jumps": JUMPS,
         "autocast": autocast,
         "seconds": round(seconds),
         "final_loss": loss,

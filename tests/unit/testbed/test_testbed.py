@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from pretrain_testbed import QUESTION_WEIGHT, add_blocks, batches, history, train
+from pretrain_testbed import JUMPS, QUESTION_WEIGHT, add_blocks, batches, history, jump_share, train
 
 from ptl_rl.config import ConfigError
 from ptl_rl.models import resolve_model
@@ -154,6 +154,27 @@ def test_questions_weigh_little_and_padding_nothing():
         assert "\\boxed{" in answer and answer.endswith("<|im_end|>")
         assert tokenizer.decode(ids[weights == torch.tensor(QUESTION_WEIGHT)]).startswith("<|im_start|>user\n")
         assert set(ids[weights == 0].tolist()) <= {tokenizer.pad_token_id}
+
+
+def test_some_solutions_of_long_chains_are_the_answer_alone():
+    tokenizer = build_tokenizer(sample_problems=200)
+    stream = batches(tokenizer, 64, 0, "words", hard_share=1.0)
+    responses = [
+        tokenizer.decode(ids[weights == 1])
+        for pair in itertools.islice(stream, 6)
+        for ids, weights in zip(*pair, strict=True)
+    ]
+    alone = sum(text.startswith("\\boxed{") for text in responses) / len(responses)
+    assert alone == pytest.approx(sum(low + high for low, high in JUMPS.values()) / 4, abs=0.1)
+    shares = {(p.level, p.template): jump_share(p) for level in LEVELS for p in taken(level, 200)}
+    assert {shares[level, name] for level in EASY for name in word_problems.TEMPLATES} == {0}
+    for level, limits in JUMPS.items():
+        of_level = [shares[level, name] for name in word_problems.TEMPLATES]
+        assert (min(of_level), max(of_level)) == pytest.approx(limits) and of_level == sorted(of_level)
+
+
+def taken(level, count):
+    return itertools.islice(word_problems.problems("pretrain", 0, [level]), count)
 
 
 def test_a_dropped_block_learns_nothing_in_that_step():
