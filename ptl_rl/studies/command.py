@@ -43,6 +43,7 @@ DEMO_RECIPES = {
     "table1": ("table1-grpo", "table1-cpt"),
     "table2": ("recovery",),
     "recovery": ("recovery",),
+    "rl": ("rl",),
     "order": ("order",),
     "code": ("code",),
 }

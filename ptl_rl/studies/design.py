@@ -289,6 +289,15 @@ def recovery(config: RunConfig, shape: ModelShape) -> Study:
     return Study("recovery", "Which recovery gets most back?", rows, rows[0].name)
 
 
+def rl(config: RunConfig, shape: ModelShape) -> Study:
+    """Every recovery that the recipe lists, on a model that nothing is cut from."""
+    uncut = config.schedule.model_copy(update={"channels_per_cycle": 0, "layers_total": 0, "recover_only": True})
+    alone = recovery(config.model_copy(update={"schedule": uncut}), shape)
+    rows = [row for row in alone.rows if row.name != "cpt-grpo"]
+    question = "What does each recovery add to a model that is not cut?"
+    return replace(alone, name="rl", question=question, rows=rows)
+
+
 def _half(steps: int | list[int]) -> int | list[int]:
     return [max(1, step // 2) for step in steps] if isinstance(steps, list) else max(1, steps // 2)
 
@@ -299,7 +308,7 @@ def _needs_channels(config: RunConfig, study: str) -> None:
 
 
 STUDIES: dict[str, Callable[[RunConfig, ModelShape], Study]] = {
-    study.__name__: study for study in (table1, table2, iterations, step_size, order, code, criteria, recovery)
+    study.__name__: study for study in (table1, table2, iterations, step_size, order, code, criteria, recovery, rl)
 }
 
 

@@ -38,13 +38,22 @@ def test_rows_have_the_same_data_and_the_same_steps_in_all(name, recipe):
         assert made.seed == 2 and made.name == f"{row.name}-seed2"
         assert made.data == config.data and made.evaluation == config.evaluation
         assert (made.gate.max_extensions, made.gate.max_retries, made.gate.on_failure) == (0, 0, "continue")
-        if name not in ("step_size", "criteria", "recovery", "table2"):
+        if name not in ("step_size", "criteria", "recovery", "table2", "rl"):
             cycles = len(planned_cuts(made.schedule))
             whole = len(planned_cuts(config.schedule)) * config.calibration.sequences
             assert abs(made.calibration.sequences * cycles - whole) < cycles or row.name == "original"
         for method, count in steps(made).items():
             both = row.name == "cpt-grpo"
             assert count == steps(config)[method] // (2 if both else 1)
+
+
+def test_the_rl_studys_rows_cut_nothing():
+    for recipe in (*demo_recipes("rl"), *demo_recipes("recovery")):
+        _, _, study = designed("rl", recipe)
+        assert [row.name for row in study.rows] == ["grpo", "cpt", "distill"] or recipe.stem == "recovery"
+        for row in study.rows:
+            schedule = row.config(0).schedule
+            assert schedule.recover_only and not schedule.channels_sum and not schedule.layers_total
 
 
 @pytest.mark.parametrize("recipe", [*demo_recipes("table1"), *demo_recipes("code")], ids=lambda recipe: recipe.stem)
