@@ -47,7 +47,7 @@ def _recovery(recipe: Path, method: str) -> dict[str, Any]:
 
 def grpo(device: str) -> Run:
     """Two cycles; vLLM's log-probabilities are held against the policy's own, not taken for them."""
-    settings = {"schedule.channels_per_cycle": [320, 128], "recovery.steps": 2}
+    settings = {"schedule.channels_per_cycle": [160, 64], "recovery.steps": 2}
     compared = {"verl.algorithm.rollout_correction.bypass_mode": False}
     return RECIPES / "demo_grpo_cpu.yaml", {**_tiny(device), **settings, **compared}
 
@@ -84,7 +84,7 @@ def real(model: Path, train: dict[str, Any], test: dict[str, Any], device: str, 
     if smoke:
         grpo |= {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 16, "steps": 1}
         recovery += [{"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}}]
-    tokens = (88, 72) if smoke else (384, 384)
+    tokens = (104, 80) if smoke else (384, 384)
     suffix = "" if smoke else "\nPlease reason step by step, and put your final answer within \\boxed{}."
     return {
         "name": "first-light",

@@ -41,7 +41,7 @@ def test_a_recipe_for_gpus_without_any_is_refused_before_anything_is_downloaded(
 CASES = [
     (["recovery.stpes=3"], "recovery.stpes: unknown key; did you mean 'steps'?"),
     (["model.path=/no/such/model"], "model.path: /no/such/model is not a folder"),
-    (["schedule.channels_per_cycle=[700,700]"], "removes 1400 channels per layer, but intermediate_size is 1280"),
+    (["schedule.channels_per_cycle=[400,400]"], "removes 800 channels per layer, but intermediate_size is 640"),
     (["schedule.layers_total=4"], "layers_total is 4, but num_hidden_layers is 4"),
     (
         ["schedule.layers_total=1", "criterion.layers=explicit", "criterion.layer_ids=[4]"],

@@ -160,7 +160,7 @@ def test_run_killed_and_interrupted_is_resumed_and_completes(repository, tmp_pat
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
     assert steps_of(run_dir, "001-recover")[0] == CPT["save_every_steps"] + 1
     assert [row["step"] for row in cpt["curve"]] == list(range(1, CPT["steps"] + 1))
-    assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 1280)
+    assert (sliced["num_hidden_layers"], sliced["intermediate_size"]) == (3, 640)
     assert 0 < sliced["stream_error"] < 1
     # A cycle that starts from this model is scored on what the policy answered, too.
     assert scored["calibration_rollouts"] == 0
@@ -304,7 +304,7 @@ def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, t
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
     assert processes_of(run_dir) == []
-    check_result(run_dir, channels=1152)
+    check_result(run_dir, channels=512)
 
 
 def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:

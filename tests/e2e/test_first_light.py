@@ -81,4 +81,4 @@ def check_speeds(line: dict, figures: list[dict]) -> None:
     assert first["promised"] == 1.0 and first["speedup"]["saturated"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert second["promised"] > 1.2 and set(second["tokens_per_second"]) == {"batch 1", "saturated"}
     assert all(spread["low"] > 0 for model in figures for spread in model["tokens_per_second"].values())
-    assert line["parameters"] == [3_493_056, 2_755_776] and line["logits"].startswith("logits differ")
+    assert line["parameters"] == [2_018_496, 1_649_856] and line["logits"].startswith("logits differ")

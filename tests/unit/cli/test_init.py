@@ -316,11 +316,11 @@ def test_bad_fields(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
-        ("0%", "--remove 0%: each layer has 1280 FFN channels; more than none and fewer than all can go"),
-        ("100%", "--remove 100%: each layer has 1280"),
-        ("-5%", "--remove -5%: each layer has 1280"),
-        ("nan%", "--remove nan%: each layer has 1280"),
-        ("2000", "--remove 2000: each layer has 1280"),
+        ("0%", "--remove 0%: each layer has 640 FFN channels; more than none and fewer than all can go"),
+        ("100%", "--remove 100%: each layer has 640"),
+        ("-5%", "--remove -5%: each layer has 640"),
+        ("nan%", "--remove nan%: each layer has 640"),
+        ("2000", "--remove 2000: each layer has 640"),
         ("half", "--remove half: give a percentage as 50%, or a number of channels"),
         ("%", "--remove %: give a percentage as 50%"),
         ("0.5", "--remove 0.5: give a percentage as 50%, or a number"),
@@ -330,7 +330,7 @@ def test_bad_amounts(remove, message):
     assert message in refused("testbed", "testbed:rl", f"--remove={remove}")
 
 
-@pytest.mark.parametrize(("remove", "total"), [("1%", 128), ("99.9%", 1152), ("640", 640), (" 25% ", 256)])
+@pytest.mark.parametrize(("remove", "total"), [("1%", 128), ("99.9%", 512), ("320", 320), (" 25% ", 128)])
 def test_amounts_are_rounded_to_whole_multiples(remove, total):
     assert init("testbed", "testbed:rl", "--remove", remove)[0].schedule.channels_total == total
 

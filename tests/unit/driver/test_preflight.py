@@ -18,9 +18,9 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_disk_that_the_run_would_fill_is_refused(repository, tmp_path, monkeypatch):
     config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
     model, shape = preflight.check_model(config)
-    # 1280 channels become 800, 576, 464 and 400; each cut and each recovered model stays, in float32,
+    # 640 channels become 384 and 256; each cut and each recovered model stays, in float32,
     # but for the first cut, which has the original's bfloat16.
-    needed = 8 * (2_387_136 + 1_871_040 + 1_612_992 + 1_465_536) - 2 * 2_387_136
+    needed = 8 * (1_428_672 + 1_133_760) - 2 * 1_428_672
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(2**40, 0, needed - 1))
     with pytest.raises(ConfigError, match=r"the run writes up to .* GiB of checkpoints, .* choose another `run_dir`"):
         preflight.check_disk(config, shape, model, tmp_path / "not" / "there" / "yet")
