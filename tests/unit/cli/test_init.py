@@ -330,7 +330,7 @@ def test_bad_amounts(remove, message):
     assert message in refused("testbed", "testbed:rl", f"--remove={remove}")
 
 
-@pytest.mark.parametrize(("remove", "total"), [("1%", 128), ("99.9%", 512), ("320", 320), (" 25% ", 128)])
+@pytest.mark.parametrize(("remove", "total"), [("1%", 64), ("99.9%", 576), ("320", 320), (" 25% ", 128)])
 def test_amounts_are_rounded_to_whole_multiples(remove, total):
     assert init("testbed", "testbed:rl", "--remove", remove)[0].schedule.channels_total == total
 
