@@ -89,6 +89,16 @@ def stage_seed(config: RunConfig, spec: StageSpec) -> int:
     return config.seed * 1_000_003 + spec.cycle * 1009 + spec.part * PART_SEED + spec.round
 
 
+def _setup_hook() -> dict[str, str]:
+    """What Ray's workers do first, for ``ray.init``; a submitted job's own hook stays."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}").get("runtime_env") or {}
+    if "worker_process_setup_hook" in submitted:
+        return {}
+    return {"worker_process_setup_hook": "ptl_rl.verl_patches.quick_imports.prepare"}
+
+
 @dataclass
 class StageContext:
     """A stage's view of the run."""
@@ -123,10 +133,7 @@ class StageContext:
         ray.init(
             address=self.spec.ray_address,
             namespace=self.spec.stage_id,
-            runtime_env={
-                "env_vars": self.worker_env(),
-                "worker_process_setup_hook": "ptl_rl.verl_patches.quick_imports.prepare",
-            },
+            runtime_env={"env_vars": self.worker_env(), **_setup_hook()},
             logging_level="WARNING",
         )
 

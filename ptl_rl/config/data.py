@@ -15,6 +15,15 @@ MOST_HELD_OUT: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
 """Rows of evaluation sets that no recipe names."""
 
 
+def sister_split(path: str, split: EvaluationSet) -> str:
+    """The test bed's source of the same kind and levels as ``path``, of another split; word problems for other data."""
+    if not path.startswith(TESTBED):
+        return f"{TESTBED}{split}"
+    name, colon, levels = path.removeprefix(TESTBED).partition(":")
+    kind = "programs-" if name.startswith("programs-") else ""
+    return f"{TESTBED}{kind}{split}{colon}{levels}"
+
+
 class FieldMap(Section):
     """Names of the columns that hold each part of a record."""
 
@@ -183,8 +192,7 @@ class DataConfig(Section):
         sources = self.learnt(train)[1]
         if named is not None or not all(source.is_made for source in sources):
             return named
-        kind = "programs-" if sources[0].path.startswith(f"{TESTBED}programs-") else ""
-        return SourceConfig(path=f"{TESTBED}{kind}{name}", rows=MOST_HELD_OUT[name])
+        return SourceConfig(path=sister_split(sources[0].path, name), rows=MOST_HELD_OUT[name])
 
     def unnamed_sets(self, train: bool) -> list[EvaluationSet]:
         """Those that are held out."""

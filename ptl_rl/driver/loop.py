@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, RunConfig, WatchdogConfig
 from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.driver.display import Display
 from ptl_rl.driver.environment import check_gpus, detect_device, own_ray_folder
@@ -202,6 +202,13 @@ class Driver:
                 self.display.note(f"{stage.label}: {error}; starting it again (log: {log})")
         raise AssertionError("unreachable")
 
+    def _limits(self, spec: StageSpec) -> WatchdogConfig:
+        """How long the stage may be silent: longer where a second vLLM starts in the middle of it."""
+        limits = self.config.watchdog
+        if spec.after_cut is None:
+            return limits
+        return limits.model_copy(update={"stall_seconds": max(limits.stall_seconds, limits.startup_seconds)})
+
     def _next_attempt(self, stage: Stage) -> int:
         return 1 + len(list(self.folder.logs.glob(f"{stage.label}.*.spec.json")))
 
@@ -220,7 +227,7 @@ class Driver:
             ) from None
         process = start_stage(spec_path, log, self._env(spec))
         try:
-            status = watch(process, spec.progress, self.config.watchdog, self.display.progress)
+            status = watch(process, spec.progress, self._limits(spec), self.display.progress)
         finally:
             if process.poll() is None:
                 process.kill()

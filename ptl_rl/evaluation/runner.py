@@ -10,7 +10,7 @@ from typing import Any
 from ptl_rl.config import RunConfig
 from ptl_rl.data.prompts import prompt_ids
 from ptl_rl.evaluation.intervals import accuracy_interval, paired
-from ptl_rl.evaluation.judge import judge
+from ptl_rl.evaluation.judge import JudgeError, Verdicts, judge
 from ptl_rl.families import read_shape
 from ptl_rl.stage import StageContext
 
@@ -147,12 +147,19 @@ def evaluate(context: StageContext) -> dict:
     of_cut: dict[str, Any] = {}
     if spec.after_cut is not None:
         texts = [a.text for a in _generate(context, spec.after_cut, prompts, max_tokens)[0]]
-        before = judge(config, records, texts, lambda: context.report(1, 1)).correct
-        for row, text, value in zip(rows, texts, before, strict=True):
+        try:
+            before = judge(config, records, texts, lambda: context.report(1, 1))
+        except JudgeError:  # what a cut has ruined can be beyond any reward function
+            before = Verdicts([0.0] * len(texts), failed=len(texts))
+        for row, text, value in zip(rows, texts, before.correct, strict=True):
             row |= {"text_after_cut": text, "correct_after_cut": value}
         of_cut = {
-            "after_cut": {"accuracy": sum(before) / len(before), "interval": accuracy_interval(before)},
-            "recovered": asdict(paired(before, correct)),
+            "after_cut": {
+                "accuracy": sum(before.correct) / len(texts),
+                "interval": accuracy_interval(before.correct),
+                "reward_errors": before.failed,
+            },
+            "recovered": asdict(paired(before.correct, correct)),
         }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), spec.out / "samples.parquet")
     shape = read_shape(spec.source)

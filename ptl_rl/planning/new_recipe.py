@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ptl_rl.config import ConfigError, DataConfig, FieldMap, RewardConfig, RunConfig, SourceConfig
-from ptl_rl.config.data import HUB
+from ptl_rl.config.data import HUB, sister_split
 from ptl_rl.config.recipe import load_config, named_source, parse_config
 from ptl_rl.config.run import BOX_SUFFIX
 from ptl_rl.data.columns import MBPP, TESTBED, Reading, read_columns
@@ -50,7 +50,7 @@ MOST: dict[Method, tuple[int, int]] = {"grpo": (128, 64), "distill": (128, 64), 
 CPT_TOKENS = 1024
 TEXT_LENGTHS = Lengths(prompt=512, response=1024)
 """Of the problems that a model is judged by while it reads plain text."""
-TESTBED_LENGTHS = Lengths(prompt=128, response=96)
+TESTBED_LENGTHS = Lengths(prompt=144, response=120)
 """Of the test bed's own problems, with its own models."""
 CALIBRATION_TOKENS = 2048
 PROGRAMS = TESTBED + "programs-"
@@ -213,8 +213,8 @@ def _name(wishes: Wishes) -> str:
 
 def _evaluation(data: str, answered: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Sources of validation and test for data that cannot give rows of their own, and why."""
-    kind = PROGRAMS if data.startswith(PROGRAMS) else TESTBED
-    sets = {"validation": {"path": f"{kind}validation", "rows": 128}, "test": {"path": f"{kind}test", "rows": 500}}
+    rows = {"validation": 128, "test": 500}
+    sets = {name: {"path": sister_split(data, name), "rows": count} for name, count in rows.items()}
     if data.startswith(TESTBED):
         return sets, "The test bed's own problems, none of which is in its other splits."
     if not answered:

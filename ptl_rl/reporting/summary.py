@@ -58,7 +58,7 @@ def rows(entries: list[Entry]) -> list[Row]:
                 accuracy=m["accuracy"],
                 interval=m.get("interval"),
                 sliced_accuracy=after_cut["accuracy"] if after_cut else _sliced_accuracy(recoveries),
-                recovered=evaluations[0].metrics.get("recovered"),
+                recovered=m.get("recovered"),
                 sliced_interval=after_cut["interval"] if after_cut else None,
                 tokens_per_answer=m["tokens_per_answer"],
                 tokens_per_second=m["tokens_per_second"],

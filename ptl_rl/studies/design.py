@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
-from ptl_rl.config import ConfigError, RunConfig
+from ptl_rl.config import ConfigError, DistillConfig, RunConfig
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
 from ptl_rl.planning.schedule import planned_cuts
@@ -290,12 +290,19 @@ def recovery(config: RunConfig, shape: ModelShape) -> Study:
 
 
 def rl(config: RunConfig, shape: ModelShape) -> Study:
-    """Every recovery that the recipe lists, on a model that nothing is cut from."""
-    uncut = config.schedule.model_copy(update={"channels_per_cycle": 0, "layers_total": 0, "recover_only": True})
-    alone = recovery(config.model_copy(update={"schedule": uncut}), shape)
-    rows = [row for row in alone.rows if row.name != "cpt-grpo"]
-    question = "What does each recovery add to a model that is not cut?"
-    return replace(alone, name="rl", question=question, rows=rows)
+    """Every recovery that the recipe lists, with its steps in all, on a model that nothing is cut from."""
+    methods = [entry.method for entry in config.recovery]
+    if len(set(methods)) < len(methods):
+        raise ConfigError(f"study rl: the recipe's recovery is {methods}; list each method once")
+    if any(isinstance(entry, DistillConfig) and not entry.rewards for entry in config.recovery):
+        raise ConfigError(
+            "study rl: nothing is cut, so the parent of a distillation is the model itself, and only rewards can teach "
+            "it anything: set rewards: true for distill, or leave it out"
+        )
+    values = _schedule(_with_steps(_values(config), config, [1.0]), recover_only=True)
+    entries = {entry["method"]: entry for entry in values["recovery"]}
+    rows = [Row(name, LABELS[name], values | {"recovery": [entry]}) for name, entry in entries.items()]
+    return Study("rl", "What does each recovery add to a model that is not cut?", rows, rows[0].name)
 
 
 def _half(steps: int | list[int]) -> int | list[int]:

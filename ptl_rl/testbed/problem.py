@@ -50,7 +50,7 @@ def distinct(draw: Draw, split: str, seed: int, levels: Collection[int] = EASY) 
         draw: makes one.
         split: one of :data:`SPLITS`; the splits share no form, whatever the seeds.
         seed: the same seed gives the same stream.
-        levels: of :data:`LEVELS`, each as likely as another.
+        levels: of :data:`LEVELS`. Each is drawn as often; those that are harder to draw well come less often.
 
     Raises:
         ValueError: for an unknown split or level, or where no more problems are found.

@@ -29,9 +29,13 @@ def leave_out_ascend_transfer() -> None:
 
     It takes a module that does not import for a missing dependency, and says so to who asks for that transfer.
     """
-    from importlib.metadata import version  # not for the command line, which answers at once
+    from importlib.metadata import PackageNotFoundError, version  # not for the command line, which answers at once
 
-    if version("verl").startswith("0.9."):
+    try:
+        installed = version("verl")
+    except PackageNotFoundError:  # a source tree on the path
+        return
+    if installed.startswith("0.9."):
         sys.modules.setdefault("verl.checkpoint_engine.hccl_checkpoint_engine", None)  # type: ignore[arg-type]
 
 

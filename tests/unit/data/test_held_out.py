@@ -197,6 +197,8 @@ def test_the_test_bed_is_judged_by_its_own_problems():
     programs = own({"train": [{"path": "testbed:programs-rl", "rows": 9}]})
     assert programs.evaluation_set("test").path == "testbed:programs-test"
     assert programs.evaluation_set("validation").rows == 128
+    hard = own({"train": {"path": "testbed:rl:4,5"}})
+    assert hard.evaluation_set("validation").path == "testbed:validation:4,5"
     assert len(run_data(own({}), 2).sets["train"]) == 4096  # a shipped model with nothing named
 
 

@@ -6,13 +6,13 @@ import os
 import pytest
 from driven_runs import DrivenRun, Session, Told, labels_of
 
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, WatchdogConfig
 from ptl_rl.driver import loop, ray_session
-from ptl_rl.driver.loop import StageFailed
-from ptl_rl.driver.run_folder import MissingArtefact
+from ptl_rl.driver.loop import Driver, StageFailed
+from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
 from ptl_rl.stage import StageContext
 
-TWO_CYCLES = {"schedule": {"channels_per_cycle": [480, 224], "alignment": 16}, "recovery": {"grpo": {"steps": [3, 5]}}}
+TWO_CYCLES = {"schedule": {"channels_per_cycle": [256, 128], "alignment": 16}, "recovery": {"grpo": {"steps": [3, 5]}}}
 
 
 def test_two_cycles(make_driven, monkeypatch):
@@ -52,7 +52,7 @@ def check_what_stages_were_told(run: DrivenRun) -> None:
         "002-recover": "cycles/002/sliced",
         "002-evaluate": "cycles/002/recovered",
     }
-    for cycle, cut, steps in ((1, 480, 3), (2, 224, 5)):
+    for cycle, cut, steps in ((1, 256, 3), (2, 128, 5)):
         for name in ("score", "slice", "recover", "evaluate"):
             spec = of[f"{cycle:03d}-{name}"]
             assert (spec.subset, spec.subsets) == (cycle - 1, 2)
@@ -106,6 +106,10 @@ def test_a_cut_is_measured_once_where_the_recipe_says_so(make_driven):
     measured = {label: spec.after_cut for label, spec in run.specs().items() if spec.name == "evaluate"}
     assert measured == {"000-evaluate.1": None, "001-evaluate.1": sliced, "001-evaluate-1.1": None}
     assert {spec.after_cut for spec in run.specs().values() if spec.name != "evaluate"} == {None}
+    driver = Driver(RunFolder(run.path), lambda _: Told())
+    driver.config = run.config.model_copy(update={"watchdog": WatchdogConfig(startup_seconds=300, stall_seconds=180)})
+    silent = {label: driver._limits(spec).stall_seconds for label, spec in run.specs().items()}
+    assert {label for label, seconds in silent.items() if seconds == 300} == {"001-evaluate.1"}  # vLLM starts twice
 
 
 def test_where_nothing_is_cut_there_is_no_cut_to_measure(make_driven):

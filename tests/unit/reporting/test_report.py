@@ -75,6 +75,12 @@ def test_what_a_cut_left_is_told_with_what_recovery_added(run, tmp_path):
     assert (rows[2].sliced_interval, rows[0].interval) == ([0.1, 0.7], [0.5, 0.9])
     summary.plot(run.entries, tmp_path / "cut.png", "made")
     assert (tmp_path / "cut.png").stat().st_size > 10_000
+    last = max(i for i, entry in enumerate(run.entries) if entry.stage == "evaluate")
+    again = run.entries[last].model_copy(deep=True)
+    for told in ("after_cut", "recovered"):
+        del again.metrics[told]
+    rows = summary.rows([*run.entries, again])  # a second round: what the first one added is not what the row shows
+    assert summary.cells(rows[2], rows[0])["after cut"] == "40.0%"
 
 
 def test_the_page_fetches_nothing_and_shows_text_as_text(run):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptl_rl.baselines.slicegpt.rotate import sliced_config
-from ptl_rl.config import ConfigError
+from ptl_rl.config import ConfigError, ScheduleConfig
 from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
 from ptl_rl.families import FAMILIES, shape_from_config
@@ -47,13 +47,27 @@ def test_rows_have_the_same_data_and_the_same_steps_in_all(name, recipe):
             assert count == steps(config)[method] // (2 if both else 1)
 
 
-def test_the_rl_studys_rows_cut_nothing():
-    for recipe in (*demo_recipes("rl"), *demo_recipes("recovery")):
-        _, _, study = designed("rl", recipe)
-        assert [row.name for row in study.rows] == ["grpo", "cpt", "distill"] or recipe.stem == "recovery"
-        for row in study.rows:
-            schedule = row.config(0).schedule
-            assert schedule.recover_only and not schedule.channels_sum and not schedule.layers_total
+def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
+    (shipped,) = demo_recipes("rl")
+    by_recipe = {
+        shipped: {"grpo": 40, "cpt": 320, "distill": 40},
+        repository / "recipes/demo_cpt_grpo_cpu.yaml": {"cpt": 80, "grpo": 10},
+        repository / "recipes/demo_grpo_cpu.yaml": {"grpo": 28},
+    }
+    total = {"schedule": ScheduleConfig(channels_per_cycle=128, channels_total=256, alignment=16)}
+    for recipe, expected in by_recipe.items():
+        for changes in ({}, total if recipe.stem == "demo_grpo_cpu" else {}):
+            _, _, study = designed("rl", recipe, **changes)
+            assert {row.name: steps(row.config(0))[row.name] for row in study.rows} == expected
+            for row in study.rows:
+                schedule = row.config(0).schedule
+                assert schedule.recover_only and not schedule.channels_sum and not schedule.layers_total
+
+
+def test_the_rl_study_refuses_a_parent_that_is_the_model_itself():
+    (recipe,) = demo_recipes("recovery")
+    with pytest.raises(ConfigError, match="set rewards: true for distill, or leave it out"):
+        designed("rl", recipe)
 
 
 @pytest.mark.parametrize("recipe", [*demo_recipes("table1"), *demo_recipes("code")], ids=lambda recipe: recipe.stem)
