@@ -268,7 +268,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Problems per step.")] = 64,
     peak_lr: Annotated[float, typer.Option(min=0, help="Peak learning rate, of Muon and of AdamW.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and problems.")] = 0,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN channels per block.")] = 1280,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN channels per block.")] = 640,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
     block_drop: Annotated[
         float,

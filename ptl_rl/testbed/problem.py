@@ -25,7 +25,10 @@ class Problem:
     level: int
     template: str
     form: str
-    """What is to be computed, without names, items and wording. Problems of one form are one problem in other words."""
+    """The steps on their numbers, or a program's operations, in order, without names, items and wording.
+
+    Problems of one form are one problem in other words. Sums whose numbers change places have two forms.
+    """
 
 
 def split_of(form: str) -> str:
