@@ -319,7 +319,7 @@ def main(
         "layers": model.config.num_hidden_layers,
         "block_drop": block_drop,
         "hard_share": hard_share,
-        "jumps": JUMPS,
+        "jumps": JUMPS if kind == "words" else None,
         "autocast": autocast,
         "seconds": round(seconds),
         "final_loss": loss,
