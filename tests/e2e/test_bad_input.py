@@ -53,7 +53,7 @@ CASES = [
     ),
     (["criterion.path=REWARD", "criterion.channels=mine"], "my_reward.py has no function mine"),
     (["data.train.path=BAD"], "bad.jsonl:2: not valid JSON"),
-    (["data.train.rows=64"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
+    (["data.train.rows=32"], "leave 16 in a subset, but recovery.prompts_per_step is 32"),
     (["reward.path=REWARD", "reward.name=scroe"], "scroe"),
     (["reward.path=/no/reward.py"], "/no/reward.py"),
 ]
