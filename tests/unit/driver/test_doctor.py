@@ -240,7 +240,7 @@ def test_a_recipes_own_mistakes(repository, tmp_path):
     assert model is None and found.level == "problem" and "is not a folder" in found.text
     config = load_config(repository / "recipes/demo_grpo_cpu.yaml", ["model.attention=flash_attention_2"])
     model, found = recipe.find_model(config)
-    assert model is not None and found.text.endswith("3.5 million parameters")
+    assert model is not None and found.text.endswith("2.0 million parameters")
     assert "has no CPU build" in recipe.check_attention(config, "cpu", model).text
     unasked = shutil.copytree(model.folder, tmp_path / "model")
     (unasked / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")

@@ -60,11 +60,11 @@ def test_every_document_ends_once(tokenizer):
 
 def test_long_solutions_are_cut_and_long_texts_divided(tokenizer, tmp_path):
     ids, _ = document_ids(tokenizer, TEXT, "")
-    found, counts = write([TEXT, PROBLEM], tokenizer, tmp_path, max_tokens=20)
-    assert counts.cut == 1 and counts.sequences == len(found) == -(-len(ids) // 20) + 1
+    found, counts = write([TEXT, PROBLEM], tokenizer, tmp_path, max_tokens=21)
+    assert counts.cut == 1 and counts.sequences == len(found) == -(-len(ids) // 21) + 1
     pieces = [token for i in range(len(found) - 1) for token in found[i]["input_ids"].tolist()]
     assert pieces == ids
-    assert len(found[len(found) - 1]["input_ids"]) == 20
+    assert len(found[len(found) - 1]["input_ids"]) == 21
 
 
 def test_sequences_without_a_token_that_counts_are_left_out(tokenizer, tmp_path):
