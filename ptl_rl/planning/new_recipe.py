@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ptl_rl.config import ConfigError, DataConfig, FieldMap, RewardConfig, RunConfig, SourceConfig
-from ptl_rl.config.data import HUB, sister_split
+from ptl_rl.config.data import HUB, EvaluationSet, sister_split
 from ptl_rl.config.recipe import load_config, named_source, parse_config
 from ptl_rl.config.run import BOX_SUFFIX
 from ptl_rl.data.columns import MBPP, TESTBED, Reading, read_columns
@@ -213,7 +213,7 @@ def _name(wishes: Wishes) -> str:
 
 def _evaluation(data: str, answered: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Sources of validation and test for data that cannot give rows of their own, and why."""
-    rows = {"validation": 128, "test": 500}
+    rows: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
     sets = {name: {"path": sister_split(data, name), "rows": count} for name, count in rows.items()}
     if data.startswith(TESTBED):
         return sets, "The test bed's own problems, none of which is in its other splits."

@@ -79,6 +79,6 @@ def check_speeds(line: dict, figures: list[dict]) -> None:
     """``ptl speed`` of two models, the second of them sliced by ``ptl slice``, timed in turns."""
     first, second = figures
     assert first["promised"] == 1.0 and first["speedup"]["saturated"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert second["promised"] > 1.2 and set(second["tokens_per_second"]) == {"batch 1", "saturated"}
+    assert second["promised"] > 1.1 and set(second["tokens_per_second"]) == {"batch 1", "saturated"}
     assert all(spread["low"] > 0 for model in figures for spread in model["tokens_per_second"].values())
-    assert line["parameters"] == [2_018_496, 1_649_856] and line["logits"].startswith("logits differ")
+    assert line["parameters"] == [2_018_496, 1_723_584] and line["logits"].startswith("logits differ")
