@@ -214,7 +214,9 @@ def _name(wishes: Wishes) -> str:
 def _evaluation(data: str, answered: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Sources of validation and test for data that cannot give rows of their own, and why."""
     rows: dict[EvaluationSet, int] = {"validation": 128, "test": 500}
-    sets = {name: {"path": sister_split(data, name), "rows": count} for name, count in rows.items()}
+    sets: dict[str, dict[str, Any]] = {
+        name: {"path": sister_split(data, name), "rows": count} for name, count in rows.items()
+    }
     if data.startswith(TESTBED):
         return sets, "The test bed's own problems, none of which is in its other splits."
     if not answered:
