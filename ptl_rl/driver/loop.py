@@ -29,6 +29,7 @@ from ptl_rl.driver.processes import end_processes, named_in_environment, remove_
 from ptl_rl.driver.ray_session import RaySession, WorkersHeld
 from ptl_rl.driver.run_data import prepare_data
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
+from ptl_rl.driver.run_models import hold_models
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
 from ptl_rl.errors import check_sockets, resume_command
@@ -89,6 +90,7 @@ class Driver:
                 if entries:  # its driver may have ended right after writing the last one
                     self._after(stage_of(entries[-1]), state, entries)
                 if next_stage(state) is not None:
+                    hold_models(self.folder, {"model.path": self.original, **self._named_parent()})
                     prepare_data(self.config, self.folder, entries)
                     state = self._loop(entries, state)
             finally:
@@ -96,6 +98,9 @@ class Driver:
                 end_processes("PTL_RUN_ID", self.run_id, grace_seconds=10)
             self._check_baseline(entries)
             return state
+
+    def _named_parent(self) -> dict[str, Path]:
+        return {"model.parent": self.parent} if self.config.model.parent else {}
 
     def _check_baseline(self, entries: list[Entry]) -> None:
         """Raise :class:`ConfigError` where the original solves nothing, by which no cycle can be judged."""
@@ -336,6 +341,7 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
             (folder.path / "cycles").mkdir(exist_ok=True)
             for left in (folder.data, folder.data.with_name(f".{folder.data.name}.tmp")):  # of another recipe
                 shutil.rmtree(left, ignore_errors=True)
+            folder.models.unlink(missing_ok=True)
             save_config(config, folder.config)
     except OSError as error:
         raise ConfigError(

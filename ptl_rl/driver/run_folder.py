@@ -35,6 +35,7 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.journal = self.path / "journal.jsonl"
         self.data = self.path / "data"
+        self.models = self.path / "models.json"
         self.logs = self.path / "logs"
         self.reward_errors = self.logs / "reward_errors.jsonl"
 
