@@ -25,16 +25,23 @@ class Problem:
     level: int
     template: str
     form: str
-    """The steps on their numbers, or a program's operations, in order, without names, items and wording.
+    """What is computed, whatever the words: problems with the same form are one problem.
 
-    Problems of one form are one problem in other words. Sums whose numbers change places have two forms.
+    Two word problems have one form where their answers are the same expression of the same numbers, up to the laws of
+    algebra: which summand or factor comes first, in which order things happen, and how a sum is multiplied do not
+    count. Two programs have one form where they give the same results for :data:`ptl_rl.testbed.programs.PROBES`.
     """
 
 
 def split_of(form: str) -> str:
     """The one split that a problem's form belongs to, by its hash."""
-    bucket = int.from_bytes(hashlib.sha256(form.encode()).digest()[:8], "big") % 100
+    bucket = hash_of(form) % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
+
+
+def hash_of(text: str) -> int:
+    """64 bits that depend on the text alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def id_of(prefix: str, question: str) -> str:

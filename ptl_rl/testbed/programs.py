@@ -9,11 +9,20 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptl_rl.testbed.problem import EASY, Problem, distinct, id_of
+from ptl_rl.testbed.problem import EASY, Problem, distinct, hash_of, id_of
 
 FUNCTIONS = ("f", "g", "solve", "work", "pick", "make", "change", "count_up")
 WORDS = "apple bread candle dinner engine forest garden hammer island jacket kitten ladder meadow needle orange".split()  # noqa: SIM905
 TESTS = 3
+INPUTS: dict[str, Callable[[random.Random], Any]] = {
+    "xs": lambda rng: [rng.randint(0, 30) for _ in range(rng.randint(5, 8))],
+    "s": lambda rng: rng.choice(WORDS),
+    "x": lambda rng: rng.randint(0, 45),
+    "n": lambda rng: rng.randint(6, 25),
+}
+"""What a function is called with, by the name of its argument."""
+PROBES = {argument: [draw(random.Random(seed)) for seed in range(12)] for argument, draw in INPUTS.items()}
+"""Inputs whose results say what a program does. Programs that differ on other inputs alone count as one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,6 @@ class _Draft:
     words: list[str]
     lines: list[str]
     apply: Callable[[Any], Any]
-    draw_input: Callable[[random.Random], Any]
 
 
 def _in_turn(steps: list[_Step]) -> Callable[[Any], Any]:
@@ -81,11 +89,7 @@ def _list_end(rng: random.Random) -> _Step:
 
 def _lists(rng: random.Random, level: int) -> _Draft:
     steps = [*(_list_step(rng) for _ in range(level)), _list_end(rng)]
-
-    def numbers(rng: random.Random) -> list[int]:
-        return [rng.randint(0, 30) for _ in range(rng.randint(5, 8))]
-
-    return _Draft("xs", [s.words for s in steps], [s.line for s in steps], _in_turn(steps), numbers)
+    return _Draft("xs", [s.words for s in steps], [s.line for s in steps], _in_turn(steps))
 
 
 def _text_step(rng: random.Random) -> _Step:
@@ -116,9 +120,7 @@ def _texts(rng: random.Random, level: int) -> _Draft:
         _Step(f"return how often {letter} is in it", f'return s.count("{letter}")', lambda s: list(s).count(letter)),
     )
     steps = [*(_text_step(rng) for _ in range(level)), rng.choice(ends)]
-    return _Draft(
-        "s", [s.words for s in steps], [s.line for s in steps], _in_turn(steps), lambda rng: rng.choice(WORDS)
-    )
+    return _Draft("s", [s.words for s in steps], [s.line for s in steps], _in_turn(steps))
 
 
 def _change(rng: random.Random) -> _Step:
@@ -155,7 +157,7 @@ def _rules(rng: random.Random, level: int) -> _Draft:
     def apply(x: int) -> int:
         return next((then for when, then in cases if when.apply(x)), last).apply(x)
 
-    return _Draft("x", words, [*lines, f"return {last.line}"], apply, lambda rng: rng.randint(0, 45))
+    return _Draft("x", words, [*lines, f"return {last.line}"], apply)
 
 
 def _term(rng: random.Random) -> _Step:
@@ -206,7 +208,7 @@ def _sums(rng: random.Random, level: int) -> _Draft:
 
     words += [*(step.words for step in ends), "return it"]
     lines += [*(step.line for step in ends), "return total"]
-    return _Draft("n", words, lines, apply, lambda rng: rng.randint(6, 25))
+    return _Draft("n", words, lines, apply)
 
 
 TEMPLATES: dict[str, Callable[[random.Random, int], _Draft]] = {
@@ -221,7 +223,7 @@ def _tests(rng: random.Random, name: str, draft: _Draft) -> list[str] | None:
     """Assertions on different inputs; None where the results are all the same, or the largest of nothing."""
     inputs: list[Any] = []
     while len(inputs) < TESTS:
-        drawn = draft.draw_input(rng)
+        drawn = INPUTS[draft.argument](rng)
         if drawn not in inputs:
             inputs.append(drawn)
     try:
@@ -233,6 +235,17 @@ def _tests(rng: random.Random, name: str, draft: _Draft) -> list[str] | None:
     return [f"assert {name}({value!r}) == {result!r}" for value, result in zip(inputs, found, strict=True)]
 
 
+def _form(draft: _Draft) -> str:
+    """The program's results for the probes, as a hash; an error is a result, too."""
+    results: list[Any] = []
+    for value in PROBES[draft.argument]:
+        try:
+            results.append(draft.apply(value))
+        except ValueError:  # the largest of nothing
+            results.append(None)
+    return f"{draft.argument} {hash_of(repr(results)):x}"
+
+
 def _draw(rng: random.Random, level: int) -> Problem | None:
     template, name = rng.choice(tuple(TEMPLATES)), rng.choice(FUNCTIONS)
     draft = TEMPLATES[template](rng, level)
@@ -242,8 +255,7 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     question = f"Write {name}({draft.argument}): {', '.join(draft.words)}."
     lines = [f"def {name}({draft.argument}):", *(f"    {line}" for line in draft.lines)]
     solution = "\n".join(["```python", *lines, "```"])
-    form = "\n".join(draft.lines)  # the arguments have one name each
-    return Problem(id_of("pr", question), question, solution, "\n".join(tests), level, template, form)
+    return Problem(id_of("pr", question), question, solution, "\n".join(tests), level, template, _form(draft))
 
 
 def problems(split: str, seed: int = 0, levels: Collection[int] = EASY) -> Iterator[Problem]:

@@ -7,11 +7,40 @@ that one wrong intermediate result spoils the answer, which is what pruning does
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 
-from ptl_rl.testbed.problem import EASY, Problem, distinct, id_of
+from ptl_rl.testbed.problem import EASY, Problem, distinct, hash_of, id_of
 
 NAMES = ("Anna Ben Carla Dan Emma Felix Gina Hugo Ida Jonas Kira Leo Mia Nils Olga Paul").split()  # noqa: SIM905
 ITEMS = "apples books coins shells cards stamps eggs pears beads pens rings nuts".split()  # noqa: SIM905
+
+
+MODULUS = 2**61 - 1
+"""A prime. Numbers of a story are drawn at random below it, see :class:`_Result`."""
+
+
+class _Result(int):
+    """A number with its image: what it would be if every number of the story were another one, the same for equals.
+
+    Expressions that algebra makes equal have equal images. Others do not, but for one chance in 10^17. So the image
+    says which problem it is.
+    """
+
+    image: int
+
+    def __new__(cls, value: int, image: int) -> "_Result":
+        made = super().__new__(cls, value)
+        made.image = image % MODULUS
+        return made
+
+
+@cache
+def _drawn_image(number: int) -> int:
+    return hash_of(f"number {number}") % MODULUS
+
+
+def _image(number: int) -> int:
+    return number.image if isinstance(number, _Result) else _drawn_image(number)
 
 
 class _Working:
@@ -20,21 +49,21 @@ class _Working:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def _note(self, left: int, sign: str, right: int, result: int) -> int:
+    def _note(self, left: int, sign: str, right: int, result: int, image: int) -> _Result:
         self.lines.append(f"{left} {sign} {right} = {result}")
-        return result
+        return _Result(result, image)
 
-    def add(self, left: int, right: int) -> int:
-        return self._note(left, "+", right, left + right)
+    def add(self, left: int, right: int) -> _Result:
+        return self._note(left, "+", right, left + right, _image(left) + _image(right))
 
-    def sub(self, left: int, right: int) -> int:
-        return self._note(left, "-", right, left - right)
+    def sub(self, left: int, right: int) -> _Result:
+        return self._note(left, "-", right, left - right, _image(left) - _image(right))
 
-    def mul(self, left: int, right: int) -> int:
-        return self._note(left, "*", right, left * right)
+    def mul(self, left: int, right: int) -> _Result:
+        return self._note(left, "*", right, left * right, _image(left) * _image(right))
 
-    def div(self, left: int, right: int) -> int:
-        return self._note(left, "/", right, left // right)
+    def div(self, left: int, right: int) -> _Result:
+        return self._note(left, "/", right, left // right, _image(left) * pow(_image(right), -1, MODULUS))
 
 
 MAX_ANSWER = 199
@@ -258,8 +287,9 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     text = draft.text
     if level > 1 and rng.random() < DISTRACTED:
         text = _distractor(rng, text) + text
-    question, form = f"{text} {draft.question}", "\n".join(work.lines)
-    solution = f"{form}\n\\boxed{{{draft.value}}}"
+    question = f"{text} {draft.question}"
+    solution = "\n".join([*work.lines, f"\\boxed{{{draft.value}}}"])
+    form = f"{_image(draft.value):x}"
     return Problem(id_of("wp", question), question, solution, str(draft.value), level, template, form)
 
 

@@ -64,6 +64,95 @@ def test_no_problem_stands_in_two_splits_in_other_words(generator):
     assert {split for found in splits.values() for split in found} == set(SPLITS)
 
 
+def steps(problem):
+    """The lines of a solution in any order, with summands and factors in any order."""
+    lines = [line.split() for line in problem.solution.split("\n")[:-1]]
+    return tuple(sorted((sign, *(sorted((a, b)) if sign in "+*" else (a, b))) for a, sign, b, _, _ in lines))
+
+
+def test_no_word_problem_stands_in_two_splits_with_its_numbers_in_other_places():
+    rng, splits, texts, drawn = random.Random(8), {}, {}, 0
+    while drawn < 100_000:
+        problem = word_problems._draw(rng, rng.choice(LEVELS))
+        if problem is None:
+            continue
+        drawn += 1
+        results = re.findall(r"= (\d+)", problem.solution)
+        if not set(results) & set(re.findall(r"\d+", problem.question)):  # else the lines do not tell which is meant
+            splits.setdefault(steps(problem), set()).add(split_of(problem.form))
+            texts.setdefault(steps(problem), set()).add(problem.solution)
+    assert sum(len(found) > 1 for found in texts.values()) > 1000  # there is something to find
+    assert [key for key, found in splits.items() if len(found) > 1] == []
+
+
+def test_a_word_problem_is_its_answers_expression():
+    def form(compute):
+        return word_problems._image(compute(word_problems._Working()))
+
+    def of_sum(work):
+        return work.mul(work.add(9, 7), 5)
+
+    def swapped(work):
+        return work.mul(5, work.add(7, 9))
+
+    def spread(work):
+        return work.add(work.mul(9, 5), work.mul(7, 5))
+
+    def later(work):  # bought before it was lost
+        return work.sub(work.add(20, 6), 4), work.add(work.sub(20, 4), 6)
+
+    def shared(work):
+        return work.div(work.add(3, 9), 4), work.div(work.add(9, 3), 4), work.div(work.add(5, 7), 4)
+
+    assert form(of_sum) == form(swapped) == form(spread)
+    assert form(lambda work: later(work)[0]) == form(lambda work: later(work)[1])
+    assert form(lambda work: shared(work)[0]) == form(lambda work: shared(work)[1]) != form(lambda w: shared(w)[2])
+    others = [lambda w: w.sub(9, 7), lambda w: w.sub(7, 9), lambda w: w.add(9, 7), lambda w: w.add(10, 6)]
+    others += [lambda w: w.mul(9, 7), lambda w: w.div(63, 9), lambda w: w.div(9, 63), of_sum]
+    assert len({form(compute) for compute in others}) == len(others)
+
+
+def numbers(seed):
+    rng = random.Random(seed)
+    return [rng.randint(0, 30) for _ in range(5 + seed % 4)]
+
+
+WIDE = {
+    "xs": [*programs.PROBES["xs"], *map(numbers, range(40))],
+    "s": programs.WORDS,
+    "x": range(46),
+    "n": range(6, 26),
+}
+
+
+def behaviour(problem):
+    """What the shown program gives for the probes and many other inputs: run, not worked out."""
+    names = {}
+    exec(problem.solution.removeprefix("```python\n").removesuffix("\n```"), names)
+    function = names[re.match(r"Write (\w+)", problem.question)[1]]
+    argument = function.__code__.co_varnames[0]
+    results = [argument]
+    for value in WIDE[argument]:
+        try:
+            results.append(repr(function(value)))
+        except ValueError:
+            results.append("error")
+    return tuple(results)
+
+
+def test_no_program_stands_in_two_splits_written_otherwise():
+    rng, splits, texts, drawn = random.Random(9), {}, {}, 0
+    while drawn < 20_000:
+        problem = programs._draw(rng, rng.choice(LEVELS))
+        if problem is not None:
+            key = hash(behaviour(problem))
+            splits.setdefault(key, set()).add(split_of(problem.form))
+            texts.setdefault(key, set()).add(problem.solution.split("\n", 2)[2])
+            drawn += 1
+    assert sum(len(found) > 1 for found in texts.values()) > 200  # there is something to find
+    assert [key for key, found in splits.items() if len(found) > 1] == []
+
+
 @GENERATORS
 def test_a_stream_has_no_problem_twice_and_only_its_own(generator):
     for split in SPLITS:
