@@ -1,9 +1,12 @@
 """What is left out of the imports of a stage's processes."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+
+from ptl_rl.stage import _setup_hook
 
 PREPARE = "from ptl_rl.verl_patches.quick_imports import prepare; prepare(); prepare()\n"
 TRANSFORMERS = """
@@ -41,3 +44,16 @@ def test_transformers_still_imports_scikit_learn():
 @pytest.mark.canary
 def test_verl_still_imports_vllm(before_verl):
     assert before_verl.run(VERL).stdout == "True\n"
+
+
+def test_a_submitted_jobs_own_setup_hook_stays(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    ours = {"worker_process_setup_hook": "ptl_rl.verl_patches.quick_imports.prepare"}
+    assert _setup_hook() == ours
+    for runtime_env, expected in (
+        ({"env_vars": {"A": "1"}}, ours),
+        (None, ours),
+        ({"worker_process_setup_hook": "mine.setup"}, {}),  # Ray takes the stage's in place of the job's
+    ):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env}))
+        assert _setup_hook() == expected
