@@ -8,6 +8,6 @@ __all__ = ["app", "doctor", "init", "main", "measure", "models", "runs"]
 
 
 def main() -> None:
-    quick_imports.leave_out_scikit_learn()
+    quick_imports.leave_out_scipy()
     quick_imports.look_through_all_objects_less_often()
     app()

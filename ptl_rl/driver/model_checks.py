@@ -18,7 +18,7 @@ from ptl_rl.config import ConfigError, RunConfig
 from ptl_rl.data.records import Progress
 from ptl_rl.errors import UserError
 from ptl_rl.families import read_config_json
-from ptl_rl.verl_patches.quick_imports import leave_out_scikit_learn
+from ptl_rl.verl_patches.quick_imports import leave_out_scipy
 
 _AT_ONCE = 4096
 _USUAL_DTYPES = ("float32", "bfloat16", "float16")
@@ -118,7 +118,7 @@ def main(model: Path) -> None:
     from ptl_rl.driver.prompt_checks import check_tokenizer
 
     config = parse_config(json.loads(sys.stdin.readline()))
-    leave_out_scikit_learn()
+    leave_out_scipy()
     try:
         if does_without_torch(config, model):
             sys.modules["torch"] = None  # type: ignore[assignment]

@@ -9,19 +9,31 @@ import sys
 from importlib.abc import MetaPathFinder
 
 
-class _NoScikitLearn(MetaPathFinder):
-    """Tells transformers, before it asks, that scikit-learn is not there; a reward function may still import it."""
+class _NoScipy(MetaPathFinder):
+    """Has scikit-learn and scipy left out where transformers and vLLM take them along; others may still import them."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "transformers.generation.candidate_generator":
             sys.modules["transformers.utils"].is_sklearn_available = lambda: False  # type: ignore[attr-defined]
+        elif fullname == "transformers.loss.loss_utils":
+            sys.modules["transformers.utils"].is_scipy_available = lambda: False  # type: ignore[attr-defined]
+        elif fullname == "scipy.signal" and self._is_for_audio():
+            raise ModuleNotFoundError("left out, see ptl_rl.verl_patches.quick_imports", name=fullname)
         return None  # modules are not this finder's business
 
+    @staticmethod
+    def _is_for_audio() -> bool:
+        audio = sys.modules.get("vllm.multimodal.audio")
+        return audio is not None and not hasattr(audio, "scipy_signal")
 
-def leave_out_scikit_learn() -> None:
-    """transformers 5 imports it, with scipy and pandas, for one way of speculative decoding; lm-eval installs it."""
-    if not any(isinstance(finder, _NoScikitLearn) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _NoScikitLearn())
+
+def leave_out_scipy() -> None:
+    """transformers 5 imports scikit-learn, with scipy and pandas, for one way of speculative decoding, and scipy for
+    object detection; vLLM imports scipy for audio, and does with a placeholder where it is missing. lm-eval installs
+    both packages.
+    """
+    if not any(isinstance(finder, _NoScipy) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _NoScipy())
 
 
 def leave_out_ascend_transfer() -> None:
@@ -50,6 +62,6 @@ def look_through_all_objects_less_often() -> None:
 
 def prepare() -> None:
     """All of the above; a second call changes nothing."""
-    leave_out_scikit_learn()
+    leave_out_scipy()
     leave_out_ascend_transfer()
     look_through_all_objects_less_often()

@@ -10,8 +10,12 @@ from ptl_rl.stage import _setup_hook
 
 PREPARE = "from ptl_rl.verl_patches.quick_imports import prepare; prepare(); prepare()\n"
 TRANSFORMERS = """
-import sys, transformers.generation.candidate_generator
-print(*[name for name in ("sklearn", "scipy") if name in sys.modules])
+import sys, transformers.modeling_utils, transformers.generation.candidate_generator
+print(*[name for name in ("sklearn", "scipy.optimize") if name in sys.modules])
+"""
+AUDIO = """
+import sys, ptl_rl.cpu.vllm_alias, vllm.multimodal.audio
+print("scipy.signal" in sys.modules)
 """
 VERL = """
 import sys, verl.checkpoint_engine
@@ -25,8 +29,13 @@ def fresh(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_transformers_does_without_scikit_learn_and_others_do_not():
+def test_transformers_does_without_scipy_and_others_do_not():
     assert fresh(PREPARE + TRANSFORMERS + "import sklearn\nprint(sklearn.__name__)") == ["", "sklearn"]
+
+
+def test_vllm_does_without_scipy_and_others_do_not():
+    *_, left_out, name = fresh(PREPARE + AUDIO + "import scipy.signal\nprint(scipy.signal.__name__)")
+    assert (left_out, name) == ("False", "scipy.signal")
 
 
 def test_verl_is_imported_without_vllm(before_verl):
@@ -37,8 +46,13 @@ def test_verl_is_imported_without_vllm(before_verl):
 
 
 @pytest.mark.canary
-def test_transformers_still_imports_scikit_learn():
-    assert fresh(TRANSFORMERS) == ["sklearn scipy"]
+def test_transformers_still_imports_scipy():
+    assert fresh(TRANSFORMERS) == ["sklearn scipy.optimize"]
+
+
+@pytest.mark.canary
+def test_vllm_still_imports_scipy():
+    assert fresh(AUDIO)[-1] == "True"
 
 
 @pytest.mark.canary
