@@ -1,0 +1,119 @@
+"""Cut a model that is being trained, without changing a shape: what goes is zeroed, and so are its optimizer moments.
+
+The model then computes what the sliced one computes, and goes on doing so. A channel whose ``gate_proj`` and
+``up_proj`` rows and ``down_proj`` column are zero puts out zero, and each of the three gets a gradient of zero, as it
+is multiplied by another one of them. A block goes with all its channels, ``v_proj`` and ``o_proj``: it adds nothing to
+the residual stream, and nothing in it gets a gradient. AdamW leaves a weight at zero that has neither gradient nor
+moments, whatever its weight decay; clipping and terms of the loss change no gradient of zero.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+# There is no public way to ask a DTensor which part of the whole it holds.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ptl_rl.errors import UserError
+from ptl_rl.families import Family
+from ptl_rl.pruning.plan import PruningPlan
+
+
+class CannotCutInPlace(UserError, ValueError):
+    """A model whose removed parts would not stay at zero; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """What of one parameter is zeroed."""
+
+    name: str
+    dim: int = 0
+    ids: torch.Tensor | None = None
+    """Ascending, along ``dim``; None: everything."""
+
+
+def _gone(family: Family, plan: PruningPlan, parameters: set[str]) -> Iterator[_Gone]:
+    every = torch.arange(plan.source_intermediate_size)
+    for layer, kept in enumerate(plan.keep_channels):
+        prefix, stays = family.layer_prefix(layer), layer in plan.keep_layers
+        ids = every[~torch.isin(every, torch.tensor(kept))] if stays else None
+        mlp, attention = prefix + family.mlp, prefix + family.attention
+        parts = [_Gone(f"{mlp}.{name}.{kind}", 0, ids) for name in (family.gate_proj, family.up_proj) for kind in KINDS]
+        parts.append(_Gone(f"{mlp}.{family.down_proj}.weight", 1, ids))
+        if not stays:
+            parts += [_Gone(f"{attention}.v_proj.{kind}") for kind in KINDS]
+            parts.append(_Gone(f"{attention}.{family.o_proj}.weight"))
+            for bias in (f"{attention}.{family.o_proj}.bias", f"{mlp}.{family.down_proj}.bias"):
+                if bias in parameters:
+                    raise CannotCutInPlace(
+                        f"{bias}: a removed block would go on learning its bias; remove channels only, or slice"
+                    )
+        yield from (part for part in parts if part.name in parameters)
+
+
+KINDS = ("weight", "bias")
+
+
+def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """This rank's part of a tensor, which shares its memory, and where in the whole it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(offset)
+
+
+def _zero(tensor: torch.Tensor, gone: _Gone) -> None:
+    local, offset = _local(tensor)
+    if gone.ids is None:
+        local.zero_()
+        return
+    ids = gone.ids - offset[gone.dim]
+    ids = ids[(ids >= 0) & (ids < local.shape[gone.dim])]
+    local.index_fill_(gone.dim, ids.to(local.device), 0)
+
+
+@torch.no_grad()
+def cut_in_place(
+    model: nn.Module, family: Family, plan: PruningPlan, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Zero what ``plan`` leaves out, in the weights and in every moment of ``optimizer``.
+
+    Every rank changes its own shard, and nothing is sent. Doing it twice changes nothing; a later plan that keeps
+    less cuts further.
+
+    Args:
+        model: of the plan's source shapes, sharded by FSDP2 or whole.
+        plan: of the shapes that the model has, whatever was cut of it before.
+
+    Raises:
+        CannotCutInPlace: blocks go, and their projections have biases; nothing was changed.
+    """
+    parameters = dict(model.named_parameters())
+    for gone in list(_gone(family, plan, set(parameters))):
+        parameter = parameters[gone.name]
+        _zero(parameter, gone)
+        if optimizer is None:
+            continue
+        for moment in optimizer.state.get(parameter, {}).values():
+            if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                _zero(moment, gone)
+
+
+@torch.no_grad()
+def put_weight(parameter: torch.Tensor, weight: torch.Tensor, columns: list[int] | None = None) -> None:
+    """Write a whole weight into a parameter, each rank its own part.
+
+    Args:
+        columns: ascending ids that the weight's columns stand at, where it has fewer than the parameter; the others
+            keep their values.
+    """
+    local, offset = _local(parameter)
+    rows = weight[offset[0] : offset[0] + local.shape[0]].to(local)
+    if columns is None:
+        local.copy_(rows)
+        return
+    local.index_copy_(1, torch.tensor(columns, device=local.device) - offset[1], rows)

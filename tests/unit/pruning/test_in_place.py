@@ -1,0 +1,153 @@
+"""What is cut in place stays at exactly zero in training, and is the sliced model; on one rank and on two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from process_ranks import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.slice.in_place import CannotCutInPlace, cut_in_place, put_weight
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
+
+STEPS = 4
+
+
+def plan_of(layers: int, channels: int, keep: int, keep_layers: list[int], seed: int = 0) -> PruningPlan:
+    """Keeps ``keep`` channels a block, drawn at random; of one seed, fewer are among more."""
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(channels, generator=generator) for _ in range(layers)]
+    return PruningPlan(
+        keep_channels=[ids[:keep].sort().values.tolist() for ids in order],
+        keep_layers=keep_layers,
+        layer_order=[layer for layer in range(layers) if layer not in keep_layers],
+        source_intermediate_size=channels,
+        alignment=1,
+        channel_criterion="random",
+        layer_criterion="explicit",
+        subset_hash="",
+        source="",
+    )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids_BT: torch.Tensor, before_BTV: torch.Tensor) -> None:
+    """Steps of likelihood with a KL term to what the model gave before, clipped."""
+    for _ in range(STEPS):
+        log_p_BTV = model(input_ids=ids_BT).logits.float().log_softmax(-1)
+        loss = -log_p_BTV[:, :-1].gather(-1, ids_BT[:, 1:, None]).mean()
+        kl = (log_p_BTV.exp() * (log_p_BTV - before_BTV.log_softmax(-1))).sum(-1).mean()
+        (loss + 0.1 * kl).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def gone_of(model: nn.Module, family, plan: PruningPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The part of one of the model's tensors that the plan leaves out, by the projections' meaning."""
+    prefix, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
+    layer = int(prefix)
+    gone = [c for c in range(plan.source_intermediate_size) if c not in plan.keep_channels[layer]]
+    if layer not in plan.keep_layers:
+        return tensor if "norm" not in rest and "q_proj" not in rest and "k_proj" not in rest else tensor[:0]
+    if "gate_proj" in rest or "up_proj" in rest:
+        return tensor[gone]
+    return tensor[:, gone] if "down_proj.weight" in rest else tensor[:0]
+
+
+def check(rank: int, ranks: int, folder: Path, family_name: str, out: Path) -> None:
+    family = FAMILIES[family_name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in model.get_submodule(family.layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(0, 290, (4, 17), generator=generator)
+    with torch.no_grad():
+        before_BTV = model(input_ids=ids_BT).logits.float()
+    train(model, optimizer, ids_BT, before_BTV)  # so that there are moments
+    for keep, keep_layers in ((31, [0, 1, 2]), (19, [0, 2])):  # sizes that two ranks share unevenly
+        plan = plan_of(3, 48, keep, keep_layers)
+        cut_in_place(model, family, plan, optimizer)
+        train(model, optimizer, ids_BT, before_BTV)
+        zeroed = 0
+        for name, parameter in model.named_parameters():
+            if not name.startswith(f"{family.layers}."):
+                continue
+            moments = optimizer.state[parameter]
+            for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]):
+                gone = gone_of(model, family, plan, name, whole(tensor.detach()))
+                assert not gone.any(), name
+                zeroed += gone.numel()
+                assert whole(tensor.detach()).any() or gone.numel() == tensor.numel(), name
+        assert zeroed > 0
+    with torch.no_grad():
+        found_BTV = model(input_ids=ids_BT).logits
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if ranks > 1 else model.state_dict()
+    if rank == 0:
+        trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager")
+        trained.load_state_dict(state)
+        trained.save_pretrained(out / "trained")
+        slice_checkpoint(out / "trained", plan, out / "sliced")
+        sliced = AutoModelForCausalLM.from_pretrained(out / "sliced", attn_implementation="eager")
+        assert (sliced.config.intermediate_size, sliced.config.num_hidden_layers) == (19, 2)
+        with torch.no_grad():
+            expected_BTV = sliced.eval()(input_ids=ids_BT).logits
+        assert torch.allclose(found_BTV, expected_BTV, atol=1e-5 * float(expected_BTV.abs().max()))
+        assert not torch.allclose(found_BTV, before_BTV, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_cut_stays_zero_and_is_the_sliced_model(family, make_checkpoint, tmp_path):
+    check(0, 1, make_checkpoint(family), family, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_on_two_ranks(family, make_checkpoint, tmp_path):
+    run_ranks(check, 2, make_checkpoint(family), family, tmp_path)
+
+
+def put(rank: int, ranks: int) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    weight = torch.arange(35.0).view(7, 5)
+    parameter = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)])
+    put_weight(parameter, weight)
+    assert torch.equal(parameter.full_tensor(), weight)
+    put_weight(parameter, -weight[:, :2], columns=[1, 4])
+    expected = weight.clone()
+    expected[:, [1, 4]] = -weight[:, :2]
+    assert torch.equal(parameter.full_tensor(), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_weight_is_written_where_it_lies(ranks):
+    run_ranks(put, ranks)
+
+
+def test_blocks_whose_biases_would_go_on_learning_are_refused(make_checkpoint):
+    config = AutoConfig.from_pretrained(make_checkpoint("llama"))
+    config.attention_bias = True
+    model = AutoModelForCausalLM.from_config(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CannotCutInPlace, match=r"model\.layers\.1\.self_attn\.o_proj\.bias: a removed block would"):
+        cut_in_place(model, FAMILIES["llama"], plan_of(3, 48, 20, [0, 2]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    cut_in_place(model, FAMILIES["llama"], plan_of(3, 48, 20, [0, 1, 2]))
