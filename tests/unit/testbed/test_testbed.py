@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -50,18 +51,41 @@ def masked(problem, generator):
     return re.sub(rf"\b(?:{names}|{items})\b", placeholder, text)
 
 
-@GENERATORS
-def test_no_problem_stands_in_two_splits_in_other_words(generator):
-    """Of 100 thousand draws, whatever the names; the question's own text says so, not the form that the split is of."""
-    rng, splits, drawn = random.Random(7), {}, 0
-    while drawn < 100_000:
-        problem = generator._draw(rng, rng.choice(LEVELS))
-        if problem is not None:
-            splits.setdefault(masked(problem, generator), set()).add(split_of(problem.form))
-            drawn += 1
-    assert len(splits) < 99_000  # some are the same problem in other words, so that there is something to find
-    assert [text for text, found in splits.items() if len(found) > 1] == []
+@pytest.fixture(scope="module")
+def drawn():
+    """100 thousand problems of a generator, all levels and splits, drawn once."""
+    kept = {}
+
+    def of(generator):
+        if generator not in kept:
+            rng, found = random.Random(7), []
+            while len(found) < 100_000:
+                problem = generator._draw(rng, rng.choice(LEVELS))
+                if problem is not None:
+                    found.append(problem)
+            kept[generator] = found
+        return kept[generator]
+
+    yield of
+    kept.clear()
+
+
+def in_two_splits(problems, key, another):
+    """How often a key stands for problems that ``another`` tells apart, and the keys that stand in several splits."""
+    splits, others = {}, {}
+    for problem in problems:
+        found = key(problem)
+        splits.setdefault(found, set()).add(split_of(problem.form))
+        others.setdefault(found, set()).add(another(problem))
     assert {split for found in splits.values() for split in found} == set(SPLITS)
+    return sum(len(found) > 1 for found in others.values()), [key for key, found in splits.items() if len(found) > 1]
+
+
+@GENERATORS
+def test_no_problem_stands_in_two_splits_in_other_words(generator, drawn):
+    """Whatever the names; the question's own text says so, not the form that the split is of."""
+    twins, leaks = in_two_splits(drawn(generator), partial(masked, generator=generator), lambda p: p.question)
+    assert twins > 1000 and leaks == []  # there is something to find
 
 
 def steps(problem):
@@ -70,19 +94,12 @@ def steps(problem):
     return tuple(sorted((sign, *(sorted((a, b)) if sign in "+*" else (a, b))) for a, sign, b, _, _ in lines))
 
 
-def test_no_word_problem_stands_in_two_splits_with_its_numbers_in_other_places():
-    rng, splits, texts, drawn = random.Random(8), {}, {}, 0
-    while drawn < 100_000:
-        problem = word_problems._draw(rng, rng.choice(LEVELS))
-        if problem is None:
-            continue
-        drawn += 1
-        results = re.findall(r"= (\d+)", problem.solution)
-        if not set(results) & set(re.findall(r"\d+", problem.question)):  # else the lines do not tell which is meant
-            splits.setdefault(steps(problem), set()).add(split_of(problem.form))
-            texts.setdefault(steps(problem), set()).add(problem.solution)
-    assert sum(len(found) > 1 for found in texts.values()) > 1000  # there is something to find
-    assert [key for key, found in splits.items() if len(found) > 1] == []
+def test_no_word_problem_stands_in_two_splits_with_its_numbers_in_other_places(drawn):
+    def is_clear(problem):  # else the lines do not tell which of two equal numbers is meant
+        return not set(re.findall(r"= (\d+)", problem.solution)) & set(re.findall(r"\d+", problem.question))
+
+    twins, leaks = in_two_splits(filter(is_clear, drawn(word_problems)), steps, lambda problem: problem.solution)
+    assert twins > 1000 and leaks == []
 
 
 def test_a_word_problem_is_its_answers_expression():
@@ -137,20 +154,13 @@ def behaviour(problem):
             results.append(repr(function(value)))
         except ValueError:
             results.append("error")
-    return tuple(results)
+    return hash(tuple(results))
 
 
-def test_no_program_stands_in_two_splits_written_otherwise():
-    rng, splits, texts, drawn = random.Random(9), {}, {}, 0
-    while drawn < 20_000:
-        problem = programs._draw(rng, rng.choice(LEVELS))
-        if problem is not None:
-            key = hash(behaviour(problem))
-            splits.setdefault(key, set()).add(split_of(problem.form))
-            texts.setdefault(key, set()).add(problem.solution.split("\n", 2)[2])
-            drawn += 1
-    assert sum(len(found) > 1 for found in texts.values()) > 200  # there is something to find
-    assert [key for key, found in splits.items() if len(found) > 1] == []
+def test_no_program_stands_in_two_splits_written_otherwise(drawn):
+    problems = drawn(programs)[:20_000]
+    twins, leaks = in_two_splits(problems, behaviour, lambda problem: problem.solution.split("\n", 2)[2])
+    assert twins > 200 and leaks == []
 
 
 @GENERATORS
