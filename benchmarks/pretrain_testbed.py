@@ -35,7 +35,7 @@ LONGEST_ANSWER = 160
 QUESTION_WEIGHT = 0.1
 """Of a token of the question in the loss. Its numbers are drawn at random: most of its loss cannot be learned."""
 
-JUMPS = {4: (0.0, 0.3), 5: (0.05, 0.65)}
+JUMPS = {4: (0.0, 0.38), 5: (0.05, 0.65)}
 """Level to the lowest and highest share of its solutions, by template, that are the answer alone in pre-training.
 
 Text on the web is no more careful. An answer without its steps is mostly wrong when the model gives it, so that it can
