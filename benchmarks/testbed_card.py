@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Print the tables."""
     print("\n".join(by_level(checkpoint)), "\n")
-    cuts = [(f"{share} of the channels", {"remove_channels": share}) for share in SHARES]
+    cuts = [(f"{share[:-1]} % of the channels", {"remove_channels": share}) for share in SHARES]
     cuts += [("one block", {"remove_layers": 1})] if block else []
     print("| gone at once | compensated | not compensated |\n|---|---|---|")
     print(f"| nothing | {easy(checkpoint, kind, count)} | |")
