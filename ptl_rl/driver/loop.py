@@ -90,7 +90,9 @@ class Driver:
                 if entries:  # its driver may have ended right after writing the last one
                     self._after(stage_of(entries[-1]), state, entries)
                 if next_stage(state) is not None:
-                    hold_models(self.folder, {"model.path": self.original, **self._named_parent()})
+                    models = {"model.path": self.original, **self._named_parent()}
+                    if note := hold_models(self.folder, models, begun=bool(entries)):
+                        self.display.note(note)
                     prepare_data(self.config, self.folder, entries)
                     state = self._loop(entries, state)
             finally:

@@ -29,7 +29,8 @@ class Problem:
 
     Two word problems have one form where their answers are the same expression of the same numbers, up to the laws of
     algebra: which summand or factor comes first, in which order things happen, and how a sum is multiplied do not
-    count. Two programs have one form where they give the same results for :data:`ptl_rl.testbed.programs.PROBES`.
+    count. To double a number is one thing, to add it twice another. Two programs have one form where they give the
+    same results for :data:`ptl_rl.testbed.programs.PROBES`.
     """
 
 

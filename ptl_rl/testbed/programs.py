@@ -22,7 +22,7 @@ INPUTS: dict[str, Callable[[random.Random], Any]] = {
 }
 """What a function is called with, by the name of its argument."""
 PROBES = {argument: [draw(random.Random(seed)) for seed in range(12)] for argument, draw in INPUTS.items()}
-"""Inputs whose results say what a program does. Programs that differ on other inputs alone count as one."""
+"""Inputs whose results say what a program does; some come twice. Programs that differ on other inputs count as one."""
 
 
 @dataclass(frozen=True)

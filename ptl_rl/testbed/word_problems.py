@@ -22,8 +22,8 @@ MODULUS = 2**61 - 1
 class _Result(int):
     """A number with its image: what it would be if every number of the story were another one, the same for equals.
 
-    Expressions that algebra makes equal have equal images. Others do not, but for one chance in 10^17. So the image
-    says which problem it is.
+    Expressions that algebra makes equal have equal images, with 2 as a number like any other: a number added twice
+    is not that number times 2. Others do not, but for one chance in 10^17. So the image says which problem it is.
     """
 
     image: int

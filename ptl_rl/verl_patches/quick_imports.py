@@ -10,7 +10,10 @@ from importlib.abc import MetaPathFinder
 
 
 class _NoScipy(MetaPathFinder):
-    """Has scikit-learn and scipy left out where transformers and vLLM take them along; others may still import them."""
+    """Has scikit-learn and scipy left out where transformers and vLLM take them along; others may still import them.
+
+    What transformers does with them, object detection say, is not there in this process.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "transformers.generation.candidate_generator":
@@ -23,8 +26,11 @@ class _NoScipy(MetaPathFinder):
 
     @staticmethod
     def _is_for_audio() -> bool:
-        audio = sys.modules.get("vllm.multimodal.audio")
-        return audio is not None and not hasattr(audio, "scipy_signal")
+        """Whether the statement that is being carried out, in this thread, stands in vLLM's audio module."""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib"):
+            frame = frame.f_back
+        return frame.f_globals.get("__name__") == "vllm.multimodal.audio"
 
 
 def leave_out_scipy() -> None:

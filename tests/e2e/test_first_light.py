@@ -1,5 +1,6 @@
-"""First light on two cores, the whole script, and the run that most of its lines are of. Both are ended by Ctrl-C, then
-by SIGKILL, and resumed. In `test_light_stages.py` stages fail, in `test_loop_killed.py` drivers are killed anywhere.
+"""First light on two cores, the whole script, and the run that most of its lines are of. Ctrl-C ends the driver, later
+SIGKILL the driver and the script, and both are resumed. In `test_light_stages.py` stages fail, and in
+`test_loop_killed.py` drivers are killed anywhere.
 """
 
 import json
@@ -82,7 +83,12 @@ class Light:
         """
         with self.started("first.log") as script:
             wait_for(lambda: max(steps_of(self.run_dir, interrupted), default=0) >= step, script)
-            self.driver("run").send_signal(signal.SIGINT)
+            driver = self.driver("run")
+            driver.send_signal(signal.SIGINT)
+            driver.wait(60)
+            (first,) = (json.loads(path.read_text()) for path in self.run_dir.glob(f"logs/{interrupted}.1.spec.json"))
+            assert processes_with("PTL_RUN_ID", {first["stage_id"][:32]}) == []
+            assert entries(self.run_dir) == ENTRIES[:3]
             wait_for(lambda: list(self.run_dir.glob(f"logs/{killed}.*.spec.json")), script)
             time.sleep(after_seconds)
             assert script.poll() is None

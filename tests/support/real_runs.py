@@ -38,14 +38,13 @@ def processes_with(name: str, values: set[str]) -> list[psutil.Process]:
 
 
 def with_command(processes: list[psutil.Process], *words: str) -> psutil.Process:
-    """The one of ``processes`` whose command line goes on with ``words`` behind the interpreter."""
+    """The oldest of ``processes`` whose command line goes on with ``words`` behind the interpreter."""
     found = []
     for process in processes:
         with suppress(psutil.Error):  # ended meanwhile
             if process.cmdline()[1 : len(words) + 1] == list(words):
-                found.append(process)
-    (one,) = found
-    return one
+                found.append((process.create_time(), process))
+    return min(found, key=lambda pair: pair[0])[1]  # one that it has just forked has its command line for a moment
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:

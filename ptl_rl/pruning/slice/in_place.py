@@ -52,6 +52,9 @@ def _gone(family: Family, plan: PruningPlan, parameters: set[str]) -> Iterator[_
                     raise CannotCutInPlace(
                         f"{bias}: a removed block would go on learning its bias; remove channels only, or slice"
                     )
+        missing = [part.name for part in parts if part.name.endswith(".weight") and part.name not in parameters]
+        if missing:
+            raise CannotCutInPlace(f"the model has no parameter {missing[0]}: is it wrapped, and its names with it?")
         yield from (part for part in parts if part.name in parameters)
 
 
@@ -80,7 +83,7 @@ def _zero(tensor: torch.Tensor, gone: _Gone) -> None:
 def cut_in_place(
     model: nn.Module, family: Family, plan: PruningPlan, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Zero what ``plan`` leaves out, in the weights and in every moment of ``optimizer``.
+    """Zero what ``plan`` leaves out, in the weights, their gradients and every moment of ``optimizer``.
 
     Every rank changes its own shard, and nothing is sent. Doing it twice changes nothing; a later plan that keeps
     less cuts further.
@@ -90,15 +93,16 @@ def cut_in_place(
         plan: of the shapes that the model has, whatever was cut of it before.
 
     Raises:
-        CannotCutInPlace: blocks go, and their projections have biases; nothing was changed.
+        CannotCutInPlace: blocks go, and their projections have biases, or the model's parameters have other names;
+            nothing was changed.
     """
     parameters = dict(model.named_parameters())
     for gone in list(_gone(family, plan, set(parameters))):
         parameter = parameters[gone.name]
         _zero(parameter, gone)
-        if optimizer is None:
-            continue
-        for moment in optimizer.state.get(parameter, {}).values():
+        if parameter.grad is not None:
+            _zero(parameter.grad, gone)
+        for moment in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
                 _zero(moment, gone)
 

@@ -151,3 +151,20 @@ def test_blocks_whose_biases_would_go_on_learning_are_refused(make_checkpoint):
         cut_in_place(model, FAMILIES["llama"], plan_of(3, 48, 20, [0, 2]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     cut_in_place(model, FAMILIES["llama"], plan_of(3, 48, 20, [0, 1, 2]))
+
+
+def test_gradients_that_wait_for_a_step_are_cut_too(make_checkpoint):
+    model, plan = AutoModelForCausalLM.from_pretrained(make_checkpoint("llama")), plan_of(3, 48, 20, [0, 1, 2])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids_BT = torch.arange(24).view(2, 12)
+    model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+    cut_in_place(model, FAMILIES["llama"], plan, optimizer)
+    optimizer.step()
+    gone = [channel for channel in range(48) if channel not in plan.keep_channels[1]]
+    assert not model.model.layers[1].mlp.down_proj.weight[:, gone].any()
+
+
+def test_a_wrapped_model_is_refused(make_checkpoint):
+    model = nn.ModuleDict({"wrapped": AutoModelForCausalLM.from_pretrained(make_checkpoint("llama"))})
+    with pytest.raises(CannotCutInPlace, match=r"no parameter model\.layers\.0\.mlp\.gate_proj\.weight: is it wrapped"):
+        cut_in_place(model, FAMILIES["llama"], plan_of(3, 48, 20, [0, 1, 2]))
