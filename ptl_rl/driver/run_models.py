@@ -9,21 +9,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ptl_rl.checkpoints.companions import COMPANIONS
 from ptl_rl.config import ConfigError
 from ptl_rl.driver.journal import WHOLE_BYTES, fingerprint, sync_folder
 from ptl_rl.driver.node_facts import weights_hash
 from ptl_rl.driver.run_folder import RunFolder
 
 WEIGHTS = ".safetensors"
-OTHERS = (
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "chat_template")
-"""What the names of a tokenizer's files begin with."""
+READ = ("config.json", f"*{WEIGHTS}", *COMPANIONS)
+"""What loading reads of a model's folder."""
 
 
 class Model(BaseModel):
@@ -51,11 +45,7 @@ def _hash(path: Path) -> str:
 
 
 def _model(folder: Path) -> Model:
-    read = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and (path.suffix == WEIGHTS or path.name in OTHERS or path.name.startswith(TOKENIZER))
-    ]
+    read = sorted({path for pattern in READ for path in folder.glob(pattern) if path.is_file()})
     return Model(folder=str(folder.resolve()), files={path.name: _hash(path) for path in read})
 
 
