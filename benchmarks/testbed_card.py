@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from pretrain_testbed import STREAMS, Kind, answers, is_right
+from pretrain_testbed import HARD, STREAMS, Kind, answers, is_right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptl_rl
@@ -44,41 +44,50 @@ def by_level(folder: Path) -> list[str]:
     return rows
 
 
-def easy(folder: Path, kind: Kind, count: int) -> str:
-    """Greedy accuracy on problems of levels 1 to 3, with its interval."""
+def solved(folder: Path, kind: Kind, count: int) -> list[str]:
+    """Greedy accuracy on problems of levels 1 to 3, of levels 4 and 5, and of all five, with intervals.
+
+    ``count`` problems of each level.
+    """
     model, tokenizer = loaded(folder)
-    problems = list(itertools.islice(STREAMS[kind]("test", 0, EASY), count))
-    responses = answers(model, tokenizer, problems)
-    right = [float(is_right(kind, p, text)) for p, (text,) in zip(problems, responses, strict=True)]
-    low, high = accuracy_interval(right)
-    return f"{100 * sum(right) / count:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    right: list[list[float]] = []
+    for levels in (EASY, HARD):
+        problems = list(itertools.islice(STREAMS[kind]("test", 0, levels), count * len(levels)))
+        responses = answers(model, tokenizer, problems)
+        right.append([float(is_right(kind, p, text)) for p, (text,) in zip(problems, responses, strict=True)])
+    cells = []
+    for scores in (*right, right[0] + right[1]):
+        low, high = accuracy_interval(scores)
+        cells.append(f"{100 * sum(scores) / len(scores):.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+    return cells
 
 
-def cut(folder: Path, kind: Kind, count: int, compensate: str, **removal) -> str:
+def cut(folder: Path, kind: Kind, count: int, compensate: str, **removal) -> list[str]:
     """The same after one cut."""
     data = "testbed:rl" if kind == "words" else "testbed:programs-rl"
     settings = {**CALIBRATION, "criterion.compensate": compensate}
     with tempfile.TemporaryDirectory() as work:
         ptl_rl.score(folder, data, f"{work}/scores", alignment=16, settings=settings, **removal)
         ptl_rl.slice(folder, f"{work}/scores", f"{work}/sliced")
-        return easy(Path(work) / "sliced", kind, count)
+        return solved(Path(work) / "sliced", kind, count)
 
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a shipped model.")],
     kind: Annotated[Kind, typer.Option(help="What it was trained on.")] = "words",
-    count: Annotated[int, typer.Option(min=2, help="Problems behind each figure.")] = 500,
+    count: Annotated[int, typer.Option(min=2, help="Problems of each level.")] = 100,
     block: Annotated[bool, typer.Option("--block", help="One block removed, too.")] = False,
 ) -> None:
     """Print the tables."""
     print("\n".join(by_level(checkpoint)), "\n")
     cuts = [(f"{share[:-1]} % of the channels", {"remove_channels": share}) for share in SHARES]
     cuts += [("one block", {"remove_layers": 1})] if block else []
-    print("| gone at once | compensated | not compensated |\n|---|---|---|")
-    print(f"| nothing | {easy(checkpoint, kind, count)} | |")
+    print("| gone at once | compensated | levels 1 to 3 | levels 4 and 5 | all five |\n|---|---|---|---|---|")
+    print(f"| nothing | | {' | '.join(solved(checkpoint, kind, count))} |")
     for name, removal in cuts:
-        found = [cut(checkpoint, kind, count, compensate, **removal) for compensate in ("least_squares", "none")]
-        print(f"| {name} | {found[0]} | {found[1]} |", flush=True)
+        for compensate, said in (("least_squares", "yes"), ("none", "no")):
+            found = cut(checkpoint, kind, count, compensate, **removal)
+            print(f"| {name} | {said} | {' | '.join(found)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ptl_rl.config import AnyRecovery, RunConfig
+from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.data.frozen import FrozenData
 
 
@@ -78,6 +79,21 @@ class StageSpec(BaseModel):
     scores: Path | None = None
     after_cut: Path | None = None
     """For ``evaluate``: the cut model before its recovery, where that is measured, too."""
+
+    @property
+    def file(self) -> Path:
+        """Where the driver leaves this, for :func:`load_context`."""
+        return self.progress.with_name(self.progress.name.removesuffix(".progress.jsonl") + ".spec.json")
+
+    @property
+    def cuts(self) -> Path:
+        """Folder of the cuts that a recovery makes in place, which stays."""
+        return self.work.parent / "cuts"
+
+
+def is_in_place(config: RunConfig, spec: StageSpec) -> bool:
+    """Whether a recovery makes the run's cuts, too; where the gate asks for more steps, they are made."""
+    return config.schedule.mode == "in_place" and spec.name == "recover" and not spec.round
 
 
 PART_SEED = 15_485_863
@@ -153,3 +169,9 @@ class StageContext:
             if name in os.environ:
                 env[name] = os.environ[name]
         return {**env, "PTL_STAGE_ID": self.spec.stage_id}
+
+
+def load_context(spec_file: Path) -> StageContext:
+    """Of the stage whose file this is."""
+    config = read_saved_config(spec_file.parent.parent / "config.json")
+    return StageContext(config, StageSpec.model_validate_json(spec_file.read_text()))

@@ -151,6 +151,11 @@ def check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) 
 class ScheduleConfig(Section):
     """What is removed, cycle by cycle. Every layer loses the same number of channels."""
 
+    mode: Literal["restart", "in_place"] = Field(
+        "restart",
+        description="restart: a cycle slices the model and starts a training of its own; in_place: one RL training, in "
+        "which the channels of every cut are zeroed between two steps, and which ends with the sliced model.",
+    )
     channels_per_cycle: int | list[int] = Field(
         0, description="Channels each layer loses in a cycle, or a list with one number per cycle."
     )
@@ -177,7 +182,13 @@ class ScheduleConfig(Section):
         if self.recover_only:
             if steps or self.channels_total or self.layers_total:
                 raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
+            if self.mode == "in_place":
+                raise ValueError("recover_only cuts nothing, but mode is in_place; leave one of them out")
             return self
+        if self.mode == "in_place" and self.layers_total:
+            raise ValueError(
+                f"mode is in_place, which cuts channels only, but layers_total is {self.layers_total}; use restart"
+            )
         if isinstance(steps, list):
             if any(step < 1 for step in steps):
                 raise ValueError(f"channels_per_cycle {steps}: each step must be at least 1")

@@ -161,6 +161,20 @@ class RunConfig(Section):
         test = self.evaluation_set("test")
         return "" if (test is not None and test.is_made) or self.evaluation.judge != "boxed" else BOX_SUFFIX
 
+    def _check_in_place(self) -> None:
+        what = None
+        if self.recovery_of_cycle:
+            what = "has one training, but recovery_of_cycle names several"
+        elif len(self.recovery) != 1 or not isinstance(self.recovery[0], GrpoConfig):
+            methods = ", ".join(recovery.method for recovery in self.recovery)
+            what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
+        elif self.criterion.is_ptl_reference:
+            what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
+        elif self.evaluation.after_cut:
+            what = "leaves no cut model to measure before its recovery; set evaluation.after_cut to false"
+        if what:
+            raise ValueError(f"schedule.mode in_place {what}")
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         for recovery in self.all_recoveries:
@@ -187,6 +201,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
+        if self.schedule.mode == "in_place":
+            self._check_in_place()
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
         if ids and len(ids) != total and not self.schedule.recover_only:
             raise ValueError(f"criterion.layer_ids names {len(ids)} blocks, but schedule.layers_total is {total}")

@@ -24,5 +24,8 @@ class Display(Protocol):
     def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         """Steps of the stage that is at work; ``done < 0``: nothing new, but time has passed."""
 
+    def cut_made(self, entry: Entry) -> None:
+        """A cut in place is journaled; the stage goes on."""
+
     def stage_finished(self, entry: Entry, state: State) -> None:
         """A stage is journaled; ``state`` is the one after it."""

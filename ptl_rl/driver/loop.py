@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -21,7 +22,7 @@ from ptl_rl.config.recipe import read_saved_config
 from ptl_rl.driver.display import Display
 from ptl_rl.driver.environment import check_gpus, detect_device, own_ray_folder
 from ptl_rl.driver.gate import can_judge, decide, low_baseline, why_nothing_is_right
-from ptl_rl.driver.journal import Entry, Journal
+from ptl_rl.driver.journal import Entry, Journal, sync_tree
 from ptl_rl.driver.node_check import check_nodes
 from ptl_rl.driver.node_facts import versions
 from ptl_rl.driver.preflight import check_attention, check_model, check_parent
@@ -33,8 +34,8 @@ from ptl_rl.driver.run_models import hold_models
 from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next_stage, stage_of
 from ptl_rl.driver.watchdog import StageStalled, watch
 from ptl_rl.errors import check_sockets, resume_command
-from ptl_rl.planning.schedule import halved
-from ptl_rl.stage import StageSpec
+from ptl_rl.planning.schedule import halved, recovery_steps
+from ptl_rl.stage import StageSpec, is_in_place
 
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b(\(\w+\))?: ")
 """A line that names an exception, as the last line of a traceback does; not one relayed from another process."""
@@ -137,7 +138,7 @@ class Driver:
             baseline=state.baseline,
             rounds=state.round + 1,
             retries=state.retries,
-            divisible=halved(state.cuts[0], state.alignment) is not None,
+            divisible=not state.in_place and halved(state.cuts[0], state.alignment) is not None,
         )
         ratio = state.accuracy / state.baseline if state.baseline else 0.0
         metrics = {
@@ -153,7 +154,7 @@ class Driver:
         start = folder.checkpoint(state.source, self.original)
         source = start
         if stage.name == "recover":
-            uncut = state.source if cut.is_empty else self._name(stage, "slice")
+            uncut = state.source if cut.is_empty or state.in_place else self._name(stage, "slice")
             source = folder.checkpoint(state.recovered or uncut, self.original)
         elif stage.name == "evaluate" and stage.cycle:
             source = folder.checkpoint(state.recovered or ORIGINAL, self.original)
@@ -180,7 +181,7 @@ class Driver:
             remove_layers=cut.layers,
             removed_layers=state.removed_layers,
             planned=cut.planned,
-            steps=self.config.recoveries(cut.planned)[stage.part].steps_of(cut.planned),
+            steps=recovery_steps(self.config, cut.planned, stage.part, stage.round),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
             after_cut=folder.artefact(Stage(stage.cycle, "slice")) if self._measures_cut(stage, state) else None,
@@ -201,7 +202,7 @@ class Driver:
                 if entry.artefact and self.folder.path / entry.artefact in (spec.source, spec.scores, spec.after_cut):
                     self.folder.check_unchanged(entry)
             try:
-                return self._attempt(stage, spec, session)
+                return self._attempt(stage, spec, session, entries)
             except StageStalled as error:
                 log = spec.progress.with_name(spec.progress.name.replace(".progress.jsonl", ".log"))
                 if attempt == self.config.watchdog.attempts:
@@ -219,12 +220,40 @@ class Driver:
     def _next_attempt(self, stage: Stage) -> int:
         return 1 + len(list(self.folder.logs.glob(f"{stage.label}.*.spec.json")))
 
-    def _attempt(self, stage: Stage, spec: StageSpec, session: RaySession) -> Entry:
+    def _progress(
+        self, stage: Stage, spec: StageSpec, entries: list[Entry]
+    ) -> Callable[[int, int, dict[str, Any]], None]:
+        """What is done at every line of progress: it is shown, and cuts that were made in place are journaled."""
+        if not is_in_place(self.config, spec):
+            return self.display.progress
+
+        def told(done: int, total: int, metrics: dict[str, Any]) -> None:
+            if done >= 0:
+                self._journal_cuts(stage, spec, entries)
+            self.display.progress(done, total, metrics)
+
+        return told
+
+    def _journal_cuts(self, stage: Stage, spec: StageSpec, entries: list[Entry]) -> None:
+        """A line for every cut in place that has none; a cut that was made again after a kill gets another one."""
+        known = {entry.part: entry for entry in entries if (entry.cycle, entry.stage) == (stage.cycle, "cut")}
+        for folder in sorted(spec.cuts.glob("[0-9]*")):
+            number, artefact = int(folder.name), str(folder.relative_to(self.folder.path))
+            files = self.folder.files_of(artefact)
+            if number in known and known[number].files == files:
+                continue
+            sync_tree(folder)
+            metrics = json.loads((folder / "cut.json").read_text())
+            cut = Entry(cycle=stage.cycle, stage="cut", part=number, artefact=artefact, files=files, metrics=metrics)
+            entries.append(self.journal.append(cut))
+            self.display.cut_made(entries[-1])
+
+    def _attempt(self, stage: Stage, spec: StageSpec, session: RaySession, entries: list[Entry]) -> Entry:
         folder, started = self.folder, time.time()
         shutil.rmtree(spec.out, ignore_errors=True)
         spec.out.mkdir(parents=True)
         label = spec.progress.name.removesuffix(".progress.jsonl")
-        log, spec_path = folder.logs / f"{label}.log", folder.logs / f"{label}.spec.json"
+        log, spec_path = folder.logs / f"{label}.log", spec.file
         spec_path.write_text(spec.model_dump_json(indent=1))
         try:
             session.wait_for_workers(self.run_id)
@@ -234,13 +263,15 @@ class Driver:
             ) from None
         process = start_stage(spec_path, log, self._env(spec))
         try:
-            status = watch(process, spec.progress, self._limits(spec), self.display.progress)
+            status = watch(process, spec.progress, self._limits(spec), self._progress(stage, spec, entries))
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
             end_processes("PTL_STAGE_ID", spec.stage_id, grace_seconds=5)
             remove_orphaned_segments(since=started)
+        if is_in_place(self.config, spec):
+            self._journal_cuts(stage, spec, entries)
         if status or not spec.result.exists():
             raise StageFailed(self._failure(stage, log, f"failed (exit status {status})"))
         try:

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ptl_rl.config.recipe import read_saved_config
-from ptl_rl.stage import StageContext, StageSpec
+from ptl_rl.stage import StageContext, load_context
 from ptl_rl.verl_patches import quick_imports
 
 
@@ -34,13 +33,12 @@ def _function(context: StageContext) -> Callable[[StageContext], dict]:
 
 def main() -> None:
     quick_imports.prepare()
-    spec_path = Path(sys.argv[1])
-    spec = StageSpec.model_validate_json(spec_path.read_text())
+    context = load_context(Path(sys.argv[1]))
+    spec = context.spec
     if spec.device == "cpu" and spec.name != "evaluate":  # which has no part of verl
         from ptl_rl.cpu.checks import assert_cpu_platform_active
 
         assert_cpu_platform_active()
-    context = StageContext(read_saved_config(spec_path.parent.parent / "config.json"), spec)
     started = time.time()
     metrics = _function(context)(context)
     metrics["stage_seconds"] = time.time() - started

@@ -63,6 +63,8 @@ class State:
     accuracy: float | None = None
     retries: int = 0
     removed_layers: int = 0
+    in_place: bool = False
+    """Whether the recovery cuts, too."""
     stopped: bool = False
 
 
@@ -87,6 +89,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
     """The state after ``entries``."""
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
     state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
+    state.in_place = config.schedule.mode == "in_place"
     state.parts_of = lambda planned: len(config.recoveries(planned))
     for entry in entries:
         state.done.add(stage_of(entry))
@@ -108,7 +111,7 @@ def next_stage(state: State) -> Stage | None:
         return Stage(0, "evaluate")
     if state.stopped or not state.cuts:
         return None
-    for name in CYCLE_STAGES[2 * state.cuts[0].is_empty :]:
+    for name in CYCLE_STAGES[2 * (state.cuts[0].is_empty or state.in_place) :]:
         round_ = state.round if name in ("recover", "evaluate", "gate") else 0
         for part in range(state.parts_of(state.cuts[0].planned) if name == "recover" else 1):
             stage = Stage(state.cycle, name, round_, part)

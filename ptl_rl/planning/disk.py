@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ptl_rl.config import AnyRecovery, GrpoConfig, RunConfig
 from ptl_rl.families import ModelShape
-from ptl_rl.planning.schedule import planned_cuts
+from ptl_rl.planning.schedule import planned_cuts, recovery_steps
 
 WEIGHT_BYTES = 4
 RESUMABLE_BYTES = 12
@@ -76,8 +76,8 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
             peak = max(peak, kept + new_weights)
         width = WEIGHT_BYTES
         of_cycle = 0.0
-        for recovery in config.recoveries(cut.planned):
-            steps = recovery.steps_of(cut.planned)
+        for part, recovery in enumerate(config.recoveries(cut.planned)):
+            steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
             peak = max(peak, kept + rollouts + recovery_peak(shape, recovery, steps))
             kept += WEIGHT_BYTES * shape.parameters

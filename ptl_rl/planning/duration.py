@@ -10,7 +10,7 @@ from ptl_rl.planning.disk import RESUMABLE_BYTES, WEIGHT_BYTES, saves
 from ptl_rl.planning.memory import EVALUATION_SHARE, ROLLOUT_SEQUENCES, Planned
 from ptl_rl.planning.pruning_memory import Pruner
 from ptl_rl.planning.rows import evaluation_rows
-from ptl_rl.planning.schedule import Cut
+from ptl_rl.planning.schedule import Cut, recovery_steps
 from ptl_rl.planning.serving_memory import Engine
 
 BYPASS = "algorithm.rollout_correction.bypass_mode"
@@ -204,8 +204,8 @@ class Clock:
                 times.append(StageTime("score", number, self.score(shape, cut)))
                 times.append(StageTime("slice", number, self.slice(shape, cut)))
             shape = shape.sliced(cut.channels, cut.layers)
-            for recovery in self.config.recoveries(cut.planned):
-                steps = recovery.steps_of(cut.planned)
+            for part, recovery in enumerate(self.config.recoveries(cut.planned)):
+                steps = recovery_steps(self.config, cut.planned, part)
                 if isinstance(recovery, CptConfig):
                     seconds = self.cpt(shape, original, recovery, steps)
                 else:

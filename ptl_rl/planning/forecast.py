@@ -15,7 +15,7 @@ from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.memory import Phase, Planned, phases
 from ptl_rl.planning.model import PlannedModel
 from ptl_rl.planning.rows import unnamed_notes
-from ptl_rl.planning.schedule import Cut, planned_cuts
+from ptl_rl.planning.schedule import Cut, planned_cuts, recovery_steps
 
 DEFAULT_GPU = "h200"
 
@@ -157,7 +157,8 @@ def planned_cycles(config: RunConfig, shape: ModelShape) -> list[PlannedCycle]:
     rows = [PlannedCycle(None, shape, "", 0, 0)]
     for cut in planned_cuts(config.schedule):
         shape = shape.sliced(cut.channels, cut.layers)
-        counts = [(recovery, recovery.steps_of(cut.planned)) for recovery in config.recoveries(cut.planned)]
+        recoveries = config.recoveries(cut.planned)
+        counts = [(recovery, recovery_steps(config, cut.planned, part)) for part, recovery in enumerate(recoveries)]
         rolled_out = sum(
             steps * r.prompts_per_step * r.rollouts_per_prompt for r, steps in counts if not isinstance(r, CptConfig)
         )

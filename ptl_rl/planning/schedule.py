@@ -33,10 +33,46 @@ def _layer_steps(schedule: ScheduleConfig) -> list[int]:
     return [min(step, total - done) for done in range(0, total, step)]
 
 
+@dataclass(frozen=True)
+class CutInPlace:
+    """One cut of a training that goes on."""
+
+    channels: int
+    """That every block loses."""
+    after_step: int
+    """Optimizer steps before it."""
+
+
+def cuts_in_place(config: RunConfig) -> list[CutInPlace]:
+    """The cuts within the one training of ``schedule.mode`` in_place, each before the steps that recover it."""
+    found, steps = [], 0
+    for planned, channels in enumerate(_channel_steps(config.schedule)):
+        found.append(CutInPlace(channels, steps))
+        steps += config.recovery[0].steps_of(planned)
+    return found
+
+
+def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0) -> int:
+    """Optimizer steps of one of the recoveries that follow a planned cut.
+
+    In place they are those of the whole training, and, where the gate asks for more, those that follow its last cut.
+    """
+    recovery = config.recoveries(planned)[part]
+    if config.schedule.mode == "in_place":
+        cuts = range(len(_channel_steps(config.schedule)))
+        return recovery.steps_of(cuts[-1]) if round_ else sum(map(recovery.steps_of, cuts))
+    return recovery.steps_of(planned)
+
+
 def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
-    """The cuts in the order that ``schedule.order`` asks for; with ``recover_only``, one that is empty."""
+    """What the cycles cut, in the order that ``schedule.order`` asks for.
+
+    With ``recover_only`` it is one cut that is empty; in place, one of all that goes, as there is one cycle.
+    """
     if schedule.recover_only:
         return [Cut(channels=0, layers=0, planned=0)]
+    if schedule.mode == "in_place":
+        return [Cut(channels=schedule.channels_sum, layers=0, planned=0)]
     channels = [(step, 0) for step in _channel_steps(schedule)]
     layers = [(0, step) for step in _layer_steps(schedule)]
     if schedule.order == "channels_then_layers":
@@ -72,13 +108,14 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
             f"schedule: layers_total is {schedule.layers_total}, but num_hidden_layers is {shape.num_hidden_layers}; "
             "at least 1 must stay"
         )
-    width = shape.intermediate_size
-    for cut in planned_cuts(schedule):
-        width -= cut.channels
-        if cut.channels and width % alignment:
+    width, in_place = shape.intermediate_size, schedule.mode == "in_place"
+    steps = _channel_steps(schedule) if in_place else [cut.channels for cut in planned_cuts(schedule)]
+    for number, channels in enumerate(steps, 1):
+        width -= channels
+        if channels and width % alignment:
             lower = width - width % alignment
             raise ConfigError(
-                f"schedule: cycle {cut.planned + 1} leaves {width} channels per layer, which is not a multiple of "
+                f"schedule: {'cut' if in_place else 'cycle'} {number} leaves {width} channels per layer, which is not a multiple of "
                 f"{alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
             )
 

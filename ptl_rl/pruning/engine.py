@@ -86,6 +86,8 @@ def score(
 ) -> Scores:
     """Importance of channels and blocks; collective over all ranks.
 
+    Of a model that was cut in place, only the channels that stand have scores.
+
     Args:
         general: general text for ``criterion.contrast``; may be empty.
         sensitivity: weigh positions by the gradient that reaches them.
@@ -107,10 +109,12 @@ def score(
         of_general = Collector(prunable.model, prunable.family, prunable.channels, prunable.device, needs)
         prunable.read(general, [of_general], sensitivity)
         statistics.general = of_general.reduce(remove_channels=cut.channels, seed=seed)
+    if prunable.standing_LK is not None:
+        statistics = statistics.at(prunable.standing_LK)
     if moment_groups:
         first = listeners.pop()
         assert isinstance(first, SecondMoments)
-        importance_LC = torch.zeros(prunable.layers, prunable.channels, device=prunable.device)
+        importance_LC = torch.zeros(prunable.layers, prunable.width, device=prunable.device)
         _obs(prunable, first, importance_LC, cut.channels, criterion.ridge)
         for group in moment_groups[1:]:
             moments = _moments(prunable, group)
@@ -138,8 +142,12 @@ def _obs(
 
     Each matrix is let go when it was used, as what follows needs the memory.
     """
-    for layer in moments.layers:
-        importance_LC[layer] = obs_importance(prunable.weight(layer, "down_proj"), moments.take(layer), remove, ridge)
+    for layer in sorted(moments.wanted):
+        prunable.fetch(layer)
+        if layer in moments.layers:
+            standing, moment_CC = prunable.standing(layer), moments.take(layer)
+            weight_HC = prunable.weight(layer, "down_proj")[:, standing]
+            importance_LC[layer] = obs_importance(weight_HC, moment_CC[standing][:, standing], remove, ridge)
 
 
 def _layer_order(
@@ -170,6 +178,10 @@ def _layer_order(
     return blocks.greedy(measured, cut.layers)
 
 
+def _keep_nothing(layer: int, name: str, weight: torch.Tensor) -> None:
+    """Another rank writes it."""
+
+
 def compensate(
     prunable: PrunableModel, plan: PruningPlan, sequences: list[Sequence], folder: Path, *, sensitivity: bool = False
 ) -> Losses:
@@ -181,6 +193,7 @@ def compensate(
     if prunable.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier plan's weights are not this one's
         folder.mkdir(parents=True)
-    losses = refit(prunable, plan, sequences, partial(save_new_weight, folder), sensitivity=sensitivity)
+    save = partial(save_new_weight, folder) if prunable.rank == 0 else _keep_nothing
+    losses = refit(prunable, plan, sequences, save, sensitivity=sensitivity)
     barrier()  # the weights are there for every rank
     return losses

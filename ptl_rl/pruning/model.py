@@ -33,6 +33,8 @@ class PrunableModel:
     """Most memory of a rank for second moments; None: no limit."""
     progress: Callable[[], None] = lambda: None
     """Called after every batch."""
+    standing_LK: torch.Tensor | None = None
+    """Ascending ids, per block, of the channels that are not zero; None: all. The others were cut in place."""
 
     @property
     def rank(self) -> int:
@@ -52,8 +54,17 @@ class PrunableModel:
 
     @property
     def channels(self) -> int:
-        """Per block."""
+        """Per block, also those that were cut in place."""
         return self.model.config.intermediate_size
+
+    @property
+    def width(self) -> int:
+        """Channels per block that were not cut."""
+        return self.channels if self.standing_LK is None else self.standing_LK.shape[1]
+
+    def standing(self, layer: int) -> torch.Tensor | slice:
+        """Which of a block's channels were not cut, as an index."""
+        return slice(None) if self.standing_LK is None else self.standing_LK[layer].to(self.device)
 
     def moment_groups(self) -> list[list[int]]:
         """Blocks whose second moments are summed up together, so that no rank holds more of them than it may.
@@ -97,6 +108,9 @@ class PrunableModel:
     def read(self, sequences: list[Sequence], listeners: list[Listener], sensitivity: bool = False) -> None:
         batches = self.counted(self.batches(sequences))
         stream(self.model, self.family, batches, listeners, self.device, sensitivity=sensitivity)
+
+    def fetch(self, layer: int) -> None:
+        """Called on all ranks before any of them asks for a block's weights; a checkpoint is there for each as it is."""
 
     def weight(self, layer: int, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a projection's weight, read from the checkpoint, all of them by default."""

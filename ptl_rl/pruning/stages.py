@@ -18,7 +18,8 @@ def subset_records(context: StageContext) -> Sequence[Record]:
     return partition(context.data.worked_solutions(), context.spec.subsets)[context.spec.subset]
 
 
-def _worker_group(context: StageContext):
+def worker_group(context: StageContext):
+    """A pruning worker on every rank of the run's Ray, which waits for them to be free."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
@@ -36,7 +37,7 @@ def score(context: StageContext) -> dict:
     records = subset_records(context)
     texts = calibration_texts(context.config, context.spec, records)
     general = texts_of(context.data.contrast(), "")
-    workers = _worker_group(context)
+    workers = worker_group(context)
     metrics = workers.score(texts, general)[0]
     return {
         **metrics,
@@ -64,7 +65,7 @@ def slice(context: StageContext) -> dict:
         source=spec.source,
     )
     context.connect_ray()
-    workers = _worker_group(context)
+    workers = worker_group(context)
     losses = Losses()
     if plan.compensate != "none":
         losses = workers.compensate(plan, calibration_texts(config, spec, records))[0]

@@ -15,7 +15,7 @@ from ptl_rl.models import load_tokenizer
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
-from ptl_rl.stage import StageContext
+from ptl_rl.stage import StageContext, is_in_place
 
 METRICS = {
     "reward": "critic/score/mean",
@@ -26,6 +26,8 @@ METRICS = {
     "distillation_loss": "actor/distillation/loss",
     "grad_norm": "actor/grad_norm",
     "step_seconds": "timing_s/step",
+    "cut_seconds": "timing_s/cut",
+    "intermediate_size": "pruning/intermediate_size",
     "tokens": "perf/total_num_tokens",
     "tokens_per_second": "perf/throughput",
 }
@@ -62,7 +64,7 @@ def _prepare(context: StageContext) -> tuple[Sequence[Record], Path]:
     config, spec = context.config, context.spec
     records = partition(context.data.training(), spec.subsets)[spec.subset]
     validation = context.data.evaluation("validation")
-    if not context.recovery.save_every_steps:
+    if not context.recovery.save_every_steps and not is_in_place(config, spec):
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
     write_prompts(records, config.prompt_suffix, spec.work / "train.parquet")
@@ -119,9 +121,12 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
     verl_config = compose(render(context.config, context.spec, keys, shape, opened))
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+    runner = TaskRunnerV1
+    if is_in_place(context.config, context.spec):
+        from ptl_rl.recovery.in_place.trainer import InPlaceRunner as runner
     follower.start()
     try:
-        run_ppo(verl_config, task_runner_class=TaskRunnerV1)
+        run_ppo(verl_config, task_runner_class=runner)
     finally:
         follower.finish()
 
@@ -137,7 +142,13 @@ def recover(context: StageContext) -> dict:
     checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
     if not checkpoints.are_finished():
         _train(context, records, follower)
-    checkpoints.hand_over(spec.out)
+    if is_in_place(context.config, spec):
+        from ptl_rl.recovery.in_place.finish import slice_trained
+
+        facts = slice_trained(context, checkpoints.final)
+    else:
+        facts = {}
+        checkpoints.hand_over(spec.out)
     follower.save(spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
         _keep_rollouts(context, records)
@@ -155,4 +166,5 @@ def recover(context: StageContext) -> dict:
         "reward_last": last.get("reward"),
         "curve": curve,
         "notes": follower.gap(),
+        **facts,
     }

@@ -19,13 +19,14 @@ from ptl_rl.config.verl_keys import (
     REF,
     REWARD,
     ROLLOUT,
+    SAVE_ALL,
     SEED,
     TEACHER,
     settings_of,
 )
 from ptl_rl.cpu.checks import ONE_PROCESS, float32_engine
 from ptl_rl.families import ModelShape
-from ptl_rl.stage import PART_SEED, StageSpec
+from ptl_rl.stage import PART_SEED, StageSpec, is_in_place
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
 ROLLOUTS = "rollouts"
@@ -118,6 +119,19 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.rollout_data_dir": None if config.calibration.source == "corpus" else str(spec.work / ROLLOUTS),
         "algorithm.adv_estimator": "grpo",
+        **(_in_place(spec) if is_in_place(config, spec) else {}),
+    }
+
+
+def _in_place(spec: StageSpec) -> dict[str, Any]:
+    """What a training needs that is saved after every cut, and goes on from there."""
+    checkpoint = f"{ACTOR}.checkpoint"
+    return {
+        "trainer.v1.trainer_mode": "ptl_in_place",
+        "trainer.ptl_rl_stage": str(spec.file),
+        "trainer.resume_mode": "auto",
+        f"{checkpoint}.save_contents": SAVE_ALL,
+        f"{checkpoint}.load_contents": SAVE_ALL[1:],
     }
 
 

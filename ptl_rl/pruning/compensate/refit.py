@@ -89,8 +89,8 @@ def refit(
     """Find the weights that let what stays take over what goes; collective over all ranks.
 
     Args:
-        save: called on rank 0 with a kept block, ``o_proj`` or ``down_proj``, and its new float32 weight, the latter
-            over the kept channels.
+        save: called on every rank with a kept block, ``o_proj`` or ``down_proj``, and its new float32 weight, the
+            latter over the kept channels.
         sensitivity: weigh positions by the gradient that reaches each block's FFN output in the original.
     """
     weights = None
@@ -160,6 +160,7 @@ class _Refit:
             layer += 1
 
     def _change(self, layer: int, channels: list[int] | None) -> None:
+        self.prunable.fetch(layer)
         new: dict[str, torch.Tensor] = {}
         sums = None
         for index, batch in enumerate(self.batches):
@@ -201,9 +202,8 @@ class _Refit:
         new["down_proj"] = self._solved(layer, "down_proj", sums, channels)
         self._advance(layer, self.cut, new=new, channels=channels)
         self.diverged = True
-        if self.prunable.rank == 0:
-            for name, weight in new.items():
-                self.save(layer, name, weight)
+        for name, weight in new.items():
+            self.save(layer, name, weight)
 
     def _sums(self, x_BTX: torch.Tensor, stream_BTH: torch.Tensor) -> Sums:
         return Sums(x_BTX.shape[-1], stream_BTH.shape[-1], self.prunable.device)
@@ -231,6 +231,12 @@ class _Refit:
         ranks on, they are made side by side.
         """
         prunable, plan = self.prunable, self.plan
+        standing: Any = slice(None)
+        if name == "down_proj" and prunable.standing_LK is not None:
+            assert channels is not None
+            standing = prunable.standing_LK[layer]
+            sums.keep(standing.to(prunable.device))
+            channels = torch.searchsorted(standing, torch.tensor(channels)).tolist()
         inputs, hidden_size = sums.xy_XH.shape
         keep: Any = slice(None) if channels is None else torch.tensor(channels, device=prunable.device)
         new_HK = torch.zeros(hidden_size, inputs if channels is None else len(channels), device=prunable.device)
@@ -240,7 +246,8 @@ class _Refit:
             if channels is None:
                 new_HK[rows] += prunable.weight(layer, name, rows).float()
             elif task == 1:
-                fit = least_squares(prunable.weight(layer, name, rows), sums.xx_XX, channels, plan.ridge)
+                weight_RX = prunable.weight(layer, name, rows)[:, standing]
+                fit = least_squares(weight_RX, sums.xx_XX, channels, plan.ridge)
                 lost = torch.tensor([fit.lost_plain, fit.lost], dtype=torch.float64)
                 self.shares += lost / max(float(sums.square), 1e-300)
                 new_HK[rows] += fit.weight_HK

@@ -48,6 +48,10 @@ class Sums:
                 dist.all_reduce(total)
         fill_lower(self.xx_XX)
 
+    def keep(self, inputs: torch.Tensor) -> None:
+        """Go on with some of the inputs only, by their ids: the others are zero."""
+        self.xx_XX, self.xy_XH = self.xx_XX[inputs][:, inputs], self.xy_XH[inputs]
+
     def change(self, keep: torch.Tensor | slice, ridge: float, rows: slice) -> torch.Tensor:
         """(R, K) float32 change of the kept columns of some hidden units' rows.
 

@@ -78,6 +78,16 @@ class Statistics:
     seed: int = 0
     """Of the run and cycle."""
 
+    def at(self, channels_LK: torch.Tensor) -> "Statistics":
+        """The same of some channels only, by their ids in each block."""
+
+        def of(name: str, value: Any) -> Any:
+            if name == "general":
+                return value and value.at(channels_LK)
+            return value.gather(1, channels_LK) if name.endswith("_LC") and value is not None else value
+
+        return Statistics(**{name: of(name, value) for name, value in vars(self).items()})
+
 
 def _norms(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean norms and sums of absolute values along ``dim``, whole on every rank; collective if sharded."""

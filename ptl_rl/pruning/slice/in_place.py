@@ -108,15 +108,21 @@ def cut_in_place(
 
 
 @torch.no_grad()
-def put_weight(parameter: torch.Tensor, weight: torch.Tensor, columns: list[int] | None = None) -> None:
-    """Write a whole weight into a parameter, each rank its own part.
+def own_rows(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A copy of the rows of a whole weight that this rank holds of ``parameter``."""
+    local, offset = _local(parameter)
+    return weight[offset[0] : offset[0] + local.shape[0]].to(local, copy=True)
+
+
+@torch.no_grad()
+def put_rows(parameter: torch.Tensor, rows: torch.Tensor, columns: list[int] | None = None) -> None:
+    """Write what :func:`own_rows` gave into a parameter, each rank its own part.
 
     Args:
-        columns: ascending ids that the weight's columns stand at, where it has fewer than the parameter; the others
-            keep their values.
+        columns: ascending ids that the rows' columns stand at, where there are fewer than the parameter has; the
+            others keep their values.
     """
     local, offset = _local(parameter)
-    rows = weight[offset[0] : offset[0] + local.shape[0]].to(local)
     if columns is None:
         local.copy_(rows)
         return

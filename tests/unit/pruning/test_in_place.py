@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.slice.in_place import CannotCutInPlace, cut_in_place, put_weight
+from ptl_rl.pruning.slice.in_place import CannotCutInPlace, cut_in_place, own_rows, put_rows
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 STEPS = 4
@@ -129,9 +129,9 @@ def put(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     weight = torch.arange(35.0).view(7, 5)
     parameter = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)])
-    put_weight(parameter, weight)
+    put_rows(parameter, own_rows(parameter, weight))
     assert torch.equal(parameter.full_tensor(), weight)
-    put_weight(parameter, -weight[:, :2], columns=[1, 4])
+    put_rows(parameter, own_rows(parameter, -weight[:, :2]), columns=[1, 4])
     expected = weight.clone()
     expected[:, [1, 4]] = -weight[:, :2]
     assert torch.equal(parameter.full_tensor(), expected)

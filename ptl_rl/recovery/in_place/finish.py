@@ -1,0 +1,46 @@
+"""From the trained policy, whose cut channels are zero, to the sliced checkpoint that a cycle ends with."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ptl_rl.pruning.live import whole_plan
+from ptl_rl.pruning.slice.verify import check_difference
+from ptl_rl.pruning.stages import worker_group
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts
+from ptl_rl.stage import StageContext
+
+
+def slice_trained(context: StageContext, trained: Path) -> dict[str, Any]:
+    """Write the sliced checkpoint and ``plan.json`` into the stage's folder, and hold it against the trained policy.
+
+    Args:
+        trained: the finished weights, with the shapes that training had.
+
+    Returns:
+        What the journal says of the cuts.
+
+    Raises:
+        ExportError: the logits differ by more than float32 rounding.
+        CutsLost: nothing says what was cut.
+    """
+    spec = context.spec
+    cuts = Cuts.of(context.config)
+    cuts.load(trained.parents[1] / IN_CHECKPOINT)
+    plan = whole_plan(cuts.plans)
+    context.connect_ray()
+    workers = worker_group(replace(context, spec=spec.model_copy(update={"source": trained})))
+    workers.slice(plan)
+    plan.save(spec.out / "plan.json")
+    # Held against the policy as it is, with nothing masked: what was cut must have stayed at zero.
+    everything = [list(range(plan.source_intermediate_size))] * len(plan.keep_channels)
+    texts = [record.question + "\n" + record.solution for record in context.data.worked_solutions()[:4]]
+    differences = workers.verify(plan.model_copy(update={"keep_channels": everything}), texts)
+    for difference in differences:
+        check_difference(difference, spec.out)
+    return {
+        "cuts": [{"after_step": record.after_step, **record.facts} for record in cuts.made],
+        "intermediate_size": plan.intermediate_size,
+        "num_hidden_layers": plan.num_hidden_layers,
+        "logit_difference": max(differences),
+    }

@@ -1,0 +1,136 @@
+"""verl's synchronous trainer, which cuts the policy at the end of a step.
+
+A cut comes before verl saves and before the weights go to vLLM, so rollouts of the next step are the cut policy's, and
+a checkpoint of the step holds it with all that was cut so far. Each cut is followed by a checkpoint, and is told to the
+driver only then: what the journal names is never made again.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from omegaconf import open_dict
+from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.utils.debug import marked_timer
+
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.data.partition import subset_hash
+from ptl_rl.families import read_shape
+from ptl_rl.planning.schedule import CutInPlace
+from ptl_rl.pruning.live import rollout_sequences
+from ptl_rl.pruning.score.texts import texts_of
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
+from ptl_rl.recovery.in_place.worker import PruningActor
+from ptl_rl.stage import StageContext, load_context
+
+MODE = "ptl_in_place"
+"""Of ``trainer.v1.trainer_mode``."""
+SPEC = "ptl_rl_stage"
+"""Key of verl's section ``trainer``: path of the stage's own file."""
+WIDTH = "pruning/intermediate_size"
+"""verl's metric of a step: channels of every block that its rollouts were made with."""
+
+
+@register_trainer(MODE)
+class InPlaceTrainer(PPOTrainerSync):
+    """One training with the cuts of ``schedule``."""
+
+    def __init__(self, config) -> None:
+        self.context: StageContext = load_context(Path(config.trainer[SPEC]))
+        self.cuts = Cuts.of(self.context.config)
+        self.saved_step: int | None = None
+        with open_dict(config):  # verl asks by name whether the buffer is a synchronous trainer's
+            config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(PruningActor)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps:
+            self.cuts.load(self._step_folder() / IN_CHECKPOINT)
+            publish(self.context.spec.cuts, self.cuts.made)
+
+    def _step_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+
+    def _save_checkpoint(self) -> None:
+        if self.saved_step == self.global_steps:  # right after a cut
+            return
+        self.cuts.save(self._step_folder() / IN_CHECKPOINT)  # before verl names the checkpoint as whole
+        super()._save_checkpoint()
+        self.saved_step = self.global_steps
+
+    def on_train_begin(self) -> None:
+        """Make the first cut, which no step comes before: on worked solutions, as there are no rollouts yet."""
+        super().on_train_begin()
+        if (cut := self.cuts.due(self.global_steps - 1)) is not None:
+            self.checkpoint_manager.sleep_replicas()
+            self._cut(cut, [], self.global_steps - 1)
+            publish(self.context.spec.cuts, self.cuts.made)
+            self.checkpoint_manager.update_weights(self.global_steps)
+
+    def step(self, metrics: dict, timing_raw: dict) -> Any:
+        width = self.width
+        batch = super().step(metrics, timing_raw)
+        metrics[WIDTH] = width
+        if (cut := self.cuts.due(self.global_steps)) is not None:
+            with marked_timer("cut", timing_raw, color="yellow"):
+                self._cut(cut, self._rollouts(batch), self.global_steps)
+            with marked_timer("save_cut", timing_raw, color="green"):
+                self._save_checkpoint()
+            publish(self.context.spec.cuts, self.cuts.made)
+        return batch
+
+    @property
+    def width(self) -> int:
+        """Channels of every block that stand."""
+        plans = self.cuts.plans
+        return plans[-1].intermediate_size if plans else read_shape(self.context.spec.source).intermediate_size
+
+    def _rollouts(self, batch) -> list[Sequence]:
+        """Of the step that was just made, those that are worth scoring on; none where the recipe wants none."""
+        config = self.context.config
+        wanted = {"corpus": 0, "both": config.calibration.sequences // 2}.get(
+            config.calibration.source, config.calibration.sequences
+        )
+        if not wanted:
+            return []
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        fields = ["prompts", "responses", "rm_scores"]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        prompts, responses = ([ids.tolist() for ids in data[name].unbind()] for name in ("prompts", "responses"))
+        rewards = [float(scores.sum()) for scores in data["rm_scores"].unbind()]
+        return rollout_sequences(prompts, responses, rewards, config.data.max_response_tokens, wanted)
+
+    def _cut(self, cut: CutInPlace, rollouts: list[Sequence], step: int) -> None:
+        context, started = self.context, time.monotonic()
+        records = context.data.worked_solutions()
+        short = context.config.calibration.sequences - len(rollouts)
+        # Each cut reads solutions of its own, as far as there are enough.
+        first = len(self.cuts.made) * context.config.calibration.sequences % max(1, len(records) - short + 1)
+        chosen = records[first : first + short]
+        plan, facts = self.actor_rollout_wg.cut(
+            context,
+            rollouts,
+            texts_of(chosen, context.config.prompt_suffix),
+            texts_of(context.data.contrast(), ""),
+            self.cuts.plans,
+            cut.channels,
+            subset_hash(chosen),
+        )[0]
+        facts["cut_seconds"] = time.monotonic() - started
+        self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))
+
+
+@ray.remote
+class InPlaceRunner(TaskRunnerV1.__ray_actor_class__):
+    """verl's task runner, in whose process the trainer must be registered."""

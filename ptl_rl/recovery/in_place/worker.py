@@ -1,0 +1,79 @@
+"""verl's worker of policy and rollouts, which can also cut the policy where it is."""
+
+from typing import Any
+
+import torch
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from ptl_rl.data.encoding import Sequence, encode_sequences
+from ptl_rl.families import read_shape
+from ptl_rl.models import load_tokenizer
+from ptl_rl.pruning.live import LiveModel, cut_live
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.score.texts import Texts
+from ptl_rl.stage import StageContext
+
+
+class PruningActor(ActorRolloutRefWorker):
+    """Runs on every rank; :meth:`cut` is collective."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def cut(
+        self,
+        context: StageContext,
+        rollouts: list[Sequence],
+        texts: Texts,
+        general: Texts,
+        before: list[PruningPlan],
+        channels: int,
+        subset_hash: str,
+    ) -> tuple[PruningPlan, dict[str, Any]]:
+        """Score the policy on rollouts and texts, zero ``channels`` of every block, and let the others take over.
+
+        Args:
+            before: plans of the cuts that were made before.
+
+        Returns:
+            The cut's plan, and what the journal is to say of it.
+        """
+        config, spec, engine = context.config, context.spec, self.actor.engine
+        tokenizer = load_tokenizer(spec.source, config.model.trust_remote_code)
+        longest = config.calibration.max_tokens
+        read = [Sequence(s.ids[:longest], min(s.prompt_tokens, longest), s.weight) for s in rollouts]
+        read += encode_sequences(tokenizer, texts.questions, texts.solutions, longest, texts.weights)
+        with engine.eval_mode(), torch.random.fork_rng():
+            live = LiveModel(
+                model=engine.module,
+                family=read_shape(spec.source).family,
+                source=spec.source,
+                device=torch.device(spec.device),
+                batch_size=config.calibration.batch_size,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                prompt_weight=config.calibration.prompt_weight,
+                moments_gib=config.calibration.moments_gib,
+            )
+            found = cut_live(
+                live,
+                engine.optimizer,
+                config.criterion,
+                read,
+                before,
+                remove_channels=channels,
+                alignment=spec.alignment,
+                general=encode_sequences(tokenizer, general.questions, general.solutions, longest, general.weights),
+                sensitivity=config.calibration.token_weights == "sensitivity",
+                seed=context.seed + len(before),
+                subset_hash=subset_hash,
+            )
+        return found.plan, {
+            "intermediate_size": found.plan.intermediate_size,
+            "loss_before": found.loss_before,
+            "loss_after": found.loss,
+            "output_error_plain": found.losses.channels_plain,
+            "output_error": found.losses.channels,
+            "stream_error": found.losses.stream,
+            "calibration_sequences": len(read),
+            "calibration_rollouts": len(rollouts),
+            "notes": found.plan.notes,
+        }

@@ -1,0 +1,159 @@
+"""Cuts of a live model are those of a checkpoint's stages: plans, new weights and what the model then computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from process_ranks import run_ranks
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from ptl_rl.config import CriterionConfig
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning import engine
+from ptl_rl.pruning.choose.choice import make_plan
+from ptl_rl.pruning.live import LiveModel, cut_live, rollout_sequences, standing_after, whole_plan
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.slice.slicing import slice_checkpoint
+
+CPU = torch.device("cpu")
+CUTS = (18, 11)
+"""Channels of 48, one cut after the other."""
+
+
+def sequences(seed: int) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [25, 19, 37, 23, 40, 32, 28, 31]
+    return [
+        Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2, 1 + n % 3) for n in lengths
+    ]
+
+
+def criterion_of(channels: str) -> CriterionConfig:
+    return CriterionConfig(channels=channels)
+
+
+def by_stages(folder: Path, family: str, channels: str, sensitivity: bool, out: Path) -> tuple[list, Path]:
+    """What two cycles without recovery make: the channels that each keeps, and the checkpoint."""
+    plans: list[PruningPlan] = []
+    for number, remove in enumerate(CUTS):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+        prunable = engine.PrunableModel(model, FAMILIES[family], folder, CPU, 2, 0, 0.3)
+        criterion, read = criterion_of(channels), sequences(number)
+        scores = engine.score(
+            prunable, criterion, engine.Removal(remove, 0), read, general=[], sensitivity=sensitivity, seed=number
+        )
+        plan = make_plan(scores, criterion, remove_channels=remove, alignment=1, subset_hash="", source=folder)
+        new_weights = out / f"new-{number}"
+        engine.compensate(prunable, plan, read, new_weights, sensitivity=sensitivity)
+        slice_checkpoint(folder, plan, out / f"sliced-{number}", new_weights=new_weights)
+        plans.append(plan)
+        folder = out / f"sliced-{number}"
+    return [plan.keep_channels for plan in plans], folder
+
+
+def check(rank: int, ranks: int, folder: Path, family: str, channels: str, sensitivity: bool, out: Path, expected) -> None:
+    kept, sliced = expected
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in model.get_submodule(FAMILIES[family].layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    model.eval()
+    plans: list[PruningPlan] = []
+    for number, remove in enumerate(CUTS):
+        live = LiveModel(model, FAMILIES[family], folder, CPU, 2, 0, 0.3)
+        found = cut_live(
+            live,
+            optimizer,
+            criterion_of(channels),
+            sequences(number),
+            plans,
+            remove_channels=remove,
+            alignment=1,
+            sensitivity=sensitivity,
+            seed=number,
+        )
+        assert found.loss_before > 0 and found.loss > 0 and found.losses.channels is not None
+        assert all(parameter.grad is None for parameter in model.parameters())
+        plans.append(found.plan)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if ranks > 1 else model.state_dict()
+    if rank:
+        return
+    assert [plan.keep_channels for plan in plans] == kept
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.load_state_dict(state)
+    model.save_pretrained(out / "zeroed")
+    slice_checkpoint(out / "zeroed", whole_plan(plans), out / "sliced")
+    ids_BT = torch.randint(0, 290, (3, 20), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=ids_BT).logits
+            for path in (sliced, out / "sliced", out / "zeroed", folder)
+        ]
+    scale = float(logits[0].abs().max())
+    for found_BTV in logits[1:3]:
+        assert torch.allclose(found_BTV, logits[0], atol=2e-4 * scale)
+    assert not torch.allclose(logits[3], logits[0], atol=1e-2 * scale)
+
+
+def compare(folder: Path, family: str, channels: str, sensitivity: bool, out: Path, ranks: int = 1) -> None:
+    expected = by_stages(folder, family, channels, sensitivity, out / "stages")
+    if ranks == 1:
+        check(0, 1, folder, family, channels, sensitivity, out, expected)
+    else:
+        run_ranks(check, ranks, folder, family, channels, sensitivity, out, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_cuts_are_two_cycles(family, make_checkpoint, tmp_path):
+    compare(make_checkpoint(family), family, "obs", False, tmp_path)
+
+
+@pytest.mark.parametrize("channels", ["activation", "wanda", "magnitude"])
+def test_by_other_criteria(channels, make_checkpoint, tmp_path):
+    compare(make_checkpoint("llama"), "llama", channels, False, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_with_sensitivity(family, make_checkpoint, tmp_path):
+    compare(make_checkpoint(family), family, "obs", True, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("gemma2", 2), ("llama", 4)])
+def test_on_several_ranks(family, ranks, make_checkpoint, tmp_path):
+    compare(make_checkpoint(family), family, "obs", ranks == 2, tmp_path, ranks)
+
+
+def test_plans_that_follow_each_other():
+    def plan_of(width: int, keep: list[list[int]]) -> PruningPlan:
+        return PruningPlan(
+            keep_channels=keep,
+            keep_layers=[0, 1],
+            layer_order=[],
+            source_intermediate_size=width,
+            alignment=1,
+            channel_criterion="obs",
+            layer_criterion="leave_one_out",
+            subset_hash="",
+            source="",
+        )
+
+    plans = [plan_of(6, [[0, 2, 3, 5], [1, 2, 4, 5]]), plan_of(4, [[1, 3], [0, 1]])]
+    assert standing_after(plans).tolist() == [[2, 5], [1, 2]]
+    together = whole_plan(plans)
+    assert (together.keep_channels, together.source_intermediate_size) == ([[2, 5], [1, 2]], 6)
+
+
+def test_rollouts_that_were_cut_off_or_earned_nothing_are_left_out():
+    prompts = [[1, 2], [1, 2], [3], [3], [4]]
+    responses = [[7], [8, 8], [9], [9, 9, 9], [5]]
+    found = rollout_sequences(prompts, responses, [1.0, 0.5, 1.0, 1.0, 0.0], longest=3, most=10)
+    assert found == [Sequence([1, 2, 7], 2, 1.0), Sequence([3, 9], 1, 1.0), Sequence([1, 2, 8, 8], 2, 0.5)]
+    assert rollout_sequences(prompts, responses, [1.0] * 5, longest=3, most=2) == found[:2]
