@@ -5,6 +5,7 @@ Everything heavy is imported inside the functions. What a user can mend is raise
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,12 +140,13 @@ def resume(folder: Place, *, console: "Console | None" = None) -> RunResult:
     from ptl_rl.config import ConfigError
     from ptl_rl.driver.loop import Driver
     from ptl_rl.driver.run_folder import RunFolder
+    from ptl_rl.planning.schedule import methods_and_steps
     from ptl_rl.reporting.live import LiveDisplay
 
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"{folder}: no config.json; this is not a run folder")
     place, shown = RunFolder(Path(folder)), console or _console()
-    state = Driver(place, lambda config: LiveDisplay(shown, place.path.name, config.recoveries)).run()
+    state = Driver(place, lambda config: LiveDisplay(shown, place.path.name, partial(methods_and_steps, config))).run()
     return result(place.path, stopped=state.stopped)
 
 

@@ -209,6 +209,14 @@ class ScheduleConfig(Section):
         return self
 
     @property
+    def channel_steps(self) -> list[int]:
+        """Channels that each layer loses, cut by cut."""
+        if isinstance(self.channels_per_cycle, list):
+            return list(self.channels_per_cycle)
+        total, step = self.channels_sum, self.channels_per_cycle
+        return [min(step, total - done) for done in range(0, total, step)] if step else []
+
+    @property
     def channels_sum(self) -> int:
         """Channels that each layer loses in all."""
         return sum(self.channels_per_cycle) if isinstance(self.channels_per_cycle, list) else self.channels_total or 0

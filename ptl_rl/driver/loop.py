@@ -238,13 +238,13 @@ class Driver:
         """A line for every cut in place that has none; a cut that was made again after a kill gets another one."""
         known = {entry.part: entry for entry in entries if (entry.cycle, entry.stage) == (stage.cycle, "cut")}
         for folder in sorted(spec.cuts.glob("[0-9]*")):
-            number, artefact = int(folder.name), str(folder.relative_to(self.folder.path))
+            part, artefact = int(folder.name) - 1, str(folder.relative_to(self.folder.path))
             files = self.folder.files_of(artefact)
-            if number in known and known[number].files == files:
+            if part in known and known[part].files == files:
                 continue
             sync_tree(folder)
             metrics = json.loads((folder / "cut.json").read_text())
-            cut = Entry(cycle=stage.cycle, stage="cut", part=number, artefact=artefact, files=files, metrics=metrics)
+            cut = Entry(cycle=stage.cycle, stage="cut", part=part, artefact=artefact, files=files, metrics=metrics)
             entries.append(self.journal.append(cut))
             self.display.cut_made(entries[-1])
 

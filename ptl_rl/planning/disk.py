@@ -34,15 +34,15 @@ class DiskUse:
     """Of the largest checkpoint within a recovery; 0 where none is written."""
 
 
-def saves(recovery: AnyRecovery, steps: int) -> int:
-    """How many checkpoints verl writes from which it could go on."""
+def saves(recovery: AnyRecovery, steps: int, in_place: bool = False) -> int:
+    """How many checkpoints verl writes from which it could go on, those after cuts in place apart, but for one."""
     every = recovery.save_every_steps
-    return (steps - 1) // every if every else 0
+    return (steps - 1) // every if every else int(in_place)
 
 
-def recovery_peak(shape: ModelShape, recovery: AnyRecovery, steps: int) -> float:
-    """Bytes of verl's folder at its fullest."""
-    written = saves(recovery, steps)
+def recovery_peak(shape: ModelShape, recovery: AnyRecovery, steps: int, in_place: bool = False) -> float:
+    """Bytes of verl's folder at its fullest; in place, with the weights from which the sliced ones are cut."""
+    written = max(saves(recovery, steps), KEPT) if in_place else saves(recovery, steps)
     resumable = RESUMABLE_BYTES * shape.parameters
     last = WEIGHT_BYTES * shape.parameters
     return max(min(written, KEPT) * resumable, min(written, KEPT - 1) * resumable + last)
@@ -67,7 +67,9 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
     width = source_bytes
     for cut in planned_cuts(config.schedule):
         before, shape = shape, shape.sliced(cut.channels, cut.layers)
-        if not cut.is_empty:
+        in_place = config.schedule.mode == "in_place"
+        trained = before if in_place else shape
+        if not cut.is_empty and not in_place:
             new_weights = 0.0
             if config.criterion.compensate != "none":
                 projections = before.intermediate_size + before.num_attention_heads * before.head_dim
@@ -79,11 +81,11 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
         for part, recovery in enumerate(config.recoveries(cut.planned)):
             steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
-            peak = max(peak, kept + rollouts + recovery_peak(shape, recovery, steps))
+            peak = max(peak, kept + rollouts + recovery_peak(trained, recovery, steps, in_place))
             kept += WEIGHT_BYTES * shape.parameters
             of_cycle += WEIGHT_BYTES * shape.parameters
-            if saves(recovery, steps):
-                resumable = max(resumable, RESUMABLE_BYTES * shape.parameters)
+            if saves(recovery, steps, in_place):
+                resumable = max(resumable, RESUMABLE_BYTES * trained.parameters)
         largest = max(largest, of_cycle)
         peak = max(peak, kept)
     return DiskUse(kept, peak, largest if config.gate.max_extensions else 0.0, resumable)

@@ -195,21 +195,36 @@ class Clock:
         written = saves(recovery, steps) * RESUMABLE_BYTES * shape.parameters + WEIGHT_BYTES * shape.parameters
         return self.assumed.start_seconds + loading + training + self.disk(written)
 
+    def cuts_in_place(self, shape: ModelShape, number: int) -> list[StageTime]:
+        """Scoring and compensation of every cut, the checkpoint after it, and the sliced model that is written last."""
+        times, left = [], shape
+        for channels in self.config.schedule.channel_steps:
+            cut = Cut(channels, 0, 0)
+            seconds = self.score(left, cut) + self.slice(left, cut) - 2 * self.assumed.start_seconds
+            times.append(StageTime("cut", number, seconds + self.disk(RESUMABLE_BYTES * shape.parameters)))
+            left = left.sliced(channels, 0)
+        written = self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
+        return [*times, StageTime("slice", number, self.assumed.start_seconds + written)]
+
     def run(self, shape: ModelShape, cuts: list[Cut]) -> list[StageTime]:
         """Every stage of the run as planned; the gate may ask for more."""
         original = shape
         times = [StageTime("evaluate", 0, self.evaluate(shape))]
         for number, cut in enumerate(cuts, 1):
-            if not cut.is_empty:
+            in_place = self.config.schedule.mode == "in_place"
+            if in_place:
+                times += self.cuts_in_place(shape, number)
+            elif not cut.is_empty:
                 times.append(StageTime("score", number, self.score(shape, cut)))
                 times.append(StageTime("slice", number, self.slice(shape, cut)))
-            shape = shape.sliced(cut.channels, cut.layers)
+            before, shape = shape, shape.sliced(cut.channels, cut.layers)
+            trained = before if in_place else shape
             for part, recovery in enumerate(self.config.recoveries(cut.planned)):
                 steps = recovery_steps(self.config, cut.planned, part)
                 if isinstance(recovery, CptConfig):
-                    seconds = self.cpt(shape, original, recovery, steps)
+                    seconds = self.cpt(trained, original, recovery, steps)
                 else:
-                    seconds = self.rl(shape, original, recovery, steps)
+                    seconds = self.rl(trained, original, recovery, steps)
                 times.append(StageTime(f"recover: {recovery.method}", number, seconds))
             both = self.config.evaluation.after_cut and not cut.is_empty
             times.append(StageTime("evaluate", number, self.evaluate(shape, models=1 + both)))

@@ -15,7 +15,7 @@ from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.memory import Phase, Planned, phases
 from ptl_rl.planning.model import PlannedModel
 from ptl_rl.planning.rows import unnamed_notes
-from ptl_rl.planning.schedule import Cut, planned_cuts, recovery_steps
+from ptl_rl.planning.schedule import Cut, methods_and_steps, planned_cuts, recovery_steps
 
 DEFAULT_GPU = "h200"
 
@@ -167,7 +167,7 @@ def planned_cycles(config: RunConfig, shape: ModelShape) -> list[PlannedCycle]:
             for r, steps in counts
             if isinstance(r, CptConfig)
         )
-        names = " + ".join(f"{steps} {r.method}" for r, steps in counts)
+        names = " + ".join(f"{steps} {method}" for method, steps in methods_and_steps(config, cut.planned))
         rows.append(PlannedCycle(cut, shape, names, rolled_out, read))
     return rows
 

@@ -149,12 +149,13 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
     for number, cut in enumerate(cuts, 1):
         if not cut.is_empty:
             yield from _pruning(planned, shape, cut, number)
-        shape = shape.sliced(cut.channels, cut.layers)
+        before, shape = shape, shape.sliced(cut.channels, cut.layers)
+        trained = before if planned.config.schedule.mode == "in_place" else shape
         for recovery in planned.config.recoveries(cut.planned):
             if isinstance(recovery, CptConfig):
-                yield _cpt(planned, shape, original, recovery, number)
+                yield _cpt(planned, trained, original, recovery, number)
             else:
-                yield from _rl(planned, shape, original, recovery, number)
+                yield from _rl(planned, trained, original, recovery, number)
         yield _evaluation(planned, shape, number)
 
 

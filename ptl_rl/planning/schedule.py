@@ -21,35 +21,9 @@ class Cut:
         return not self.channels and not self.layers
 
 
-def _channel_steps(schedule: ScheduleConfig) -> list[int]:
-    if isinstance(schedule.channels_per_cycle, list):
-        return list(schedule.channels_per_cycle)
-    total, step = schedule.channels_sum, schedule.channels_per_cycle
-    return [min(step, total - done) for done in range(0, total, step)] if step else []
-
-
 def _layer_steps(schedule: ScheduleConfig) -> list[int]:
     total, step = schedule.layers_total, schedule.layers_per_cycle
     return [min(step, total - done) for done in range(0, total, step)]
-
-
-@dataclass(frozen=True)
-class CutInPlace:
-    """One cut of a training that goes on."""
-
-    channels: int
-    """That every block loses."""
-    after_step: int
-    """Optimizer steps before it."""
-
-
-def cuts_in_place(config: RunConfig) -> list[CutInPlace]:
-    """The cuts within the one training of ``schedule.mode`` in_place, each before the steps that recover it."""
-    found, steps = [], 0
-    for planned, channels in enumerate(_channel_steps(config.schedule)):
-        found.append(CutInPlace(channels, steps))
-        steps += config.recovery[0].steps_of(planned)
-    return found
 
 
 def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0) -> int:
@@ -59,9 +33,15 @@ def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int =
     """
     recovery = config.recoveries(planned)[part]
     if config.schedule.mode == "in_place":
-        cuts = range(len(_channel_steps(config.schedule)))
+        cuts = range(len(config.schedule.channel_steps))
         return recovery.steps_of(cuts[-1]) if round_ else sum(map(recovery.steps_of, cuts))
     return recovery.steps_of(planned)
+
+
+def methods_and_steps(config: RunConfig, planned: int) -> list[tuple[str, int]]:
+    """Method and optimizer steps of every recovery that follows a planned cut."""
+    recoveries = config.recoveries(planned)
+    return [(recovery.method, recovery_steps(config, planned, part)) for part, recovery in enumerate(recoveries)]
 
 
 def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
@@ -73,14 +53,14 @@ def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
         return [Cut(channels=0, layers=0, planned=0)]
     if schedule.mode == "in_place":
         return [Cut(channels=schedule.channels_sum, layers=0, planned=0)]
-    channels = [(step, 0) for step in _channel_steps(schedule)]
+    channels = [(step, 0) for step in schedule.channel_steps]
     layers = [(0, step) for step in _layer_steps(schedule)]
     if schedule.order == "channels_then_layers":
         pairs = channels + layers
     elif schedule.order == "layers_then_channels":
         pairs = layers + channels
     elif schedule.order == "together":
-        both = itertools.zip_longest(_channel_steps(schedule), _layer_steps(schedule), fillvalue=0)
+        both = itertools.zip_longest(schedule.channel_steps, _layer_steps(schedule), fillvalue=0)
         pairs = list(both)
     else:
         pairs = [pair for both in zip(channels, layers, strict=False) for pair in both]
@@ -109,14 +89,14 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
             "at least 1 must stay"
         )
     width, in_place = shape.intermediate_size, schedule.mode == "in_place"
-    steps = _channel_steps(schedule) if in_place else [cut.channels for cut in planned_cuts(schedule)]
+    steps = schedule.channel_steps if in_place else [cut.channels for cut in planned_cuts(schedule)]
     for number, channels in enumerate(steps, 1):
         width -= channels
         if channels and width % alignment:
             lower = width - width % alignment
             raise ConfigError(
-                f"schedule: {'cut' if in_place else 'cycle'} {number} leaves {width} channels per layer, which is not a multiple of "
-                f"{alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
+                f"schedule: {'cut' if in_place else 'cycle'} {number} leaves {width} channels per layer, which is not "
+                f"a multiple of {alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
             )
 
 

@@ -110,7 +110,7 @@ class PrunableModel:
         stream(self.model, self.family, batches, listeners, self.device, sensitivity=sensitivity)
 
     def fetch(self, layer: int) -> None:
-        """Called on all ranks before any of them asks for a block's weights; a checkpoint is there for each as it is."""
+        """Called on all ranks before any of them asks for a block's weights; a checkpoint needs no preparation."""
 
     def weight(self, layer: int, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a projection's weight, read from the checkpoint, all of them by default."""

@@ -123,7 +123,7 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
 
     runner = TaskRunnerV1
     if is_in_place(context.config, context.spec):
-        from ptl_rl.recovery.in_place.trainer import InPlaceRunner as runner
+        from ptl_rl.recovery.in_place.runner import InPlaceRunner as runner
     follower.start()
     try:
         run_ppo(verl_config, task_runner_class=runner)

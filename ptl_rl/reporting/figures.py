@@ -100,6 +100,9 @@ def recovery_curves(run: RunData, width: float = WIDE) -> str | None:
                 continue
             axis.plot([start + step for step in steps], values, color=f"C{number}", label=label, linewidth=1.3)
             start += max(steps)
+        for step, channels in run.cuts_in_place():
+            axis.axvline(step + 0.5, color=GREY, linewidth=1.0, zorder=0)
+            axis.annotate(f"{channels}", (step + 0.5, 1.01), xycoords=("data", "axes fraction"), fontsize=7)
         axis.set_ylabel(kind.replace("_", " "))
         axis.set_xlabel("recovery steps, one cycle after the other")
         axis.grid(alpha=0.3)
@@ -130,10 +133,11 @@ def removal_map(removed: Removed, width: float = WIDE) -> str:
         norm=BoundaryNorm(numpy.arange(-0.5, last + 1), last + 1),
         extent=(0, len(removed.channels[0]), len(shown) - 0.5, -0.5),
     )
-    axis.set_xlabel("FFN channel of the original" if in_order else "FFN channels of the block, sorted by cycle")
+    unit = removed.unit
+    axis.set_xlabel("FFN channel of the original" if in_order else f"FFN channels of the block, sorted by {unit}")
     axis.set_ylabel("block")
     bar = figure.colorbar(image, ax=axis, ticks=range(last + 1))
-    bar.ax.set_yticklabels(["stays", *(f"cycle {cycle}" for cycle in range(1, last + 1))], fontsize=7)
+    bar.ax.set_yticklabels(["stays", *(f"{unit} {number}" for number in range(1, last + 1))], fontsize=7)
     return _svg(figure)
 
 

@@ -11,7 +11,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ptl_rl.config import AnyRecovery
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
@@ -30,6 +29,7 @@ SHOWN = (
     "parent_kl",
     "distillation_loss",
     "validation_accuracy",
+    "intermediate_size",
     "response_tokens",
     "kl",
     "tokens_per_second",
@@ -46,7 +46,8 @@ def _time(seconds: float) -> str:
 class LiveDisplay:
     """The driver's :class:`~ptl_rl.driver.display.Display`; knows nothing of processes."""
 
-    def __init__(self, console: Console, title: str, recoveries: Callable[[int], list[AnyRecovery]]) -> None:
+    def __init__(self, console: Console, title: str, recoveries: Callable[[int], list[tuple[str, int]]]) -> None:
+        """``recoveries`` gives method and steps of every recovery that follows a planned cut."""
         self.console, self.title, self.recoveries = console, title, recoveries
         self.entries: list[Entry] = []
         self.state: State | None = None
@@ -71,7 +72,8 @@ class LiveDisplay:
             self.live = Live(self._render(), console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
         elif entries:
-            self.console.print(f"{self.title}: continuing after {len(entries)} finished stages")
+            finished = sum(entry.stage != "cut" for entry in entries)
+            self.console.print(f"{self.title}: continuing after {finished} finished stages")
 
     def stop(self) -> None:
         if self.live:
@@ -102,6 +104,13 @@ class LiveDisplay:
             self.console.print(f"{self._where(self.stage)}: step {done}/{total}, {shown}{left}", highlight=False)
         self._refresh()
 
+    def cut_made(self, entry: Entry) -> None:
+        m = entry.metrics
+        self.note(
+            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {m['intermediate_size']} channels, "
+            f"loss {m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
+        )
+
     def stage_finished(self, entry: Entry, state: State) -> None:
         self.entries.append(entry)
         self.state = state
@@ -117,7 +126,7 @@ class LiveDisplay:
         total = stage.cycle - 1 + len(self.state.cuts) if self.state else stage.cycle
         extra = ""
         if stage.name == "recover" and self.state:
-            extra = f" ({self.recoveries(self.state.cuts[0].planned)[stage.part].method.upper()})"
+            extra = f" ({self.recoveries(self.state.cuts[0].planned)[stage.part][0].upper()})"
         extra += f", round {stage.round + 1}" if stage.round else ""
         return f"cycle {stage.cycle}/{total}: {VERBS[stage.name]}{extra}"
 
@@ -141,10 +150,7 @@ class LiveDisplay:
         if self.state is None or self.stage is None:
             return None
         self.now.elapsed_seconds = time.monotonic() - self.stage_start
-        return remaining_seconds(self.entries, self.state, self.stage, self.now, self._steps)
-
-    def _steps(self, planned: int) -> list[tuple[str, int]]:
-        return [(recovery.method, recovery.steps_of(planned)) for recovery in self.recoveries(planned)]
+        return remaining_seconds(self.entries, self.state, self.stage, self.now, self.recoveries)
 
     def _render(self) -> Group:
         eta = self.eta_seconds()

@@ -38,12 +38,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Removed:
-    """Which channels and blocks of the original went in which cycle."""
+    """Which channels and blocks of the original went in which cycle, or in which cut in place."""
 
     channels: list[list[int]]
     """Of every block of the original, per channel, the cycle in which it went; 0: it is still there."""
     layers: list[int]
     """Of every block the cycle in which it went as a whole; 0: it is still there."""
+    unit: str = "cycle"
+    """What is counted: ``cycle`` or ``cut``."""
 
 
 def paired_answers(first: list[Answer], second: list[Answer]) -> Paired | None:
@@ -140,23 +142,26 @@ class RunData:
         result: Removed | None = None
         places: list[list[int]] = []  # of what is left: channels of the original, block by block
         blocks: list[int] = []
-        for entry in self.entries:
-            if entry.stage != "slice" or entry.cycle not in accepted:
+        in_place = {entry.part: entry for entry in self.entries if entry.stage == "cut"}
+        for entry in in_place.values() or self.entries:
+            if entry.stage not in ("slice", "cut") or entry.cycle not in accepted:
                 continue
+            number = entry.part + 1 if in_place else entry.cycle
             path = self.folder / str(entry.artefact) / "plan.json"
             if not path.exists():
                 return None
             plan = json.loads(path.read_text())
             width, count = plan["source_intermediate_size"], len(plan["keep_channels"])
             if result is None:
-                result = Removed([[0] * width for _ in range(count)], [0] * count)
+                unit = "cut" if in_place else "cycle"
+                result = Removed([[0] * width for _ in range(count)], [0] * count, unit)
                 places, blocks = [list(range(width)) for _ in range(count)], list(range(count))
             for place, kept in enumerate(plan["keep_channels"]):
                 for gone in set(range(width)) - set(kept):
-                    result.channels[blocks[place]][places[place][gone]] = entry.cycle
+                    result.channels[blocks[place]][places[place][gone]] = number
                 places[place] = [places[place][channel] for channel in kept]
             for place in plan["layer_order"]:
-                result.layers[blocks[place]] = entry.cycle
+                result.layers[blocks[place]] = number
             places = [places[place] for place in plan["keep_layers"]]
             blocks = [blocks[place] for place in plan["keep_layers"]]
         return result
@@ -182,6 +187,12 @@ class RunData:
                     found.append((label, key, list(steps), list(values)))
                     break
         return found
+
+    def cuts_in_place(self) -> list[tuple[int, int]]:
+        """Step after which each cut within a training was made, and the channels that it left."""
+        recoveries = [entry for entry in self.entries if entry.stage == "recover"]
+        made = [cut for entry in recoveries for cut in entry.metrics.get("cuts", [])]
+        return [(cut["after_step"], cut["intermediate_size"]) for cut in made]
 
     def stage_seconds(self) -> list[tuple[int, str, float]]:
         """Cycle, stage and duration of everything that took time."""

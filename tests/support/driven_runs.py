@@ -80,6 +80,7 @@ class Told:
         self.began: list[str] = []
         self.finished: list[str] = []
         self.steps: list[tuple[int, int]] = []
+        self.cuts: list[Entry] = []
 
     def start(self, entries: list[Entry], state: State) -> None: ...
 
@@ -95,6 +96,9 @@ class Told:
     def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         if done >= 0:
             self.steps.append((done, total))
+
+    def cut_made(self, entry: Entry) -> None:
+        self.cuts.append(entry)
 
     def stage_finished(self, entry: Entry, state: State) -> None:
         self.finished.append(stage_of(entry).label)

@@ -55,6 +55,20 @@ def _stall(spec: dict) -> None:
     time.sleep(PATIENCE)
 
 
+def _cut_in_place(spec: dict, act: str) -> None:
+    """As a recovery in place: folders of cuts, each there before the step that it follows is reported."""
+    for number, channels in enumerate((384, 256), 1):
+        folder = Path(spec["work"]).parent / f"cuts/{number:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"after_step": number - 1, "intermediate_size": channels + ("other" in act)}
+        (folder / "plan.json").write_text("{}")
+        (folder / "cut.json").write_text(json.dumps(facts))
+        _report(spec, number)
+        if "raise" in act:
+            time.sleep(0.3)  # until the driver has read it
+            _raise()
+
+
 def _raise() -> None:
     try:
         raise ValueError("of a worker")
@@ -72,6 +86,8 @@ def _work(spec: dict, act: object) -> dict:
         made["went_on"] = work.exists()
         work.mkdir(exist_ok=True)
         (work / "checkpoint").write_text("half of it")
+    if act in ("cuts", "one cut, then raise", "one other cut, then raise"):
+        _cut_in_place(spec, str(act))
     if act == "stall":
         _stall(spec)
     if act == "silence":

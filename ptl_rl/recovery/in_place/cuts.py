@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptl_rl.config import RunConfig
+from ptl_rl.config.in_place import CutInPlace, cuts_in_place
 from ptl_rl.errors import UserError
-from ptl_rl.planning.schedule import CutInPlace, cuts_in_place
 from ptl_rl.pruning.plan import PruningPlan
 
 IN_CHECKPOINT = "cuts.json"

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from ptl_rl.pruning.live import whole_plan
 from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
@@ -28,8 +30,11 @@ def slice_trained(context: StageContext, trained: Path) -> dict[str, Any]:
     cuts = Cuts.of(context.config)
     cuts.load(trained.parents[1] / IN_CHECKPOINT)
     plan = whole_plan(cuts.plans)
-    context.connect_ray()
-    workers = worker_group(replace(context, spec=spec.model_copy(update={"source": trained})))
+    if not ray.is_initialized():  # training was finished by an attempt that was killed
+        context.connect_ray()
+    # Tensors that are written are no steps of the training, so that progress is told elsewhere.
+    changed = {"source": trained, "progress": spec.work / "slice.progress.jsonl"}
+    workers = worker_group(replace(context, spec=spec.model_copy(update=changed)))
     workers.slice(plan)
     plan.save(spec.out / "plan.json")
     # Held against the policy as it is, with nothing masked: what was cut must have stayed at zero.

@@ -12,15 +12,14 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import open_dict
-from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.debug import marked_timer
 
+from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
-from ptl_rl.planning.schedule import CutInPlace
 from ptl_rl.pruning.live import rollout_sequences
 from ptl_rl.pruning.score.texts import texts_of
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
@@ -129,8 +128,3 @@ class InPlaceTrainer(PPOTrainerSync):
         )[0]
         facts["cut_seconds"] = time.monotonic() - started
         self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))
-
-
-@ray.remote
-class InPlaceRunner(TaskRunnerV1.__ray_actor_class__):
-    """verl's task runner, in whose process the trainer must be registered."""

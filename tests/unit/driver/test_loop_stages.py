@@ -267,3 +267,55 @@ def test_a_journal_of_an_earlier_version_has_no_checksums_and_goes_on(make_drive
     run.act({})
     run.drive()
     run.check_complete()
+
+
+IN_PLACE = {"mode": "in_place", "channels_per_cycle": [256, 128], "alignment": 16}
+
+
+def cuts_of(run) -> list[tuple[int, int]]:
+    return [(e.part, e.metrics["intermediate_size"]) for e in run.journal.entries() if e.stage == "cut"]
+
+
+def test_cuts_in_place_are_journaled_as_they_are_made(make_driven):
+    run, told = make_driven(schedule=IN_PLACE), Told()
+    run.act({"001-recover": "cuts"})
+    run.drive(told)
+    assert [entry.part for entry in told.cuts] == [0, 1] and cuts_of(run) == [(0, 384), (1, 256)]
+    assert told.finished == ["000-evaluate", "001-recover", "001-evaluate", "001-gate"]
+    labels = run.labels()
+    assert labels.index("001-cut-part2") < labels.index("001-recover")  # before the stage that makes them has ended
+    assert run.specs()["001-recover.1"].source == run.specs()["000-evaluate.1"].source
+    assert run.specs()["001-recover.1"].steps == 16  # 8 after each cut
+    assert (run.path / "cycles/001/cuts/002/plan.json").exists()
+    run.drive()  # nothing is left to do
+    assert run.labels() == labels
+
+
+@pytest.mark.parametrize(("first", "kept"), [("one cut, then raise", 1), ("one other cut, then raise", 2)])
+def test_a_cut_is_journaled_once_unless_it_was_made_again(make_driven, first, kept):
+    run = make_driven(schedule=IN_PLACE)
+    run.act({"001-recover": first})
+    with pytest.raises(StageFailed):
+        run.drive()
+    assert [part for part, _ in cuts_of(run)] == [0]
+    run.act({"001-recover": "cuts"})
+    run.drive()
+    assert cuts_of(run)[-2:] == [(0, 384), (1, 256)] and len(cuts_of(run)) == 1 + kept
+    assert run.decisions() == ["accept"]
+
+
+def test_where_the_gate_asks_for_more_the_sliced_model_is_trained(make_driven):
+    run = make_driven(schedule=IN_PLACE, gate={"max_extensions": 1}, recovery=[{"grpo": {"steps": [2, 5]}}])
+    run.act({"001-recover": "cuts", "001-evaluate": 0.1})
+    run.drive()
+    specs = run.specs()
+    assert (specs["001-recover.1"].steps, specs["001-recover-1.1"].steps) == (7, 5)
+    assert specs["001-recover-1.1"].source == run.path / "cycles/001/recovered"
+    assert len(cuts_of(run)) == 2
+
+
+def test_a_cycle_in_place_is_not_halved(make_driven):
+    run = make_driven(schedule=IN_PLACE, gate={"max_extensions": 0, "max_retries": 1, "on_failure": "stop"})
+    run.act({"001-recover": "cuts", "001-evaluate": 0.1})
+    run.drive()
+    assert run.decisions() == ["stop"]

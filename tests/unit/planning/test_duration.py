@@ -191,3 +191,18 @@ def test_the_demo_takes_minutes_on_cpus(repository):
     device = dataclasses.replace(this_machine(1), teraflops=0.09)
     times = Clock(Planned(config, device, "sdpa"), CPU).run(shape, planned_cuts(config.schedule))
     assert 300 < sum(time.seconds for time in times) < 3600
+
+
+def test_cuts_in_place_start_nothing_and_train_the_original_width(repository):
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", "schedule.mode=in_place", "evaluation.after_cut=false")
+    cuts = planned_cuts(clock.config.schedule)
+    times = clock.run(QWEN, cuts)
+    steps, save = clock.config.schedule.channel_steps, clock.disk(12 * QWEN.parameters)
+    assert len(cuts) == 1 and [time.stage for time in times].count("cut") == len(steps) == 10
+    (recovery,) = clock.config.recovery
+    first = next(time.seconds for time in times if time.stage == "cut")
+    cut, start = Cut(steps[0], 0, 0), clock.assumed.start_seconds
+    assert first == pytest.approx(clock.score(QWEN, cut) + clock.slice(QWEN, cut) - 2 * start + save)
+    (trained,) = (time.seconds for time in times if time.stage == "recover: grpo")
+    total = sum(recovery.steps_of(number) for number in range(10))
+    assert trained == clock.rl(QWEN, QWEN, recovery, total)

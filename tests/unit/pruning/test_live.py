@@ -27,9 +27,7 @@ CUTS = (18, 11)
 def sequences(seed: int) -> list[Sequence]:
     generator = torch.Generator().manual_seed(seed)
     lengths = [25, 19, 37, 23, 40, 32, 28, 31]
-    return [
-        Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2, 1 + n % 3) for n in lengths
-    ]
+    return [Sequence(torch.randint(0, 290, (n,), generator=generator).tolist(), n // 2, 1 + n % 3) for n in lengths]
 
 
 def criterion_of(channels: str) -> CriterionConfig:
@@ -55,7 +53,9 @@ def by_stages(folder: Path, family: str, channels: str, sensitivity: bool, out: 
     return [plan.keep_channels for plan in plans], folder
 
 
-def check(rank: int, ranks: int, folder: Path, family: str, channels: str, sensitivity: bool, out: Path, expected) -> None:
+def check(
+    rank: int, ranks: int, folder: Path, family: str, channels: str, sensitivity: bool, out: Path, expected: tuple
+) -> None:
     kept, sliced = expected
     model = AutoModelForCausalLM.from_pretrained(folder)
     if ranks > 1:

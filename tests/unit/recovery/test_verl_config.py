@@ -85,7 +85,8 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
         checkpoint, model = actor.checkpoint, verl.actor_rollout_ref.model
     told_workers = omega_conf_to_dataclass(checkpoint)
     assert isinstance(told_workers, StepwiseCheckpointConfig) and told_workers.last_step == 5
-    resumable = ["model", "optimizer", "extra"] if recovery.save_every_steps else []
+    in_place = config.schedule.mode == "in_place"
+    resumable = ["model", "optimizer", "extra"] if recovery.save_every_steps or in_place else []
     assert told_workers.save_contents == ["hf_model", *resumable] and told_workers.load_contents == resumable
     assert model.external_lib == ENGINE_LIBRARY  # without it rank 0 gathers the model to write it
     assert model.override_config.attn_implementation == attention

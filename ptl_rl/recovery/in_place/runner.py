@@ -1,0 +1,15 @@
+"""verl's task runner, in whose process the trainer must be registered before verl asks for it by name."""
+
+import ray
+from verl.trainer.main_ppo import TaskRunnerV1
+
+
+@ray.remote
+class InPlaceRunner(TaskRunnerV1.__ray_actor_class__):
+    """As verl's."""
+
+    def run(self, config) -> None:
+        """Ray carries this class to the process by value, so nothing but this imports the trainer there."""
+        import ptl_rl.recovery.in_place.trainer  # noqa: F401
+
+        super().run(config)

@@ -1,0 +1,128 @@
+"""Cuts within one training: when they are due, what is kept of them, and what verl is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ptl_rl.config import ConfigError
+from ptl_rl.config.in_place import CutInPlace, cuts_in_place
+from ptl_rl.config.recipe import load_config, parse_config
+from ptl_rl.driver.journal import Entry
+from ptl_rl.driver.state import Stage, fold, next_stage
+from ptl_rl.families import read_shape
+from ptl_rl.planning.schedule import (
+    check_cuts,
+    methods_and_steps,
+    planned_cuts,
+    recovery_steps,
+)
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost, publish
+
+DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_in_place_cpu.yaml"
+
+
+def config_of(*changes: str):
+    return load_config(DEMO, list(changes))
+
+
+def plan_of(width: int, keep: list[int]) -> PruningPlan:
+    return PruningPlan(
+        keep_channels=[keep, keep],
+        keep_layers=[0, 1],
+        layer_order=[],
+        source_intermediate_size=width,
+        alignment=1,
+        channel_criterion="obs",
+        layer_criterion="leave_one_out",
+        subset_hash="",
+        source="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("schedule.layers_total=1", "mode is in_place, which cuts channels only, but layers_total is 1; use restart"),
+        ("recovery=[{cpt: {}}]", "in_place cuts within one recovery by grpo or distill, but recovery is cpt"),
+        ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery .* but recovery is grpo, grpo"),
+        ("recovery_of_cycle={1: [{grpo: {}}]}", "in_place has one training, but recovery_of_cycle names several"),
+        ("evaluation.after_cut=true", "in_place leaves no cut model to measure before its recovery"),
+        ("schedule={mode: in_place, recover_only: true}", "recover_only cuts nothing, but mode is in_place"),
+    ],
+)
+def test_what_cannot_be_in_place_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(change)
+
+
+def test_every_cut_comes_before_its_steps():
+    config = config_of("schedule.channels_per_cycle=[256,64,64]", "recovery.steps=[4,24]")
+    assert cuts_in_place(config) == [CutInPlace(256, 0), CutInPlace(64, 4), CutInPlace(64, 28)]
+    assert [(cut.channels, cut.layers) for cut in planned_cuts(config.schedule)] == [(384, 0)]
+    assert recovery_steps(config, 0) == 52 and methods_and_steps(config, 0) == [("grpo", 52)]
+    assert recovery_steps(config, 0, round_=1) == 24  # those of the last cut, where the gate asks for more
+
+
+def test_a_cut_in_the_middle_must_leave_an_aligned_width():
+    config = config_of("schedule.channels_per_cycle=[250,134]")
+    with pytest.raises(ConfigError, match="cut 1 leaves 390 channels per layer, which is not a multiple of 16"):
+        check_cuts(config, read_shape(DEMO.parents[1] / "ptl_rl/testbed/checkpoints/qwen2"))
+
+
+def test_a_run_is_one_cycle_that_neither_scores_nor_slices():
+    config, entries, stages = config_of("gate.max_extensions=1", "gate.max_retries=1"), [], []
+    for metrics in ({"accuracy": 0.8}, {}, {"accuracy": 0.1}, {"decision": "extend"}, {}, {"accuracy": 0.8}):
+        stage = next_stage(fold(config, entries))
+        assert stage is not None
+        stages.append(stage.label)
+        finished = Entry(cycle=stage.cycle, stage=stage.name, round=stage.round, artefact="cycles/x", metrics=metrics)
+        entries.append(finished)
+        if stage == Stage(1, "recover"):
+            entries.insert(-1, Entry(cycle=1, stage="cut", part=1, artefact="cycles/001/cuts/001"))
+    assert stages == ["000-evaluate", "001-recover", "001-evaluate", "001-gate", "001-recover-1", "001-evaluate-1"]
+    entries.append(Entry(cycle=1, stage="gate", round=1, metrics={"decision": "accept"}))
+    assert next_stage(fold(config, entries)) is None
+
+
+def test_cuts_are_due_once(tmp_path):
+    cuts = Cuts.of(config_of())
+    assert cuts.due(0) == CutInPlace(256, 0)
+    cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
+    assert cuts.due(0) is None and cuts.due(3) is None and cuts.due(4) == CutInPlace(128, 4)
+    assert cuts.due(7) == CutInPlace(128, 4)  # of a training that was resumed with other steps
+    cuts.made.append(CutRecord(after_step=4, plan=plan_of(4, [1, 3]), facts={"loss": 0.5}))
+    assert cuts.due(100) is None
+    cuts.save(tmp_path / "global_step_4/cuts.json")
+    again = Cuts.of(config_of())
+    again.load(tmp_path / "global_step_4/cuts.json")
+    assert again.made == cuts.made
+
+
+@pytest.mark.parametrize("content", [None, "[{", '[{"after_step": 1}]'])
+def test_a_checkpoint_that_does_not_say_what_was_cut_is_refused(content, tmp_path):
+    path = tmp_path / "cuts.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CutsLost, match="cannot go on without knowing what it has cut"):
+        Cuts.of(config_of()).load(path)
+
+
+def test_every_cut_has_a_folder_that_stays(tmp_path):
+    records = [CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5]), facts={"intermediate_size": 4})]
+    publish(tmp_path, records)
+    written = (tmp_path / "001/plan.json").stat().st_mtime_ns
+    publish(tmp_path, [*records, CutRecord(after_step=4, plan=plan_of(4, [1, 3]))])
+    assert (tmp_path / "001/plan.json").stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "001/cut.json").read_text()) == {"after_step": 0, "intermediate_size": 4}
+    assert PruningPlan.load(tmp_path / "002/plan.json") == plan_of(4, [1, 3])
+    publish(tmp_path, [CutRecord(after_step=0, plan=plan_of(6, [1, 2, 3, 5]), facts={"intermediate_size": 4.5})])
+    assert PruningPlan.load(tmp_path / "001/plan.json").keep_channels[0] == [1, 2, 3, 5]  # cut again after a kill
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["001", "002"]
+
+
+def test_other_modes_stay_as_they_were():
+    config = parse_config({"schedule": {"channels_per_cycle": [128, 128]}, "recovery": [{"grpo": {"steps": [1, 3]}}]})
+    assert [cut.channels for cut in planned_cuts(config.schedule)] == [128, 128]
+    assert [recovery_steps(config, planned) for planned in (0, 1)] == [1, 3]
