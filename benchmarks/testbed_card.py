@@ -47,7 +47,7 @@ def by_level(folder: Path) -> list[str]:
 def solved(folder: Path, kind: Kind, count: int) -> list[str]:
     """Greedy accuracy on problems of levels 1 to 3, of levels 4 and 5, and of all five, with intervals.
 
-    ``count`` problems of each level.
+    Three times ``count`` problems of the former and twice as many of the latter, as the test split mixes levels.
     """
     model, tokenizer = loaded(folder)
     right: list[list[float]] = []
@@ -75,7 +75,7 @@ def cut(folder: Path, kind: Kind, count: int, compensate: str, **removal) -> lis
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a shipped model.")],
     kind: Annotated[Kind, typer.Option(help="What it was trained on.")] = "words",
-    count: Annotated[int, typer.Option(min=2, help="Problems of each level.")] = 100,
+    count: Annotated[int, typer.Option(min=2, help="A third of the problems of levels 1 to 3, half of those of 4 and 5.")] = 100,
     block: Annotated[bool, typer.Option("--block", help="One block removed, too.")] = False,
 ) -> None:
     """Print the tables."""
