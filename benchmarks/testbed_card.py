@@ -75,7 +75,7 @@ def cut(folder: Path, kind: Kind, count: int, compensate: str, **removal) -> lis
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a shipped model.")],
     kind: Annotated[Kind, typer.Option(help="What it was trained on.")] = "words",
-    count: Annotated[int, typer.Option(min=2, help="A third of the problems of levels 1 to 3, half of those of 4 and 5.")] = 100,
+    count: Annotated[int, typer.Option(min=2, help="A third of those of levels 1 to 3, half of 4 and 5.")] = 100,
     block: Annotated[bool, typer.Option("--block", help="One block removed, too.")] = False,
 ) -> None:
     """Print the tables."""

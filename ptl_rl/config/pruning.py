@@ -176,6 +176,22 @@ class ScheduleConfig(Section):
         False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."
     )
 
+    pace: Literal["fixed", "governed"] = Field(
+        "fixed",
+        description="In place: fixed, the cuts of channels_per_cycle after the steps of recovery; governed, the next "
+        "cut once the policy has recovered, as large as max_damage allows, until channels_total are gone.",
+    )
+    max_damage: float = Field(
+        0.05, gt=0, description="governed: most that a cut, compensated, may raise the loss by, in nats a token."
+    )
+    recovered: float = Field(
+        0.95, gt=0, description="governed: share of the start's validation accuracy that must be back before a cut."
+    )
+    patience: int = Field(
+        16, ge=1, description="governed: steps without a better validation accuracy after which the training ends."
+    )
+    validate_every: int = Field(4, ge=1, description="governed: steps from one validation to the next.")
+
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
@@ -189,6 +205,12 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"mode is in_place, which cuts channels only, but layers_total is {self.layers_total}; use restart"
             )
+        if self.pace == "governed":
+            if self.mode != "in_place":
+                raise ValueError("pace governed needs mode in_place")
+            if steps or not self.channels_total:
+                raise ValueError("pace governed finds the cuts itself: set channels_total, and no channels_per_cycle")
+            return self
         if isinstance(steps, list):
             if any(step < 1 for step in steps):
                 raise ValueError(f"channels_per_cycle {steps}: each step must be at least 1")
@@ -214,6 +236,8 @@ class ScheduleConfig(Section):
         if isinstance(self.channels_per_cycle, list):
             return list(self.channels_per_cycle)
         total, step = self.channels_sum, self.channels_per_cycle
+        if self.pace == "governed":  # one or more, as it will turn out
+            return [total]
         return [min(step, total - done) for done in range(0, total, step)] if step else []
 
     @property

@@ -168,6 +168,8 @@ class RunConfig(Section):
         elif len(self.recovery) != 1 or not isinstance(self.recovery[0], GrpoConfig):
             methods = ", ".join(recovery.method for recovery in self.recovery)
             what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
+        elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):
+            what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
         elif self.evaluation.after_cut:

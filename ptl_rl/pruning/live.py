@@ -5,7 +5,9 @@ shards and written into them. A rank holds one block's projections whole at a ti
 """
 
 import itertools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -13,13 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from ptl_rl.config import CriterionConfig
 from ptl_rl.data.encoding import Sequence
+from ptl_rl.errors import UserError
+from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import make_plan
 from ptl_rl.pruning.compensate.refit import Losses, refit
 from ptl_rl.pruning.model import PrunableModel
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.streaming import mean_loss
-from ptl_rl.pruning.slice.in_place import cut_in_place, own_rows, put_rows
+from ptl_rl.pruning.slice.in_place import cut_in_place, own_rows, put_rows, shard_of
 
 
 @dataclass
@@ -70,6 +74,8 @@ class LiveCut:
     """Mean of ``-log p`` of the sequences' tokens, in nats."""
     loss: float
     """The same of the cut model."""
+    tried: list[tuple[int, float]]
+    """Widths that were measured in search of the largest cut, and their losses."""
 
 
 def standing_after(plans: list[PruningPlan]) -> torch.Tensor:
@@ -98,6 +104,121 @@ def whole_plan(plans: list[PruningPlan]) -> PruningPlan:
     )
 
 
+def nothing_cut(source: Path) -> PruningPlan:
+    """The plan that keeps everything."""
+    shape = read_shape(source)
+    layers, width = shape.num_hidden_layers, shape.intermediate_size
+    return PruningPlan(
+        keep_channels=[list(range(width))] * layers,
+        keep_layers=list(range(layers)),
+        layer_order=[],
+        source_intermediate_size=width,
+        alignment=1,
+        channel_criterion="none",
+        layer_criterion="none",
+        subset_hash="",
+        source=str(source),
+    )
+
+
+HELD_OUT = 8
+"""Where damage decides, it is measured on every so-many-th sequence, and compensation is fitted to the others."""
+
+
+class NoCutFits(UserError, RuntimeError):
+    """Not even the smallest cut does so little damage; the message has both numbers."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A cut that was measured, and not made."""
+
+    plan: PruningPlan
+    losses: Losses
+    rows: dict[tuple[int, str], torch.Tensor]
+    """This rank's rows of the new weights, by block and projection."""
+    loss: float
+
+
+@dataclass
+class _Cutter:
+    """Measures cuts of a live model, and makes one; collective."""
+
+    live: LiveModel
+    before: list[PruningPlan]
+    fitted: list[Sequence]
+    measured: list[Sequence]
+    sensitivity: bool
+
+    def loss(self) -> float:
+        return mean_loss(self.live.model, self.live.batches(self.measured), self.live.device)
+
+    def _parameter(self, layer: int, name: str) -> torch.Tensor:
+        return self.live.parameters[self.live.family.projection(layer, name) + ".weight"]
+
+    def try_out(self, plan: PruningPlan) -> _Trial:
+        """Find the new weights of a cut and its loss; the model stays as it was."""
+        live, together = self.live, whole_plan([*self.before, plan])
+        losses, rows = Losses(), dict[tuple[int, str], torch.Tensor]()
+        if plan.compensate != "none":
+            ridges = {"ridge": plan.ridge, "stream_ridge": plan.stream_ridge}
+
+            def keep(layer: int, name: str, weight: torch.Tensor) -> None:
+                rows[layer, name] = own_rows(self._parameter(layer, name), weight)
+
+            losses = refit(live, together.model_copy(update=ridges), self.fitted, keep, sensitivity=self.sensitivity)
+        live.reshard()
+        undo = self._shards()
+        self._apply(together, rows, None)
+        loss = self.loss()
+        live.reshard()
+        for name, shard in undo.items():
+            put_rows(live.parameters[name], shard)
+        return _Trial(plan, losses, rows, loss)
+
+    def make(self, trial: _Trial, optimizer: torch.optim.Optimizer | None) -> None:
+        """Cut as it was tried out, the optimizer's moments, too, and clear gradients."""
+        self.live.reshard()
+        self._apply(whole_plan([*self.before, trial.plan]), trial.rows, optimizer)
+
+    def _shards(self) -> dict[str, torch.Tensor]:
+        """Copies of this rank's part of all that a cut changes."""
+        names = ("gate_proj", "up_proj", "down_proj", "o_proj")
+        family, live = self.live.family, self.live
+        prefixes = [family.projection(layer, name) for layer in range(live.layers) for name in names]
+        found = [prefix + kind for prefix in prefixes for kind in (".weight", ".bias")]
+        return {name: shard_of(live.parameters[name]) for name in found if name in live.parameters}
+
+    def _apply(
+        self, together: PruningPlan, rows: dict[tuple[int, str], torch.Tensor], optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        for (layer, name), own in rows.items():
+            columns = together.keep_channels[layer] if name == "down_proj" else None
+            put_rows(self._parameter(layer, name), own, columns)
+        self.live.model.zero_grad()  # scoring by sensitivity went backwards
+        cut_in_place(self.live.model, self.live.family, together, optimizer)
+
+
+def _largest(cutter: _Cutter, plan_of: Callable[[int], PruningPlan], widths: list[int], limit: float) -> tuple:
+    """The trial of the smallest of ascending ``widths`` whose loss stays at or below ``limit``, and all that was tried.
+
+    It is taken that a smaller width does more damage. None in place of the trial: even the largest does too much.
+    """
+    tried: list[tuple[int, float]] = []
+    best = None
+    low, high = 0, len(widths) - 1  # the answer is among these
+    place = 0  # the largest cut first: often it is the one
+    while low <= high:
+        trial = cutter.try_out(plan_of(widths[place]))
+        tried.append((widths[place], trial.loss))
+        if trial.loss <= limit:
+            best, high = trial, place - 1
+        else:
+            low = place + 1
+        place = (low + high) // 2
+    return best, tried
+
+
 def cut_live(
     live: LiveModel,
     optimizer: torch.optim.Optimizer | None,
@@ -107,48 +228,60 @@ def cut_live(
     *,
     remove_channels: int,
     alignment: int,
-    general: list[Sequence] = [],  # noqa: B006
+    general: Collection[Sequence] = (),
     sensitivity: bool = False,
     seed: int = 0,
     subset_hash: str = "",
+    max_damage: float | None = None,
 ) -> LiveCut:
     """Zero the channels that matter least, let the others take over, and leave gradients cleared; collective.
 
     Args:
         sequences: what the model is scored on, and what compensation is fitted to.
         before: plans of the cuts that were made in place before, first one first.
-        remove_channels: that every block loses now.
+        remove_channels: that every block loses now; at most, with ``max_damage``.
+        max_damage: most that the loss may rise by, in nats a token, on sequences that compensation is not fitted to:
+            the largest cut is found that stays at or below it.
+
+    Raises:
+        NoCutFits: there is none; nothing was changed.
     """
     live.standing_LK = standing_after(before) if before else None
     removal = engine.Removal(remove_channels, 0)
-    scores = engine.score(live, criterion, removal, sequences, general=general, sensitivity=sensitivity, seed=seed)
-    plan = make_plan(
-        scores,
-        criterion,
-        remove_channels=remove_channels,
-        alignment=alignment,
-        subset_hash=subset_hash,
-        source=live.source,
+    scores = engine.score(
+        live, criterion, removal, sequences, general=list(general), sensitivity=sensitivity, seed=seed
     )
-    together = whole_plan([*before, plan])
-    loss_before = mean_loss(live.model, live.batches(sequences), live.device)
-    losses, new = Losses(), dict[tuple[int, str], torch.Tensor]()
-    if plan.compensate != "none":
-        fitted = together.model_copy(update={"ridge": plan.ridge, "stream_ridge": plan.stream_ridge})
 
-        def keep(layer: int, name: str, weight: torch.Tensor) -> None:
-            new[layer, name] = own_rows(live.parameters[live.family.projection(layer, name) + ".weight"], weight)
+    def plan_of(width: int) -> PruningPlan:
+        return make_plan(
+            scores,
+            criterion,
+            remove_channels=live.width - width,
+            alignment=alignment,
+            subset_hash=subset_hash,
+            source=live.source,
+        )
 
-        losses = refit(live, fitted, sequences, keep, sensitivity=sensitivity)
-    live.reshard()
-    for (layer, name), rows in new.items():
-        columns = together.keep_channels[layer] if name == "down_proj" else None
-        put_rows(live.parameters[live.family.projection(layer, name) + ".weight"], rows, columns)
-    live.model.zero_grad()  # scoring by sensitivity went backwards
-    cut_in_place(live.model, live.family, together, optimizer)
-    loss = mean_loss(live.model, live.batches(sequences), live.device)
-    live.reshard()
-    return LiveCut(plan, losses, loss_before, loss)
+    fitted, measured = sequences, sequences
+    if max_damage is not None and len(sequences) >= HELD_OUT:
+        measured = sequences[::HELD_OUT]
+        fitted = [sequence for place, sequence in enumerate(sequences) if place % HELD_OUT]
+    cutter = _Cutter(live, before, fitted, measured, sensitivity)
+    smallest, loss_before = live.width - remove_channels, cutter.loss()
+    if max_damage is None:
+        chosen, tried = cutter.try_out(plan_of(smallest)), []
+    else:
+        first = max(-(-smallest // alignment), 1) * alignment
+        chosen, tried = _largest(cutter, plan_of, list(range(first, live.width, alignment)), loss_before + max_damage)
+        if chosen is None:
+            live.model.zero_grad()
+            width, loss = tried[-1] if tried else (live.width, loss_before)
+            raise NoCutFits(
+                f"the smallest cut, to {width} channels, raises the loss by {loss - loss_before:.3f} nats a token, "
+                f"more than schedule.max_damage ({max_damage:g})"
+            )
+    cutter.make(chosen, optimizer)
+    return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried)
 
 
 def rollout_sequences(

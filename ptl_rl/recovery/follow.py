@@ -72,9 +72,14 @@ class MetricsFollower(threading.Thread):
         """What was logged, by step."""
         return [{"step": step, **values} for step, values in sorted(self.steps.items())]
 
-    def gap(self) -> list[str]:
-        """A note if steps were made that nobody logged: verl saves before it logs, and may be killed in between."""
-        missing = sorted(set(range(1, self.context.spec.steps + 1)) - self.steps.keys())
+    def gap(self, made: int | None = None) -> list[str]:
+        """A note if steps were made that nobody logged: verl saves before it logs, and may be killed in between.
+
+        Args:
+            made: steps of the training, where they may be fewer than it was allowed.
+        """
+        made = self.context.spec.steps if made is None else made
+        missing = sorted(set(range(1, made + 1)) - self.steps.keys())
         if not missing:
             return []
         steps = ", ".join(map(str, missing))

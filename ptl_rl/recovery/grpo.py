@@ -28,6 +28,7 @@ METRICS = {
     "step_seconds": "timing_s/step",
     "cut_seconds": "timing_s/cut",
     "intermediate_size": "pruning/intermediate_size",
+    "learnable_fraction": "pruning/learnable_fraction",
     "tokens": "perf/total_num_tokens",
     "tokens_per_second": "perf/throughput",
 }
@@ -140,14 +141,18 @@ def recover(context: StageContext) -> dict:
     records, metrics_path = _prepare(context)
     follower = MetricsFollower(context, metrics_path, _select)
     checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
-    if not checkpoints.are_finished():
-        _train(context, records, follower)
+    facts: dict[str, Any] = {"notes": [], "steps": spec.steps}
     if is_in_place(context.config, spec):
-        from ptl_rl.recovery.in_place.finish import slice_trained
+        from ptl_rl.recovery.in_place.finish import outcome_of, slice_trained
 
-        facts = slice_trained(context, checkpoints.final)
+        if outcome_of(context, checkpoints) is None:
+            _train(context, records, follower)
+        outcome = outcome_of(context, checkpoints)
+        assert outcome is not None
+        facts = facts | slice_trained(context, outcome)
     else:
-        facts = {}
+        if not checkpoints.are_finished():
+            _train(context, records, follower)
         checkpoints.hand_over(spec.out)
     follower.save(spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
@@ -160,11 +165,10 @@ def recover(context: StageContext) -> dict:
     last = curve[-1] if curve else {}
     return {
         "method": context.recovery.method,
-        "steps": spec.steps,
         "subset_hash": subset_hash(records),
         "validation_accuracy_before": before,
         "reward_last": last.get("reward"),
         "curve": curve,
-        "notes": follower.gap(),
         **facts,
+        "notes": [*follower.gap(facts["steps"]), *facts["notes"]],
     }

@@ -119,15 +119,15 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.rollout_data_dir": None if config.calibration.source == "corpus" else str(spec.work / ROLLOUTS),
         "algorithm.adv_estimator": "grpo",
-        **(_in_place(spec) if is_in_place(config, spec) else {}),
+        **(_in_place(config, spec) if is_in_place(config, spec) else {}),
     }
 
 
-def _in_place(spec: StageSpec) -> dict[str, Any]:
+def _in_place(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     """What a training needs that is saved after every cut, and goes on from there."""
     checkpoint = f"{ACTOR}.checkpoint"
     return {
-        "trainer.v1.trainer_mode": "ptl_in_place",
+        "trainer.v1.trainer_mode": "ptl_governed" if config.schedule.pace == "governed" else "ptl_in_place",
         "trainer.ptl_rl_stage": str(spec.file),
         "trainer.resume_mode": "auto",
         f"{checkpoint}.save_contents": SAVE_ALL,

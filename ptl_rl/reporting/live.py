@@ -30,6 +30,7 @@ SHOWN = (
     "distillation_loss",
     "validation_accuracy",
     "intermediate_size",
+    "learnable_fraction",
     "response_tokens",
     "kl",
     "tokens_per_second",
@@ -107,8 +108,8 @@ class LiveDisplay:
     def cut_made(self, entry: Entry) -> None:
         m = entry.metrics
         self.note(
-            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {m['intermediate_size']} channels, "
-            f"loss {m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
+            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {m['intermediate_size']} "
+            f"channels left, loss {m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
         )
 
     def stage_finished(self, entry: Entry, state: State) -> None:

@@ -99,11 +99,12 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
         try:
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
             if local_path is not None and self._writes_shards:
-                self._write_shards(Path(local_path) / "huggingface")
+                self.write_shards(Path(local_path) / "huggingface")
         finally:
             self.checkpoint_save_contents = contents
 
-    def _write_shards(self, folder: Path) -> None:
+    def write_shards(self, folder: Path) -> None:
+        """Write the weights, configuration and tokenizer into a folder that exists; called on all ranks."""
         state: dict[str, Any] = get_model_state_dict(self.model)
         drop_tied_target_keys(state, self.model, self.model.config)
         write_weights(state, folder, self.rank, self.world_size)

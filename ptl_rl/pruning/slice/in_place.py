@@ -115,6 +115,12 @@ def own_rows(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def shard_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of this rank's part of a parameter, for :func:`put_rows`."""
+    return _local(parameter)[0].clone()
+
+
+@torch.no_grad()
 def put_rows(parameter: torch.Tensor, rows: torch.Tensor, columns: list[int] | None = None) -> None:
     """Write what :func:`own_rows` gave into a parameter, each rank its own part.
 

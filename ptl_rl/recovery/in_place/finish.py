@@ -6,30 +6,44 @@ from typing import Any
 
 import ray
 
-from ptl_rl.pruning.live import whole_plan
+from ptl_rl.pruning.live import nothing_cut, whole_plan
 from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
+from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts
+from ptl_rl.recovery.in_place.governor import Outcome
 from ptl_rl.stage import StageContext
 
 
-def slice_trained(context: StageContext, trained: Path) -> dict[str, Any]:
-    """Write the sliced checkpoint and ``plan.json`` into the stage's folder, and hold it against the trained policy.
+def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | None:
+    """What the training has ended with; None while it has not.
 
-    Args:
-        trained: the finished weights, with the shapes that training had.
+    Raises:
+        CutsLost: nothing says what was cut.
+    """
+    if context.config.schedule.pace == "governed":
+        outcome = Outcome.load(context.spec.work)
+        if outcome is None:
+            checkpoints.are_finished()  # no: but what killed attempts have left half written goes
+        return outcome
+    if not checkpoints.are_finished():
+        return None
+    cuts = Cuts.of(context.config)
+    cuts.load(checkpoints.final.parents[1] / IN_CHECKPOINT)
+    return Outcome(folder=str(checkpoints.final), made=cuts.made, steps=context.spec.steps, why="")
+
+
+def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
+    """Write the sliced checkpoint and ``plan.json`` into the stage's folder, and hold it against the trained policy.
 
     Returns:
         What the journal says of the cuts.
 
     Raises:
         ExportError: the logits differ by more than float32 rounding.
-        CutsLost: nothing says what was cut.
     """
-    spec = context.spec
-    cuts = Cuts.of(context.config)
-    cuts.load(trained.parents[1] / IN_CHECKPOINT)
-    plan = whole_plan(cuts.plans)
+    spec, trained = context.spec, Path(outcome.folder)
+    plan = whole_plan([record.plan for record in outcome.made]) if outcome.made else nothing_cut(trained)
     if not ray.is_initialized():  # training was finished by an attempt that was killed
         context.connect_ray()
     # Tensors that are written are no steps of the training, so that progress is told elsewhere.
@@ -44,8 +58,10 @@ def slice_trained(context: StageContext, trained: Path) -> dict[str, Any]:
     for difference in differences:
         check_difference(difference, spec.out)
     return {
-        "cuts": [{"after_step": record.after_step, **record.facts} for record in cuts.made],
+        "cuts": [{"after_step": record.after_step, **record.facts} for record in outcome.made],
+        "steps": outcome.steps,
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
         "logit_difference": max(differences),
+        **({"notes": [outcome.why]} if outcome.why else {}),
     }

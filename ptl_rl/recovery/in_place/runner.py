@@ -9,7 +9,7 @@ class InPlaceRunner(TaskRunnerV1.__ray_actor_class__):
     """As verl's."""
 
     def run(self, config) -> None:
-        """Ray carries this class to the process by value, so nothing but this imports the trainer there."""
-        import ptl_rl.recovery.in_place.trainer  # noqa: F401
+        """Ray carries this class to the process by value, so nothing but this imports the trainers there."""
+        import ptl_rl.recovery.in_place.governed  # noqa: F401
 
         super().run(config)

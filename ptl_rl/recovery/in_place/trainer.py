@@ -20,7 +20,7 @@ from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
-from ptl_rl.pruning.live import rollout_sequences
+from ptl_rl.pruning.live import NoCutFits, rollout_sequences
 from ptl_rl.pruning.score.texts import texts_of
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
 from ptl_rl.recovery.in_place.worker import PruningActor
@@ -32,6 +32,8 @@ SPEC = "ptl_rl_stage"
 """Key of verl's section ``trainer``: path of the stage's own file."""
 WIDTH = "pruning/intermediate_size"
 """verl's metric of a step: channels of every block that its rollouts were made with."""
+LEARNABLE = "pruning/learnable_fraction"
+"""verl's metric of a step: share of its prompts whose answers earned different rewards."""
 
 
 @register_trainer(MODE)
@@ -64,9 +66,12 @@ class InPlaceTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         if self.saved_step == self.global_steps:  # right after a cut
             return
-        self.cuts.save(self._step_folder() / IN_CHECKPOINT)  # before verl names the checkpoint as whole
+        self._write_state()  # before verl names the checkpoint as whole
         super()._save_checkpoint()
         self.saved_step = self.global_steps
+
+    def _write_state(self) -> None:
+        self.cuts.save(self._step_folder() / IN_CHECKPOINT)
 
     def on_train_begin(self) -> None:
         """Make the first cut, which no step comes before: on worked solutions, as there are no rollouts yet."""
@@ -81,6 +86,7 @@ class InPlaceTrainer(PPOTrainerSync):
         width = self.width
         batch = super().step(metrics, timing_raw)
         metrics[WIDTH] = width
+        metrics[LEARNABLE] = self._learnable(batch)
         if (cut := self.cuts.due(self.global_steps)) is not None:
             with marked_timer("cut", timing_raw, color="yellow"):
                 self._cut(cut, self._rollouts(batch), self.global_steps)
@@ -95,6 +101,20 @@ class InPlaceTrainer(PPOTrainerSync):
         plans = self.cuts.plans
         return plans[-1].intermediate_size if plans else read_shape(self.context.spec.source).intermediate_size
 
+    def _learnable(self, batch) -> float:
+        """Share of prompts whose answers earned different rewards: the others teach GRPO nothing."""
+        keys = self._own_keys(batch)
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        of_prompt: dict[str, set[float]] = {}
+        for key, scores in zip(keys, data["rm_scores"].unbind(), strict=True):
+            of_prompt.setdefault(key.rsplit("_", 2)[0], set()).add(round(float(scores.sum()), 6))
+        return sum(len(rewards) > 1 for rewards in of_prompt.values()) / len(of_prompt)
+
+    @staticmethod
+    def _own_keys(batch) -> list[str]:
+        """Of a step's answers, without those that only fill the batch up."""
+        return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+
     def _rollouts(self, batch) -> list[Sequence]:
         """Of the step that was just made, those that are worth scoring on; none where the recipe wants none."""
         config = self.context.config
@@ -103,14 +123,13 @@ class InPlaceTrainer(PPOTrainerSync):
         )
         if not wanted:
             return []
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         fields = ["prompts", "responses", "rm_scores"]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        data = tq.kv_batch_get(keys=self._own_keys(batch), partition_id=batch.partition_id, select_fields=fields)
         prompts, responses = ([ids.tolist() for ids in data[name].unbind()] for name in ("prompts", "responses"))
         rewards = [float(scores.sum()) for scores in data["rm_scores"].unbind()]
         return rollout_sequences(prompts, responses, rewards, config.data.max_response_tokens, wanted)
 
-    def _cut(self, cut: CutInPlace, rollouts: list[Sequence], step: int) -> None:
+    def _cut(self, cut: CutInPlace, rollouts: list[Sequence], step: int, max_damage: float | None = None) -> None:
         context, started = self.context, time.monotonic()
         records = context.data.worked_solutions()
         short = context.config.calibration.sequences - len(rollouts)
@@ -125,6 +144,9 @@ class InPlaceTrainer(PPOTrainerSync):
             self.cuts.plans,
             cut.channels,
             subset_hash(chosen),
+            max_damage,
         )[0]
+        if plan is None:
+            raise NoCutFits(facts["why"])
         facts["cut_seconds"] = time.monotonic() - started
         self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))

@@ -1,5 +1,6 @@
 """verl's worker of policy and rollouts, which can also cut the policy where it is."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
 from ptl_rl.models import load_tokenizer
-from ptl_rl.pruning.live import LiveModel, cut_live
+from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import Texts
 from ptl_rl.stage import StageContext
@@ -28,14 +29,16 @@ class PruningActor(ActorRolloutRefWorker):
         before: list[PruningPlan],
         channels: int,
         subset_hash: str,
-    ) -> tuple[PruningPlan, dict[str, Any]]:
+        max_damage: float | None = None,
+    ) -> tuple[PruningPlan | None, dict[str, Any]]:
         """Score the policy on rollouts and texts, zero ``channels`` of every block, and let the others take over.
 
         Args:
             before: plans of the cuts that were made before.
+            max_damage: most that the loss may rise by, in nats a token: as many channels go as stay below it.
 
         Returns:
-            The cut's plan, and what the journal is to say of it.
+            The cut's plan, and what the journal is to say of it; no plan and why, where no cut does so little damage.
         """
         config, spec, engine = context.config, context.spec, self.actor.engine
         tokenizer = load_tokenizer(spec.source, config.model.trust_remote_code)
@@ -53,19 +56,23 @@ class PruningActor(ActorRolloutRefWorker):
                 prompt_weight=config.calibration.prompt_weight,
                 moments_gib=config.calibration.moments_gib,
             )
-            found = cut_live(
-                live,
-                engine.optimizer,
-                config.criterion,
-                read,
-                before,
-                remove_channels=channels,
-                alignment=spec.alignment,
-                general=encode_sequences(tokenizer, general.questions, general.solutions, longest, general.weights),
-                sensitivity=config.calibration.token_weights == "sensitivity",
-                seed=context.seed + len(before),
-                subset_hash=subset_hash,
-            )
+            try:
+                found = cut_live(
+                    live,
+                    engine.optimizer,
+                    config.criterion,
+                    read,
+                    before,
+                    remove_channels=channels,
+                    alignment=spec.alignment,
+                    general=encode_sequences(tokenizer, general.questions, general.solutions, longest, general.weights),
+                    sensitivity=config.calibration.token_weights == "sensitivity",
+                    seed=context.seed + len(before),
+                    subset_hash=subset_hash,
+                    max_damage=max_damage,
+                )
+            except NoCutFits as error:
+                return None, {"why": str(error)}
         return found.plan, {
             "intermediate_size": found.plan.intermediate_size,
             "loss_before": found.loss_before,
@@ -75,5 +82,11 @@ class PruningActor(ActorRolloutRefWorker):
             "stream_error": found.losses.stream,
             "calibration_sequences": len(read),
             "calibration_rollouts": len(rollouts),
+            "tried": found.tried,
             "notes": found.plan.notes,
         }
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_weights(self, folder: Path) -> None:
+        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
+        self.actor.engine.checkpoint_manager.write_shards(folder)

@@ -1,5 +1,6 @@
 """Cuts of a live model are those of a checkpoint's stages: plans, new weights and what the model then computes."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from ptl_rl.data.encoding import Sequence
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import make_plan
-from ptl_rl.pruning.live import LiveModel, cut_live, rollout_sequences, standing_after, whole_plan
+from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live, rollout_sequences, standing_after, whole_plan
 from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.score.calibration import batches_for_rank
+from ptl_rl.pruning.score.streaming import inputs_of, negative_log_likelihood
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 CPU = torch.device("cpu")
@@ -129,6 +132,68 @@ def test_with_sensitivity(family, make_checkpoint, tmp_path):
 @pytest.mark.parametrize(("family", "ranks"), [("gemma2", 2), ("llama", 4)])
 def test_on_several_ranks(family, ranks, make_checkpoint, tmp_path):
     compare(make_checkpoint(family), family, "obs", ranks == 2, tmp_path, ranks)
+
+
+READ = [*sequences(0), *sequences(1)]
+
+
+@functools.cache
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights that know the sequences by heart, so that a cut does damage."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), steps=60)
+    return model.state_dict()
+
+
+def train(model, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    batch = next(iter(batches_for_rank(READ, len(READ), 0, 1, 0, 0.3)))
+    for _ in range(steps):
+        negative_log_likelihood(model(**inputs_of(batch)).logits, batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def live_of(folder: Path) -> tuple[LiveModel, torch.optim.Optimizer]:
+    """A model that is being trained, and its optimizer with moments."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.load_state_dict(learned(folder))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    train(model, optimizer, steps=1)
+    return LiveModel(model, FAMILIES["llama"], folder, CPU, 2, 0, 0.3), optimizer
+
+
+def test_the_largest_cut_is_found_that_does_no_more_damage(make_checkpoint):
+    folder, options = make_checkpoint("llama"), {"remove_channels": 40, "alignment": 8}
+    found = {}
+    for width in (40, 32, 24, 16, 8):  # by hand: each cut of a model of its own
+        live, optimizer = live_of(folder)
+        cutter_of = {"remove_channels": 48 - width, "alignment": 8, "max_damage": 1e9}
+        cut = cut_live(live, optimizer, criterion_of("obs"), READ, [], **cutter_of)
+        assert cut.plan.intermediate_size == width and cut.tried == [(width, cut.loss)]
+        found[width] = cut.loss - cut.loss_before
+    assert sorted(found.values()) == list(found.values()) and found[40] > 0  # a smaller width does more damage
+    for width in (40, 32, 24, 16, 8):
+        live, optimizer = live_of(folder)
+        cut = cut_live(live, optimizer, criterion_of("obs"), READ, [], max_damage=found[width] + 1e-4, **options)
+        assert cut.plan.intermediate_size == width and cut.loss - cut.loss_before == pytest.approx(
+            found[width], abs=1e-4
+        )
+        assert len(cut.tried) <= 4 and cut.tried[0][0] == 8
+        gone = [channel for channel in range(48) if channel not in cut.plan.keep_channels[0]]
+        assert not live.model.model.layers[0].mlp.down_proj.weight[:, gone].any()
+        assert not optimizer.state[live.model.model.layers[0].mlp.up_proj.weight]["exp_avg"][gone].any()
+
+
+def test_where_every_cut_does_too_much_nothing_changes(make_checkpoint):
+    live, optimizer = live_of(make_checkpoint("llama"))
+    before = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
+    moments = {id(p): state["exp_avg"].clone() for p, state in optimizer.state.items()}
+    with pytest.raises(NoCutFits, match=r"smallest cut, to 40 channels, raises the loss by .* more than .* \(1e-09\)"):
+        cut_live(live, optimizer, criterion_of("obs"), READ, [], remove_channels=40, alignment=8, max_damage=1e-9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in live.model.state_dict().items())
+    assert all(torch.equal(state["exp_avg"], moments[id(p)]) for p, state in optimizer.state.items())
+    assert all(parameter.grad is None for parameter in live.model.parameters())
 
 
 def test_plans_that_follow_each_other():

@@ -1,0 +1,158 @@
+"""The trainer whose cuts come when the policy has recovered, as large as measured damage allows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.ppo.v1 import register_trainer
+from verl.utils.debug import marked_timer
+
+from ptl_rl.config.in_place import CutInPlace
+from ptl_rl.data.encoding import Sequence
+from ptl_rl.pruning.live import NoCutFits
+from ptl_rl.recovery.in_place.cuts import publish
+from ptl_rl.recovery.in_place.governor import Governor, Outcome, Passed
+from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
+
+MODE = "ptl_governed"
+"""Of ``trainer.v1.trainer_mode``."""
+
+
+def accuracy_of(metrics: dict[str, float]) -> float:
+    """Of what verl's validation gives: the mean over data sources of what it calls its core.
+
+    Raises:
+        ValueError: it has measured nothing.
+    """
+    found = [float(value) for key, value in metrics.items() if key.startswith("val-core/") and "/mean@" in key]
+    if not found:
+        raise ValueError(f"verl's validation gave no accuracy, only {sorted(metrics)}")
+    return sum(found) / len(found)
+
+
+@register_trainer(MODE)
+class GovernedTrainer(InPlaceTrainer):
+    """One training with as many cuts as it takes."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        schedule = self.context.config.schedule
+        self.governor = Governor(share=schedule.recovered, patience=schedule.patience)
+        self.cuts.planned = []  # they come when they may
+        self.batch: Any = None
+        self.save_asked = False
+
+    @property
+    def work(self) -> Path:
+        return self.context.spec.work
+
+    @property
+    def left(self) -> int:
+        """Channels that every block is still to lose."""
+        return self.context.config.schedule.channels_sum - sum(
+            plan.source_intermediate_size - plan.intermediate_size for plan in self.cuts.plans
+        )
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps:
+            path = self._step_folder() / "governor.json"
+            self.governor = Governor.model_validate_json(path.read_text())
+
+    def _write_state(self) -> None:
+        super()._write_state()
+        (self._step_folder() / "governor.json").write_text(self.governor.model_dump_json())
+
+    def _save_checkpoint(self) -> None:
+        """verl asks for it before this step's cut: it waits until that is made, as no checkpoint is written over."""
+        self.save_asked = True
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        if self.governor.baseline is None:
+            self.governor.baseline = accuracy_of(metrics)
+        return metrics
+
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        if not self.cuts.made and self.global_steps == 1:
+            if self.governor.baseline is None:
+                self._validate()
+            self.checkpoint_manager.sleep_replicas()
+            self._cut_as_far_as_it_goes([], 0)
+            publish(self.context.spec.cuts, self.cuts.made)
+            self.checkpoint_manager.update_weights(self.global_steps)
+
+    def step(self, metrics: dict, timing_raw: dict) -> Any:
+        self.batch = super().step(metrics, timing_raw)
+        return self.batch
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        is_last = self.global_steps >= self.total_training_steps
+        if is_last or self.global_steps % self.context.config.schedule.validate_every == 0:
+            self._govern(is_last)
+        if self.save_asked and self.global_steps < self.total_training_steps:  # else the outcome is there
+            self._save_now()
+        self.save_asked = False
+
+    def _save_now(self) -> None:
+        super()._save_checkpoint()
+        for folder in (self.work / "passed").glob("*"):  # what this checkpoint does not name is not needed any more
+            if self.governor.passed is None or str(folder) != self.governor.passed.folder:
+                shutil.rmtree(folder)
+
+    def _govern(self, is_last: bool) -> None:
+        with marked_timer("testing", self.timing_raw, color="green"):
+            metrics = self._validate()
+        self._pending_sync_metrics = {**(getattr(self, "_pending_sync_metrics", None) or {}), **metrics}
+        accuracy = accuracy_of(metrics)
+        if self.governor.is_better(accuracy, len(self.cuts.made)):
+            self._keep(accuracy)
+        action = self.governor.judge(self.global_steps, accuracy, self.left <= 0)
+        if action == "cut" and not is_last:
+            with marked_timer("cut", self.timing_raw, color="yellow"):
+                self.checkpoint_manager.sleep_replicas()
+                try:
+                    self._cut_as_far_as_it_goes(self._rollouts(self.batch), self.global_steps)
+                except NoCutFits as error:
+                    self.governor.stuck = str(error)
+                self._save_now()
+                publish(self.context.spec.cuts, self.cuts.made)
+                self.checkpoint_manager.update_weights(self.global_steps)
+        elif action == "end" or is_last:
+            self._end("the steps are spent" if is_last else f"{self.governor.patience} steps brought nothing more")
+
+    def _cut_as_far_as_it_goes(self, rollouts: list[Sequence], step: int) -> None:
+        self._cut(CutInPlace(self.left, step), rollouts, step, self.context.config.schedule.max_damage)
+        self.governor.has_cut(step)
+
+    def _keep(self, accuracy: float) -> None:
+        """Write the model that the run would end with now."""
+        folder = self.work / "passed" / f"{self.global_steps:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.actor_rollout_wg.write_weights(folder)
+        self.governor.passed = Passed(
+            folder=str(folder), cuts=len(self.cuts.made), step=self.global_steps, accuracy=accuracy
+        )
+
+    def _end(self, why: str) -> None:
+        """Say what the training ends with, and make this step its last."""
+        width, stuck = self.width, self.governor.stuck
+        passed, made = self.governor.passed, self.cuts.made
+        if passed is None:
+            folder = self.work / "passed" / "last"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.actor_rollout_wg.write_weights(folder)
+            said = f"no model got back to {self.governor.share:.0%} of the start's accuracy; this is the last one"
+            outcome = Outcome(folder=str(folder), made=made, steps=self.global_steps, why=f"{why}; {said}")
+        else:
+            reached = "the target" if self.left <= 0 and passed.cuts == len(made) else "the smallest that passed"
+            kept = made[: passed.cuts]
+            said = f"{reached}, of step {passed.step}, with {passed.accuracy:.1%} on validation"
+            if passed.cuts < len(made):
+                said += f"; {width} channels did not get back to {self.governor.share:.0%} of the start's accuracy"
+            said += f"; {stuck}" if stuck else ""
+            outcome = Outcome(folder=passed.folder, made=kept, steps=self.global_steps, why=f"{why}; {said}")
+        outcome.save(self.work)
+        self.total_training_steps = self.global_steps

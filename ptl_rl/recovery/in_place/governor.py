@@ -1,0 +1,95 @@
+"""When the next cut may come: once validation is back near what the uncut model had, and not before. Pure arithmetic.
+
+A frog that has not got used to the water is not heated further: steps are made after a cut until the running accuracy
+is back within ``recovered`` of the start's, or until ``patience`` steps brought nothing new. At the target the steps
+that are left go on improving the model that is there.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ptl_rl.recovery.in_place.cuts import CutRecord
+
+Action = Literal["cut", "go on", "end"]
+
+
+class Passed(BaseModel):
+    """The model that the run would end with now: the smallest that was as good as asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    cuts: int
+    """That had been made."""
+    step: int
+    accuracy: float
+
+
+class Governor(BaseModel):
+    """What has been seen of a training that finds its own pace; kept in every checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    share: float
+    """Of the start's accuracy that must be back."""
+    patience: int
+    baseline: float | None = None
+    """Accuracy on the validation problems before anything was cut."""
+    best: float = -1.0
+    """Highest accuracy since the last cut."""
+    best_step: int = 0
+    passed: Passed | None = None
+    stuck: str = ""
+    """Why no further cut is possible; empty while one is."""
+
+    def is_recovered(self, accuracy: float) -> bool:
+        assert self.baseline is not None
+        return accuracy >= self.share * self.baseline - 1e-9
+
+    def has_cut(self, step: int) -> None:
+        """A cut was made after ``step``: patience begins anew."""
+        self.best, self.best_step = -1.0, step
+
+    def is_better(self, accuracy: float, cuts: int) -> bool:
+        """Whether the model is to be kept as the one that the run would end with."""
+        if not self.is_recovered(accuracy):
+            return False
+        return self.passed is None or cuts > self.passed.cuts or accuracy > self.passed.accuracy
+
+    def judge(self, step: int, accuracy: float, at_target: bool) -> Action:
+        """What comes after an accuracy that was measured after ``step``."""
+        if self.is_recovered(accuracy) and not at_target and not self.stuck:
+            return "cut"
+        if accuracy > self.best:
+            self.best, self.best_step = accuracy, step
+        return "end" if step - self.best_step >= self.patience else "go on"
+
+
+class Outcome(BaseModel):
+    """What a training that finds its own pace has ended with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    """Of the weights, with the shapes that training had."""
+    made: list[CutRecord]
+    """The cuts that are in these weights."""
+    steps: int
+    """Optimizer steps of the whole training."""
+    why: str
+
+    @staticmethod
+    def file(work: Path) -> Path:
+        return work / "outcome.json"
+
+    def save(self, work: Path) -> None:
+        temporary = self.file(work).with_suffix(".tmp")
+        temporary.write_text(self.model_dump_json())
+        temporary.replace(self.file(work))
+
+    @classmethod
+    def load(cls, work: Path) -> "Outcome | None":
+        path = cls.file(work)
+        return cls.model_validate_json(path.read_text()) if path.exists() else None
