@@ -44,8 +44,8 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     """
     spec, trained = context.spec, Path(outcome.folder)
     plan = whole_plan([record.plan for record in outcome.made]) if outcome.made else nothing_cut(trained)
-    if not ray.is_initialized():  # training was finished by an attempt that was killed
-        context.connect_ray()
+    ray.shutdown()  # with this process's job ends all that verl has started for training, and holds GPUs
+    context.connect_ray()
     # Tensors that are written are no steps of the training, so that progress is told elsewhere.
     changed = {"source": trained, "progress": spec.work / "slice.progress.jsonl"}
     workers = worker_group(replace(context, spec=spec.model_copy(update=changed)))
