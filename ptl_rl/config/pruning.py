@@ -205,10 +205,14 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"mode is in_place, which cuts channels only, but layers_total is {self.layers_total}; use restart"
             )
+        if self.pace != "governed":
+            for name in ("max_damage", "recovered", "patience", "validate_every"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is set, which pace governed alone reads, but pace is {self.pace}")
         if self.pace == "governed":
             if self.mode != "in_place":
                 raise ValueError("pace governed needs mode in_place")
-            if steps or not self.channels_total:
+            if steps != 0 or not self.channels_total:
                 raise ValueError("pace governed finds the cuts itself: set channels_total, and no channels_per_cycle")
             return self
         if isinstance(steps, list):

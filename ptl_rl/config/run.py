@@ -161,6 +161,10 @@ class RunConfig(Section):
         test = self.evaluation_set("test")
         return "" if (test is not None and test.is_made) or self.evaluation.judge != "boxed" else BOX_SUFFIX
 
+    def _verl_keys(self) -> dict[str, Any]:
+        """Of verl, that the recipe sets itself."""
+        return {**self.verl, **{key: value for entry in self.all_recoveries for key, value in entry.verl.items()}}
+
     def _check_in_place(self) -> None:
         what = None
         if self.recovery_of_cycle:
@@ -170,6 +174,10 @@ class RunConfig(Section):
             what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
         elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):
             what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
+        elif self.schedule.pace == "governed" and self.criterion.threshold is not None:
+            what = "with pace governed has max_damage for what may go; set criterion.threshold to null"
+        elif parallel := [key for key in self._verl_keys() if "ulysses_sequence_parallel" in key]:
+            what = f"scores whole sequences on every rank; leave {parallel[0]} at 1"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
         elif self.evaluation.after_cut:

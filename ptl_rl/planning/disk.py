@@ -81,7 +81,8 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
         for part, recovery in enumerate(config.recoveries(cut.planned)):
             steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
-            peak = max(peak, kept + rollouts + recovery_peak(trained, recovery, steps, in_place))
+            passed = 2 * WEIGHT_BYTES * trained.parameters if config.schedule.pace == "governed" else 0
+            peak = max(peak, kept + rollouts + passed + recovery_peak(trained, recovery, steps, in_place))
             kept += WEIGHT_BYTES * shape.parameters
             of_cycle += WEIGHT_BYTES * shape.parameters
             if saves(recovery, steps, in_place):

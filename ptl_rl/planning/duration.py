@@ -17,6 +17,8 @@ BYPASS = "algorithm.rollout_correction.bypass_mode"
 """verl key with which rollouts' own log-probabilities are taken, so that none are computed again."""
 MEASURED_CHANNELS = 18944
 """Of the criterion ``ptl_reference``, as in ``pruning/score/criteria.py``."""
+GOVERNED_TRIALS = 6
+"""Widths that are tried out for a cut as large as its damage allows."""
 FINALISTS = 4
 """Of ``leave_one_out``, as in ``pruning/choose/absorption.py``."""
 GIGABYTE = 1e9
@@ -200,10 +202,17 @@ class Clock:
         times, left = [], shape
         for channels in self.config.schedule.channel_steps:
             cut = Cut(channels, 0, 0)
-            seconds = self.score(left, cut) + self.slice(left, cut) - 2 * self.assumed.start_seconds
+            trials = GOVERNED_TRIALS if self.config.schedule.pace == "governed" else 1
+            seconds = self.score(left, cut) + trials * self.slice(left, cut)
+            seconds -= (1 + trials) * self.assumed.start_seconds
             times.append(StageTime("cut", number, seconds + self.disk(RESUMABLE_BYTES * shape.parameters)))
             left = left.sliced(channels, 0)
         written = self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
+        (recovery,), schedule = self.config.recovery, self.config.schedule
+        if schedule.pace == "governed" and isinstance(recovery, GrpoConfig):
+            often = recovery.steps_of(0) // schedule.validate_every
+            seconds = often * self.rollouts(shape, recovery, evaluation_rows(self.config, "validation"))
+            times.append(StageTime("validate", number, seconds))
         return [*times, StageTime("slice", number, self.assumed.start_seconds + written)]
 
     def run(self, shape: ModelShape, cuts: list[Cut]) -> list[StageTime]:

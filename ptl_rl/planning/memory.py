@@ -1,7 +1,7 @@
 """Memory of every phase of a cycle, on one GPU (or in one worker's processes on CPUs) and of a node's host."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptl_rl.config import AnyRecovery, ConfigError, CptConfig, DistillConfig, GrpoConfig, RunConfig
 from ptl_rl.config.recovery import micro_batch
@@ -147,7 +147,9 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
     yield _evaluation(planned, shape, 0)
     original = shape
     for number, cut in enumerate(cuts, 1):
-        if not cut.is_empty:
+        if not cut.is_empty and planned.config.schedule.mode == "in_place":
+            yield from _cut_in_place(planned, shape, cut, number)
+        elif not cut.is_empty:
             yield from _pruning(planned, shape, cut, number)
         before, shape = shape, shape.sliced(cut.channels, cut.layers)
         trained = before if planned.config.schedule.mode == "in_place" else shape
@@ -187,6 +189,21 @@ def _pruning(planned: Planned, shape: ModelShape, cut: Cut, number: int) -> Iter
     if planned.device.is_cpu:
         check = max(check, {"files": one_file}, key=total)
     yield Phase("slice: check", number, _with_runtime(planned, check, "pruning"), host + one_file)
+
+
+def _cut_in_place(planned: Planned, shape: ModelShape, cut: Cut, number: int) -> Iterator[Phase]:
+    """As the stages, beside what is trained: its shards in float32, gradients and moments, and the cut's own copies.
+
+    These are a rank's rows of the new weights and, where damage decides, of the old ones and of a second trial.
+    """
+    (recovery,) = planned.config.recovery
+    state = planned.trainer(shape, recovery).state() if not recovery.offload else {}
+    trials = 3 if planned.config.schedule.pace == "governed" else 1
+    copies = trials * 4.0 * (shape.parameters - shape.embedding_parameters) / planned.trainers(recovery)
+    for phase in _pruning(planned, shape, cut, number):
+        if phase.name != "slice: check":
+            phase = replace(phase, parts={**phase.parts, "optimizer": sum(state.values()) + copies})
+        yield phase
 
 
 def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: bool) -> float:

@@ -29,9 +29,12 @@ def _layer_steps(schedule: ScheduleConfig) -> list[int]:
 def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0) -> int:
     """Optimizer steps of one of the recoveries that follow a planned cut.
 
-    In place they are those of the whole training, and, where the gate asks for more, those that follow its last cut.
+    In place they are those of the whole training, and, where the gate asks for more, those that follow its last cut; of
+    a training that finds its own pace so many as it would have waited for.
     """
     recovery = config.recoveries(planned)[part]
+    if config.schedule.pace == "governed" and round_:
+        return config.schedule.patience
     if config.schedule.mode == "in_place":
         cuts = range(len(config.schedule.channel_steps))
         return recovery.steps_of(cuts[-1]) if round_ else sum(map(recovery.steps_of, cuts))

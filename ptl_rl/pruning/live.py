@@ -5,11 +5,14 @@ shards and written into them. A rank holds one block's projections whole at a ti
 """
 
 import itertools
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +21,7 @@ from ptl_rl.data.encoding import Sequence
 from ptl_rl.errors import UserError
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
-from ptl_rl.pruning.choose.choice import make_plan
+from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.compensate.refit import Losses, refit
 from ptl_rl.pruning.model import PrunableModel
 from ptl_rl.pruning.plan import PruningPlan
@@ -156,8 +159,8 @@ class _Cutter:
     def _parameter(self, layer: int, name: str) -> torch.Tensor:
         return self.live.parameters[self.live.family.projection(layer, name) + ".weight"]
 
-    def try_out(self, plan: PruningPlan) -> _Trial:
-        """Find the new weights of a cut and its loss; the model stays as it was."""
+    def fit(self, plan: PruningPlan) -> _Trial:
+        """Find the new weights of a cut; the model stays as it was, and the loss is not known."""
         live, together = self.live, whole_plan([*self.before, plan])
         losses, rows = Losses(), dict[tuple[int, str], torch.Tensor]()
         if plan.compensate != "none":
@@ -167,19 +170,28 @@ class _Cutter:
                 rows[layer, name] = own_rows(self._parameter(layer, name), weight)
 
             losses = refit(live, together.model_copy(update=ridges), self.fitted, keep, sensitivity=self.sensitivity)
+        return _Trial(plan, losses, rows, math.nan)
+
+    def try_out(self, plan: PruningPlan) -> _Trial:
+        """Find the new weights of a cut and its loss; the model stays as it was."""
+        trial, live = self.fit(plan), self.live
         live.reshard()
         undo = self._shards()
-        self._apply(together, rows, None)
+        self._apply(trial, None)
         loss = self.loss()
         live.reshard()
         for name, shard in undo.items():
             put_rows(live.parameters[name], shard)
-        return _Trial(plan, losses, rows, loss)
+        return replace(trial, loss=loss)
 
-    def make(self, trial: _Trial, optimizer: torch.optim.Optimizer | None) -> None:
-        """Cut as it was tried out, the optimizer's moments, too, and clear gradients."""
+    def make(self, trial: _Trial, optimizer: torch.optim.Optimizer | None) -> _Trial:
+        """Cut as it was tried out, the optimizer's moments, too, and clear gradients; gives the loss."""
         self.live.reshard()
-        self._apply(whole_plan([*self.before, trial.plan]), trial.rows, optimizer)
+        self._apply(trial, optimizer)
+        if math.isnan(trial.loss):
+            trial = replace(trial, loss=self.loss())
+            self.live.reshard()
+        return trial
 
     def _shards(self) -> dict[str, torch.Tensor]:
         """Copies of this rank's part of all that a cut changes."""
@@ -189,10 +201,9 @@ class _Cutter:
         found = [prefix + kind for prefix in prefixes for kind in (".weight", ".bias")]
         return {name: shard_of(live.parameters[name]) for name in found if name in live.parameters}
 
-    def _apply(
-        self, together: PruningPlan, rows: dict[tuple[int, str], torch.Tensor], optimizer: torch.optim.Optimizer | None
-    ) -> None:
-        for (layer, name), own in rows.items():
+    def _apply(self, trial: _Trial, optimizer: torch.optim.Optimizer | None) -> None:
+        together = whole_plan([*self.before, trial.plan])
+        for (layer, name), own in trial.rows.items():
             columns = together.keep_channels[layer] if name == "down_proj" else None
             put_rows(self._parameter(layer, name), own, columns)
         self.live.model.zero_grad()  # scoring by sensitivity went backwards
@@ -210,13 +221,23 @@ def _largest(cutter: _Cutter, plan_of: Callable[[int], PruningPlan], widths: lis
     place = 0  # the largest cut first: often it is the one
     while low <= high:
         trial = cutter.try_out(plan_of(widths[place]))
-        tried.append((widths[place], trial.loss))
-        if trial.loss <= limit:
+        width = trial.plan.intermediate_size
+        tried.append((width, trial.loss))
+        if trial.loss <= limit and width < cutter.live.width:
             best, high = trial, place - 1
         else:
             low = place + 1
         place = (low + high) // 2
     return best, tried
+
+
+def _of_rank_0(scores: Scores, device: torch.device) -> Scores:
+    """One rank's scores on all: every rank makes the plan, and a criterion of one's own may draw numbers."""
+    if not dist.is_initialized():
+        return scores
+    importance_LC = scores.importance_LC.to(device)
+    dist.broadcast(importance_LC, src=0)
+    return replace(scores, importance_LC=importance_LC.cpu())
 
 
 def cut_live(
@@ -248,9 +269,8 @@ def cut_live(
     """
     live.standing_LK = standing_after(before) if before else None
     removal = engine.Removal(remove_channels, 0)
-    scores = engine.score(
-        live, criterion, removal, sequences, general=list(general), sensitivity=sensitivity, seed=seed
-    )
+    options: dict[str, Any] = {"general": list(general), "sensitivity": sensitivity, "seed": seed}
+    scores = _of_rank_0(engine.score(live, criterion, removal, sequences, **options), live.device)
 
     def plan_of(width: int) -> PruningPlan:
         return make_plan(
@@ -269,7 +289,7 @@ def cut_live(
     cutter = _Cutter(live, before, fitted, measured, sensitivity)
     smallest, loss_before = live.width - remove_channels, cutter.loss()
     if max_damage is None:
-        chosen, tried = cutter.try_out(plan_of(smallest)), []
+        chosen, tried = cutter.fit(plan_of(smallest)), []
     else:
         first = max(-(-smallest // alignment), 1) * alignment
         chosen, tried = _largest(cutter, plan_of, list(range(first, live.width, alignment)), loss_before + max_damage)
@@ -280,7 +300,7 @@ def cut_live(
                 f"the smallest cut, to {width} channels, raises the loss by {loss - loss_before:.3f} nats a token, "
                 f"more than schedule.max_damage ({max_damage:g})"
             )
-    cutter.make(chosen, optimizer)
+    chosen = cutter.make(chosen, optimizer)
     return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried)
 
 

@@ -30,6 +30,7 @@ class MetricsFollower(threading.Thread):
         super().__init__(daemon=True)
         self.context, self.path, self.select, self.timed = context, path, select, timed
         self.steps: dict[int, dict[str, float]] = {}
+        self._seen: set[int] = set()
         self._last: float | None = None
         self._stop_asked = threading.Event()
         self._new = NewLines(path)
@@ -56,7 +57,10 @@ class MetricsFollower(threading.Thread):
             step, metrics = int(row["step"]), self.select(row["data"])
             if self.timed:
                 self._time(metrics)
-            self.steps.setdefault(step, {}).update(metrics)
+            if step not in self._seen:  # what a killed attempt has logged of it is not this attempt's
+                self._seen.add(step)
+                self.steps[step] = {}
+            self.steps[step].update(metrics)
             self.context.report(step, self.context.spec.steps, **metrics)
 
     def _time(self, metrics: dict[str, float]) -> None:

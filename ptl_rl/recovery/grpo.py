@@ -55,6 +55,8 @@ def write_prompts(records: Sequence[Record], suffix: str, path: Path) -> None:
 
 def _select(data: dict[str, Any]) -> dict[str, float]:
     chosen = {name: float(data[key]) for name, key in METRICS.items() if key in data}
+    if "cut_seconds" in chosen:  # a cut between two steps says nothing of how long the others will take
+        chosen["step_seconds"] -= chosen["cut_seconds"]
     for key, value in data.items():
         if key.startswith("val-") and "/acc" in key and "mean@" in key:
             chosen["validation_accuracy"] = float(value)
@@ -157,7 +159,7 @@ def recover(context: StageContext) -> dict:
     follower.save(spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
         _keep_rollouts(context, records)
-    curve = follower.curve
+    curve = [row for row in follower.curve if row["step"] <= facts["steps"]]
     before = next(
         (row["validation_accuracy"] for row in curve if row["step"] == 0 and "validation_accuracy" in row),
         None,
@@ -166,7 +168,8 @@ def recover(context: StageContext) -> dict:
     return {
         "method": context.recovery.method,
         "subset_hash": subset_hash(records),
-        "validation_accuracy_before": before,
+        # In place it is measured before the first cut, and says nothing of what one costs.
+        "validation_accuracy_before": None if is_in_place(context.config, spec) else before,
         "reward_last": last.get("reward"),
         "curve": curve,
         **facts,

@@ -142,7 +142,7 @@ class RunData:
         result: Removed | None = None
         places: list[list[int]] = []  # of what is left: channels of the original, block by block
         blocks: list[int] = []
-        in_place = {entry.part: entry for entry in self.entries if entry.stage == "cut"}
+        in_place = self._cuts
         for entry in in_place.values() or self.entries:
             if entry.stage not in ("slice", "cut") or entry.cycle not in accepted:
                 continue
@@ -188,6 +188,13 @@ class RunData:
                     break
         return found
 
+    @property
+    def _cuts(self) -> dict[int, Entry]:
+        """Of the cuts in place that are in the finished model, the last line of each: one may have been made again."""
+        kept = [len(e.metrics["cuts"]) for e in self.entries if e.stage == "recover" and "cuts" in e.metrics]
+        lines = {entry.part: entry for entry in self.entries if entry.stage == "cut"}
+        return {part: entry for part, entry in lines.items() if not kept or part < kept[-1]}
+
     def cuts_in_place(self) -> list[tuple[int, int]]:
         """Step after which each cut within a training was made, and the channels that it left."""
         recoveries = [entry for entry in self.entries if entry.stage == "recover"]
@@ -201,7 +208,8 @@ class RunData:
     @property
     def notes(self) -> list[str]:
         """What was rounded or left out in any cut."""
-        return [f"cycle {e.cycle}: {note}" for e in self.entries for note in e.metrics.get("notes", [])]
+        entries = [*self._cuts.values(), *(entry for entry in self.entries if entry.stage != "cut")]
+        return [f"cycle {e.cycle}: {note}" for e in entries for note in e.metrics.get("notes", [])]
 
     def flat_config(self) -> list[tuple[str, Any]]:
         """Settings as a recipe's dotted keys."""

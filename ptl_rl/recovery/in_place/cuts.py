@@ -69,7 +69,7 @@ class Cuts:
         except (OSError, ValueError, ValidationError) as error:
             raise CutsLost(
                 f"{path}: a training in place cannot go on without knowing what it has cut ({error}); put the file "
-                "back, or delete the folder of which it is part, and it goes on from the checkpoint before"
+                f"back, or delete {path.parent.parent}, and the training begins anew"
             ) from None
 
 

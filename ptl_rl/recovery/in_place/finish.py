@@ -1,7 +1,6 @@
 """From the trained policy, whose cut channels are zero, to the sliced checkpoint that a cycle ends with."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,7 +29,9 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
         return None
     cuts = Cuts.of(context.config)
     cuts.load(checkpoints.final.parents[1] / IN_CHECKPOINT)
-    return Outcome(folder=str(checkpoints.final), made=cuts.made, steps=context.spec.steps, why="")
+    return Outcome(
+        folder=str(checkpoints.final.relative_to(context.spec.work)), made=cuts.made, steps=context.spec.steps, why=""
+    )
 
 
 def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     Raises:
         ExportError: the logits differ by more than float32 rounding.
     """
-    spec, trained = context.spec, Path(outcome.folder)
+    spec, trained = context.spec, context.spec.work / outcome.folder
     plan = whole_plan([record.plan for record in outcome.made]) if outcome.made else nothing_cut(trained)
     ray.shutdown()  # with this process's job ends all that verl has started for training, and holds GPUs
     context.connect_ray()

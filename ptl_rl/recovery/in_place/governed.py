@@ -10,12 +10,14 @@ from verl.utils.debug import marked_timer
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.live import NoCutFits
-from ptl_rl.recovery.in_place.cuts import publish
+from ptl_rl.recovery.in_place.cuts import CutsLost, publish
 from ptl_rl.recovery.in_place.governor import Governor, Outcome, Passed
 from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
 
 MODE = "ptl_governed"
 """Of ``trainer.v1.trainer_mode``."""
+PASSED = "passed"
+"""Folder, within a recovery's work folder, of models that the training may end with."""
 
 
 def accuracy_of(metrics: dict[str, float]) -> float:
@@ -41,6 +43,8 @@ class GovernedTrainer(InPlaceTrainer):
         self.cuts.planned = []  # they come when they may
         self.batch: Any = None
         self.save_asked = False
+        self.saved: Passed | None = None
+        """As the last checkpoint names it."""
 
     @property
     def work(self) -> Path:
@@ -57,7 +61,14 @@ class GovernedTrainer(InPlaceTrainer):
         super()._load_checkpoint()
         if self.global_steps:
             path = self._step_folder() / "governor.json"
-            self.governor = Governor.model_validate_json(path.read_text())
+            try:
+                self.governor = Governor.model_validate_json(path.read_text())
+            except (OSError, ValueError) as error:
+                raise CutsLost(
+                    f"{path}: a training that finds its own pace cannot go on without what it has seen ({error}); put "
+                    f"the file back, or delete {path.parent.parent}, and the training begins anew"
+                ) from None
+            self.saved = self.governor.passed
 
     def _write_state(self) -> None:
         super()._write_state()
@@ -70,7 +81,7 @@ class GovernedTrainer(InPlaceTrainer):
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
         if self.governor.baseline is None:
-            self.governor.baseline = accuracy_of(metrics)
+            self.governor.begins_with(accuracy_of(metrics))
         return metrics
 
     def on_train_begin(self) -> None:
@@ -79,7 +90,10 @@ class GovernedTrainer(InPlaceTrainer):
             if self.governor.baseline is None:
                 self._validate()
             self.checkpoint_manager.sleep_replicas()
-            self._cut_as_far_as_it_goes([], 0)
+            try:
+                self._cut_as_far_as_it_goes([], 0)
+            except NoCutFits as error:
+                raise NoCutFits(f"{error}; raise it, in a new run") from None
             publish(self.context.spec.cuts, self.cuts.made)
             self.checkpoint_manager.update_weights(self.global_steps)
 
@@ -98,8 +112,14 @@ class GovernedTrainer(InPlaceTrainer):
 
     def _save_now(self) -> None:
         super()._save_checkpoint()
-        for folder in (self.work / "passed").glob("*"):  # what this checkpoint does not name is not needed any more
-            if self.governor.passed is None or str(folder) != self.governor.passed.folder:
+        self.saved = self.governor.passed
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete models that neither this process nor the last checkpoint, from which it may go on, would end with."""
+        needed = {passed.folder for passed in (self.saved, self.governor.passed) if passed is not None}
+        for folder in (self.work / PASSED).glob("*"):
+            if f"{PASSED}/{folder.name}" not in needed:
                 shutil.rmtree(folder)
 
     def _govern(self, is_last: bool) -> None:
@@ -129,23 +149,25 @@ class GovernedTrainer(InPlaceTrainer):
 
     def _keep(self, accuracy: float) -> None:
         """Write the model that the run would end with now."""
-        folder = self.work / "passed" / f"{self.global_steps:06d}"
+        folder, step = self._written(f"{self.global_steps:06d}"), self.global_steps
+        self.governor.passed = Passed(folder=folder, cuts=len(self.cuts.made), step=step, accuracy=accuracy)
+        self._tidy()
+
+    def _written(self, name: str) -> str:
+        """Write the policy into a folder of its own; gives the folder, relative to the work folder."""
+        folder = self.work / PASSED / name
         folder.mkdir(parents=True, exist_ok=True)
         self.actor_rollout_wg.write_weights(folder)
-        self.governor.passed = Passed(
-            folder=str(folder), cuts=len(self.cuts.made), step=self.global_steps, accuracy=accuracy
-        )
+        return f"{PASSED}/{name}"
 
     def _end(self, why: str) -> None:
         """Say what the training ends with, and make this step its last."""
         width, stuck = self.width, self.governor.stuck
         passed, made = self.governor.passed, self.cuts.made
         if passed is None:
-            folder = self.work / "passed" / "last"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.actor_rollout_wg.write_weights(folder)
+            folder = self._written("last")
             said = f"no model got back to {self.governor.share:.0%} of the start's accuracy; this is the last one"
-            outcome = Outcome(folder=str(folder), made=made, steps=self.global_steps, why=f"{why}; {said}")
+            outcome = Outcome(folder=folder, made=made, steps=self.global_steps, why=f"{why}; {said}")
         else:
             reached = "the target" if self.left <= 0 and passed.cuts == len(made) else "the smallest that passed"
             kept = made[: passed.cuts]

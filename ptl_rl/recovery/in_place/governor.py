@@ -10,9 +10,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ptl_rl.errors import UserError
 from ptl_rl.recovery.in_place.cuts import CutRecord
 
 Action = Literal["cut", "go on", "end"]
+
+
+class NothingToKeep(UserError, ValueError):
+    """Validation says nothing of what a cut costs; the message says what to mend."""
 
 
 class Passed(BaseModel):
@@ -21,6 +26,7 @@ class Passed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: str
+    """Of the weights, relative to the recovery's work folder: a run's folder may be moved."""
     cuts: int
     """That had been made."""
     step: int
@@ -44,6 +50,19 @@ class Governor(BaseModel):
     stuck: str = ""
     """Why no further cut is possible; empty while one is."""
 
+    def begins_with(self, accuracy: float) -> None:
+        """Take what validation says of the uncut model.
+
+        Raises:
+            NothingToKeep: it solves nothing, by which no cut can be judged.
+        """
+        if accuracy <= 0:
+            raise NothingToKeep(
+                f"schedule.pace governed judges every cut by data.validation, of which the uncut model solves nothing "
+                f"({accuracy:g}); give problems that it can solve, or use pace fixed"
+            )
+        self.baseline = accuracy
+
     def is_recovered(self, accuracy: float) -> bool:
         assert self.baseline is not None
         return accuracy >= self.share * self.baseline - 1e-9
@@ -60,10 +79,10 @@ class Governor(BaseModel):
 
     def judge(self, step: int, accuracy: float, at_target: bool) -> Action:
         """What comes after an accuracy that was measured after ``step``."""
-        if self.is_recovered(accuracy) and not at_target and not self.stuck:
-            return "cut"
         if accuracy > self.best:
             self.best, self.best_step = accuracy, step
+        if self.is_recovered(accuracy) and not at_target and not self.stuck:
+            return "cut"
         return "end" if step - self.best_step >= self.patience else "go on"
 
 
@@ -73,7 +92,7 @@ class Outcome(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: str
-    """Of the weights, with the shapes that training had."""
+    """Of the weights, with the shapes that training had; relative to the recovery's work folder."""
     made: list[CutRecord]
     """The cuts that are in these weights."""
     steps: int

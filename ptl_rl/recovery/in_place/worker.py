@@ -1,5 +1,7 @@
 """verl's worker of policy and rollouts, which can also cut the policy where it is."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import Texts
 from ptl_rl.stage import StageContext
+
+SIGN_SECONDS = 5
 
 
 class PruningActor(ActorRolloutRefWorker):
@@ -55,6 +59,7 @@ class PruningActor(ActorRolloutRefWorker):
                 pad_token_id=tokenizer.pad_token_id or 0,
                 prompt_weight=config.calibration.prompt_weight,
                 moments_gib=config.calibration.moments_gib,
+                progress=self._sign_of_life(context),
             )
             try:
                 found = cut_live(
@@ -85,6 +90,18 @@ class PruningActor(ActorRolloutRefWorker):
             "tried": found.tried,
             "notes": found.plan.notes,
         }
+
+    def _sign_of_life(self, context: StageContext) -> Callable[[], None]:
+        """For the driver's watchdog: a cut takes longer than a step, and makes none. Rank 0 tells it now and then."""
+        told = time.monotonic()
+
+        def tell() -> None:
+            nonlocal told
+            if self.rank == 0 and time.monotonic() - told > SIGN_SECONDS:
+                told = time.monotonic()
+                context.report(-1, -1)
+
+        return tell
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_weights(self, folder: Path) -> None:

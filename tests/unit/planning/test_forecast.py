@@ -26,6 +26,7 @@ RECIPES = (
     "demo_cpt_llama_cpu",
     "demo_distill_cpu",
     "demo_grpo_cpu",
+    "demo_governed_cpu",
     "demo_in_place_cpu",
     "demo_prune_once_cpu",
     "grpo_qwen2.5-7b_8xh200",
