@@ -72,5 +72,9 @@ def test_watchdog_passes_progress_on_and_ends_silence(tmp_path):
         process.kill()
         process.wait()
     assert [line for line in seen if line[0] >= 0] == [(1, 2, {"reward": 0.5})]
+    alive = "import time\nfor _ in range(8):\n    time.sleep(0.25)\n    "
+    alive += f'open({str(progress)!r}, \'a\').write(\'{{"done": -1, "total": -1, "metrics": {{}}}}\\n\')'
+    progress.write_text("")
+    assert watch(start(alive, "watch"), progress, limits, lambda *_: None, poll_seconds=0.05) == 0  # within a long step
     quick = start("raise SystemExit(3)", "watch")
     assert watch(quick, tmp_path / "none", limits, lambda *_: None, poll_seconds=0.05) == 3

@@ -196,6 +196,33 @@ def test_where_every_cut_does_too_much_nothing_changes(make_checkpoint):
     assert all(parameter.grad is None for parameter in live.model.parameters())
 
 
+DRAWN = """
+import torch
+
+
+def mine(statistics):
+    return torch.rand(statistics.abs_sum_LC.shape, dtype=torch.float64)
+"""
+
+
+def draw(rank: int, ranks: int, folder: Path, out: Path) -> None:
+    torch.manual_seed(rank)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for block in model.get_submodule(FAMILIES["llama"].layers):
+        fully_shard(block, mesh=init_device_mesh("cpu", (ranks,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    live = LiveModel(model.eval(), FAMILIES["llama"], folder, CPU, 2, 0, 0.3)
+    criterion = CriterionConfig(channels="mine", path=str(out / "mine.py"))
+    cut = cut_live(live, None, criterion, sequences(0), [], remove_channels=8, alignment=1)
+    (out / f"{rank}.json").write_text(cut.plan.model_dump_json())
+
+
+def test_all_ranks_cut_alike_by_a_criterion_that_draws(make_checkpoint, tmp_path):
+    (tmp_path / "mine.py").write_text(DRAWN)
+    run_ranks(draw, 2, make_checkpoint("llama"), tmp_path)
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+
+
 def test_plans_that_follow_each_other():
     def plan_of(width: int, keep: list[list[int]]) -> PruningPlan:
         return PruningPlan(

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from ptl_rl.cli import app
 from ptl_rl.config import ConfigError, DataConfig, ModelConfig, ScheduleConfig, SourceConfig
 from ptl_rl.config.recipe import save_config
+from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.errors import OutputError
 from ptl_rl.reporting import figures, summary
 from ptl_rl.reporting.compare import comparison
@@ -34,6 +35,45 @@ def test_plans_of_several_cycles_are_laid_on_each_other(run):
     removed = run.removed
     assert removed.layers == [0, 2, 0]
     assert removed.channels == [[0, 0, 0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
+
+
+@pytest.fixture
+def run_in_place(tmp_path):
+    """One cut that was made again after a kill, then one that the finished model does not have."""
+    folder = make_run(tmp_path / "in_place")
+    journal = Journal(folder / "journal.jsonl")
+    entries = {(entry.cycle, entry.stage): entry for entry in journal.entries()}
+    journal.path.unlink()
+    journal.append(entries[0, "evaluate"])
+    plans = [[2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1]]
+    for place, (part, kept) in enumerate(zip((0, 0, 1), plans, strict=True)):
+        cut = folder / f"cycles/001/cuts/{place:03d}"
+        cut.mkdir(parents=True)
+        before = 8 if part == 0 else 6
+        plan = {"source_intermediate_size": before, "keep_channels": [kept] * 3, "keep_layers": [0, 1, 2]}
+        (cut / "plan.json").write_text(json.dumps({**plan, "layer_order": []}))
+        facts = {"after_step": part, "intermediate_size": len(kept), "notes": [f"of {place}"]}
+        artefact = str(cut.relative_to(folder))
+        journal.append(Entry(cycle=1, stage="cut", part=part, artefact=artefact, metrics=facts))
+    recovered = entries[1, "recover"]
+    cuts = [{"after_step": 0, "intermediate_size": 6}]
+    metrics = {**recovered.metrics, "cuts": cuts, "notes": ["why"], "validation_accuracy_before": None}
+    journal.append(recovered.model_copy(update={"metrics": metrics}))
+    for stage in ("evaluate", "gate"):
+        journal.append(entries[1, stage])
+    return RunData(folder)
+
+
+def test_of_cuts_in_place_only_those_of_the_finished_model_are_told(run_in_place):
+    removed = run_in_place.removed
+    assert removed.unit == "cut" and removed.channels == [[0, 0, 0, 0, 0, 0, 1, 1]] * 3
+    assert run_in_place.notes == ["cycle 1: of 1", "cycle 1: why"]
+    assert run_in_place.cuts_in_place() == [(0, 6)]
+    assert [row.sliced_accuracy for row in run_in_place.rows] == [None, None]
+    curve = figures.recovery_curves(run_in_place)
+    assert curve is not None and ">6<" in curve  # the width that the first step was made with
+    assert "cut 1" in figures.removal_map(removed)
+    page([run_in_place])
 
 
 def test_a_cycle_that_was_taken_back_removed_nothing(tmp_path):
