@@ -34,6 +34,8 @@ SETTINGS = {
                 "gradient_checkpointing": False,
                 "kl_loss": 0.0,
                 "validate_before": False,
+                # So that verl computes the policy's own log-probabilities, to be held against vLLM's.
+                "verl": {"algorithm.rollout_correction.bypass_mode": False},
             }
         }
     ],
