@@ -119,14 +119,12 @@ def test_two_cuts_are_two_cycles(family, make_checkpoint, tmp_path):
     compare(make_checkpoint(family), family, "obs", False, tmp_path)
 
 
-@pytest.mark.parametrize("channels", ["activation", "wanda", "magnitude"])
-def test_by_other_criteria(channels, make_checkpoint, tmp_path):
-    compare(make_checkpoint("llama"), "llama", channels, False, tmp_path)
+def test_by_another_criterion(make_checkpoint, tmp_path):
+    compare(make_checkpoint("llama"), "llama", "wanda", False, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_with_sensitivity(family, make_checkpoint, tmp_path):
-    compare(make_checkpoint(family), family, "obs", True, tmp_path)
+def test_with_sensitivity(make_checkpoint, tmp_path):
+    compare(make_checkpoint("qwen2"), "qwen2", "obs", True, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("gemma2", 2), ("llama", 4)])
