@@ -176,7 +176,7 @@ class RunConfig(Section):
             what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
         elif self.schedule.pace == "governed" and self.criterion.threshold is not None:
             what = "with pace governed has max_damage for what may go; set criterion.threshold to null"
-        elif parallel := [key for key in self._verl_keys() if "ulysses_sequence_parallel" in key]:
+        elif parallel := [k for k, v in self._verl_keys().items() if "ulysses_sequence_parallel" in k and v != 1]:
             what = f"scores whole sequences on every rank; leave {parallel[0]} at 1"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"

@@ -26,6 +26,7 @@ from ptl_rl.config.verl_keys import (
 )
 from ptl_rl.cpu.checks import ONE_PROCESS, float32_engine
 from ptl_rl.families import ModelShape
+from ptl_rl.recovery.in_place import FIXED, GOVERNED
 from ptl_rl.stage import PART_SEED, StageSpec, is_in_place
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
@@ -127,7 +128,7 @@ def _in_place(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     """What a training needs that is saved after every cut, and goes on from there."""
     checkpoint = f"{ACTOR}.checkpoint"
     return {
-        "trainer.v1.trainer_mode": "ptl_governed" if config.schedule.pace == "governed" else "ptl_in_place",
+        "trainer.v1.trainer_mode": GOVERNED if config.schedule.pace == "governed" else FIXED,
         "trainer.ptl_rl_stage": str(spec.file),
         "trainer.resume_mode": "auto",
         f"{checkpoint}.save_contents": SAVE_ALL,

@@ -10,12 +10,11 @@ from verl.utils.debug import marked_timer
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.live import NoCutFits
+from ptl_rl.recovery.in_place import GOVERNED
 from ptl_rl.recovery.in_place.cuts import CutsLost, publish
 from ptl_rl.recovery.in_place.governor import Governor, Outcome, Passed
 from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
 
-MODE = "ptl_governed"
-"""Of ``trainer.v1.trainer_mode``."""
 PASSED = "passed"
 """Folder, within a recovery's work folder, of models that the training may end with."""
 
@@ -32,7 +31,7 @@ def accuracy_of(metrics: dict[str, float]) -> float:
     return sum(found) / len(found)
 
 
-@register_trainer(MODE)
+@register_trainer(GOVERNED)
 class GovernedTrainer(InPlaceTrainer):
     """One training with as many cuts as it takes."""
 

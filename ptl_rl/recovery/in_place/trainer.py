@@ -22,12 +22,11 @@ from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.live import NoCutFits, rollout_sequences
 from ptl_rl.pruning.score.texts import texts_of
+from ptl_rl.recovery.in_place import FIXED
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
 from ptl_rl.recovery.in_place.worker import PruningActor
 from ptl_rl.stage import StageContext, load_context
 
-MODE = "ptl_in_place"
-"""Of ``trainer.v1.trainer_mode``."""
 SPEC = "ptl_rl_stage"
 """Key of verl's section ``trainer``: path of the stage's own file."""
 WIDTH = "pruning/intermediate_size"
@@ -36,7 +35,7 @@ LEARNABLE = "pruning/learnable_fraction"
 """verl's metric of a step: share of its prompts whose answers earned different rewards."""
 
 
-@register_trainer(MODE)
+@register_trainer(FIXED)
 class InPlaceTrainer(PPOTrainerSync):
     """One training with the cuts of ``schedule``."""
 

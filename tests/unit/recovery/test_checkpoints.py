@@ -128,3 +128,15 @@ def test_a_step_that_was_saved_but_not_logged_is_said(tmp_path):
     assert follower.gap() == [
         "the curve lacks step 2: it was made and saved, but the attempt was killed before it was logged"
     ]
+
+
+def test_a_step_that_is_made_again_has_nothing_of_the_killed_attempt(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "data": {"reward": 1}}\n{"step": 2, "data": {"reward": 2, "cut_seconds": 9}}\n')
+    context = SimpleNamespace(spec=SimpleNamespace(steps=4), report=lambda *_, **__: None)
+    follower = MetricsFollower(context, path, dict)
+    path.write_text('{"step": 2, "data": {"reward": 3}}\n{"step": 2, "data": {"validation": 4}}\n')
+    follower.start()
+    follower.finish()
+    assert follower.curve == [{"step": 1, "reward": 1}, {"step": 2, "reward": 3, "validation": 4}]
+    assert follower.gap(2) == []  # of a training that ended before all of its steps
