@@ -16,15 +16,13 @@ types() { mypy && lint-imports --no-cache; }
 # Where Ray is at work the rest has the niceness that Ray gives its workers, which would starve beside it otherwise.
 units() { nice -n 15 python -m pytest -m "not stack and not canary"; }
 demo_run() { python -m pytest tests/e2e/test_demo_run.py; }
-in_place() { python -m pytest tests/e2e/test_in_place_run.py; }
 first_light() { python -m pytest tests/e2e/test_first_light.py; }
 stack() {
-    python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py \
-        --ignore=tests/e2e/test_in_place_run.py
+    python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py
 }
 
 # Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken.
-jobs=(units first_light demo_run in_place stack types)
+jobs=(units first_light demo_run stack types)
 lane() {
     local job
     for job in "${jobs[@]}"; do

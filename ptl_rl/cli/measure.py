@@ -148,7 +148,7 @@ def speed(
 @command()
 def study(
     name: Annotated[
-        str, typer.Argument(help="table1, table2, iterations, step_size, order, code, criteria, recovery or rl.")
+        str, typer.Argument(help="table1, table2, iterations, step_size, order, code, criteria, recovery, rl or pace.")
     ],
     recipes: Annotated[
         list[Path] | None, typer.Argument(help="What is varied; default: the demo's recipes for this study.")

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from ptl_rl.config.run import RunConfig
 
+HELD_OUT = 8
+"""Where damage decides, it is measured on every so-many-th sequence, and compensation is fitted to the others."""
+TRIAL_SEQUENCES = 128
+"""Most sequences that compensation is fitted to while a cut is searched for; that of the cut that is made reads all."""
+
 
 @dataclass(frozen=True)
 class CutInPlace:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ptl_rl.config import AnyRecovery, CptConfig, DistillConfig, GrpoConfig, RunConfig
+from ptl_rl.config.in_place import HELD_OUT, TRIAL_SEQUENCES
 from ptl_rl.config.pruning import REFERENCE_PROMPTS
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.assumptions import Assumptions
@@ -17,7 +18,7 @@ BYPASS = "algorithm.rollout_correction.bypass_mode"
 """verl key with which rollouts' own log-probabilities are taken, so that none are computed again."""
 MEASURED_CHANNELS = 18944
 """Of the criterion ``ptl_reference``, as in ``pruning/score/criteria.py``."""
-GOVERNED_TRIALS = 6
+GOVERNED_TRIALS = 5
 """Widths that are tried out for a cut as large as its damage allows."""
 FINALISTS = 4
 """Of ``leave_one_out``, as in ``pruning/choose/absorption.py``."""
@@ -197,14 +198,21 @@ class Clock:
         written = saves(recovery, steps) * RESUMABLE_BYTES * shape.parameters + WEIGHT_BYTES * shape.parameters
         return self.assumed.start_seconds + loading + training + self.disk(written)
 
+    @property
+    def _compensations(self) -> float:
+        """Of one cut in place, in compensations that read all sequences: trials read a part of them."""
+        if self.config.schedule.pace != "governed":
+            return 1.0
+        share = TRIAL_SEQUENCES / (self.config.calibration.sequences * (1 - 1 / HELD_OUT))
+        return GOVERNED_TRIALS if share >= 1 else 1 + GOVERNED_TRIALS * share
+
     def cuts_in_place(self, shape: ModelShape, number: int) -> list[StageTime]:
         """Scoring and compensation of every cut, the checkpoint after it, and the sliced model that is written last."""
         times, left = [], shape
         for channels in self.config.schedule.channel_steps:
             cut = Cut(channels, 0, 0)
-            trials = GOVERNED_TRIALS if self.config.schedule.pace == "governed" else 1
-            seconds = self.score(left, cut) + trials * self.slice(left, cut)
-            seconds -= (1 + trials) * self.assumed.start_seconds
+            start = self.assumed.start_seconds
+            seconds = self.score(left, cut) - start + self._compensations * (self.slice(left, cut) - start)
             times.append(StageTime("cut", number, seconds + self.disk(RESUMABLE_BYTES * shape.parameters)))
             left = left.sliced(channels, 0)
         written = self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))

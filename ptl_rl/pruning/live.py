@@ -17,12 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ptl_rl.config import CriterionConfig
+from ptl_rl.config.in_place import HELD_OUT, TRIAL_SEQUENCES
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.errors import UserError
 from ptl_rl.families import read_shape
 from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import Scores, make_plan
-from ptl_rl.pruning.compensate.refit import Losses, refit
+from ptl_rl.pruning.compensate.refit import Losses, PositionWeights, position_weights, refit
 from ptl_rl.pruning.model import PrunableModel
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.streaming import mean_loss
@@ -124,8 +125,10 @@ def nothing_cut(source: Path) -> PruningPlan:
     )
 
 
-HELD_OUT = 8
-"""Where damage decides, it is measured on every so-many-th sequence, and compensation is fitted to the others."""
+CLOSE = 0.1
+"""A search ends where the smallest width that fits and the largest that does not differ by this share of the former."""
+STEEPNESS = 3.0
+"""Taken at first: damage falls with this power of the width."""
 
 
 class NoCutFits(UserError, RuntimeError):
@@ -152,6 +155,12 @@ class _Cutter:
     fitted: list[Sequence]
     measured: list[Sequence]
     sensitivity: bool
+    trial_weights: PositionWeights | None = None
+
+    @property
+    def few(self) -> list[Sequence]:
+        """Sequences, spread over those that compensation is fitted to, for trials."""
+        return self.fitted[:: -(-len(self.fitted) // TRIAL_SEQUENCES)]
 
     def loss(self) -> float:
         return mean_loss(self.live.model, self.live.batches(self.measured), self.live.device)
@@ -159,7 +168,7 @@ class _Cutter:
     def _parameter(self, layer: int, name: str) -> torch.Tensor:
         return self.live.parameters[self.live.family.projection(layer, name) + ".weight"]
 
-    def fit(self, plan: PruningPlan) -> _Trial:
+    def fit(self, plan: PruningPlan, sequences: list[Sequence], weights: PositionWeights | None = None) -> _Trial:
         """Find the new weights of a cut; the model stays as it was, and the loss is not known."""
         live, together = self.live, whole_plan([*self.before, plan])
         losses, rows = Losses(), dict[tuple[int, str], torch.Tensor]()
@@ -169,12 +178,17 @@ class _Cutter:
             def keep(layer: int, name: str, weight: torch.Tensor) -> None:
                 rows[layer, name] = own_rows(self._parameter(layer, name), weight)
 
-            losses = refit(live, together.model_copy(update=ridges), self.fitted, keep, sensitivity=self.sensitivity)
+            ridged, sensitivity = together.model_copy(update=ridges), self.sensitivity
+            losses = refit(live, ridged, sequences, keep, sensitivity=sensitivity, weights=weights)
         return _Trial(plan, losses, rows, math.nan)
 
     def try_out(self, plan: PruningPlan) -> _Trial:
-        """Find the new weights of a cut and its loss; the model stays as it was."""
-        trial, live = self.fit(plan), self.live
+        """Find new weights of a cut, by few sequences, and its loss; the model stays as it was."""
+        live = self.live
+        if self.sensitivity and plan.compensate != "none" and self.trial_weights is None:
+            self.trial_weights = position_weights(live, self.few)
+            live.reshard()
+        trial = self.fit(plan, self.few, self.trial_weights)
         live.reshard()
         undo = self._shards()
         self._apply(trial, None)
@@ -210,24 +224,77 @@ class _Cutter:
         cut_in_place(self.live.model, self.live.family, together, optimizer)
 
 
-def _largest(cutter: _Cutter, plan_of: Callable[[int], PruningPlan], widths: list[int], limit: float) -> tuple:
-    """The trial of the smallest of ascending ``widths`` whose loss stays at or below ``limit``, and all that was tried.
+@dataclass
+class _Search:
+    """For the smallest width whose damage stays within a limit, in as few trials as may be.
 
-    It is taken that a smaller width does more damage. None in place of the trial: even the largest does too much.
+    It is taken that a smaller width does more damage. Where damage is known on both sides, the next width is where a
+    power law through both meets the limit.
+    """
+
+    widths: list[int]
+    """Ascending; all that may be tried."""
+    limit: float
+    """Most damage, in nats a token."""
+    low: int = -1
+    """Place of the largest width that does too much."""
+    high: int = field(init=False)
+    """Place of the smallest one that fits; behind the last where none has yet."""
+    damages: dict[int, float] = field(default_factory=dict)
+    """By place."""
+
+    def __post_init__(self) -> None:
+        self.high = len(self.widths)
+
+    def next(self) -> int | None:
+        """Place of the width to be tried next; None where the search is over. The smallest first: often it fits."""
+        between = self.high - self.low - 1
+        if not between:
+            return None
+        if not self.damages:
+            return 0
+        if (
+            self.high < len(self.widths)
+            and self.widths[self.high] - self.widths[self.low] <= CLOSE * self.widths[self.high]
+        ):
+            return None
+        low = math.log(self.widths[self.low]), math.log(self.damages[self.low])
+        steepness = STEEPNESS
+        if self.high in self.damages:
+            high = math.log(self.widths[self.high]), math.log(self.damages[self.high])
+            steepness = max((low[1] - high[1]) / (high[0] - low[0]), 1e-3)
+        aim = math.exp(min(low[0] + (low[1] - math.log(self.limit)) / steepness, math.log(self.widths[-1])))
+        place = min(range(len(self.widths)), key=lambda index: abs(self.widths[index] - aim))
+        margin = between // 8  # so that what is left shrinks in any case
+        return min(max(place, self.low + 1 + margin), self.high - 1 - margin)
+
+    def found(self, place: int, damage: float) -> bool:
+        """Take in what a trial has measured; gives whether it fits."""
+        self.damages[place] = min(max(damage, 1e-9), 1e9)
+        fits = damage <= self.limit
+        if fits:
+            self.high = place
+        else:
+            self.low = place
+        return fits
+
+
+def _largest(
+    cutter: _Cutter, plan_of: Callable[[int], PruningPlan], widths: list[int], before: float, limit: float
+) -> tuple[_Trial | None, list[tuple[int, float]]]:
+    """The trial of the smallest of ascending ``widths`` whose loss is at most ``limit`` above ``before``, and all.
+
+    None in place of the trial: even the largest width does too much damage.
     """
     tried: list[tuple[int, float]] = []
-    best = None
-    low, high = 0, len(widths) - 1  # the answer is among these
-    place = 0  # the largest cut first: often it is the one
-    while low <= high:
+    best, search = None, _Search(widths, limit)
+    while (place := search.next()) is not None:
         trial = cutter.try_out(plan_of(widths[place]))
         width = trial.plan.intermediate_size
         tried.append((width, trial.loss))
-        if trial.loss <= limit and width < cutter.live.width:
-            best, high = trial, place - 1
-        else:
-            low = place + 1
-        place = (low + high) // 2
+        # A criterion may keep more than it is asked to, and all of it.
+        if search.found(place, trial.loss - before if width < cutter.live.width else math.inf):
+            best = trial
     return best, tried
 
 
@@ -262,7 +329,7 @@ def cut_live(
         before: plans of the cuts that were made in place before, first one first.
         remove_channels: that every block loses now; at most, with ``max_damage``.
         max_damage: most that the loss may rise by, in nats a token, on sequences that compensation is not fitted to:
-            the largest cut is found that stays at or below it.
+            the largest cut is found that stays at or below it, to within a tenth of its width.
 
     Raises:
         NoCutFits: there is none; nothing was changed.
@@ -289,17 +356,19 @@ def cut_live(
     cutter = _Cutter(live, before, fitted, measured, sensitivity)
     smallest, loss_before = live.width - remove_channels, cutter.loss()
     if max_damage is None:
-        chosen, tried = cutter.fit(plan_of(smallest)), []
+        chosen, tried = cutter.fit(plan_of(smallest), fitted), list[tuple[int, float]]()
     else:
         first = max(-(-smallest // alignment), 1) * alignment
-        chosen, tried = _largest(cutter, plan_of, list(range(first, live.width, alignment)), loss_before + max_damage)
-        if chosen is None:
+        widths = list(range(first, live.width, alignment))
+        largest, tried = _largest(cutter, plan_of, widths, loss_before, max_damage)
+        if largest is None:
             live.model.zero_grad()
             width, loss = tried[-1] if tried else (live.width, loss_before)
             raise NoCutFits(
                 f"the smallest cut, to {width} channels, raises the loss by {loss - loss_before:.3f} nats a token, "
                 f"more than schedule.max_damage ({max_damage:g})"
             )
+        chosen = cutter.fit(largest.plan, fitted) if len(cutter.few) < len(fitted) else largest
     chosen = cutter.make(chosen, optimizer)
     return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried)
 

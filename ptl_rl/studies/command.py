@@ -13,7 +13,7 @@ from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
 from ptl_rl.driver.watchdog import interrupt
 from ptl_rl.families import ModelShape
-from ptl_rl.planning.schedule import planned_cuts
+from ptl_rl.planning.schedule import planned_cuts, recovery_steps
 from ptl_rl.studies import results
 from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
 from ptl_rl.studies.runner import StudyFailed, check_folder, make_runs, save_study
@@ -44,6 +44,7 @@ DEMO_RECIPES = {
     "table2": ("recovery",),
     "recovery": ("recovery",),
     "rl": ("rl",),
+    "pace": ("pace",),
     "order": ("order",),
     "code": ("code",),
 }
@@ -107,7 +108,8 @@ def design_table(made: Made) -> Table:
         shape = slicegpt_shape(made.shape, size) if size else target_shape(config, made.shape)
         cuts = planned_cuts(config.schedule)
         steps = " + ".join(
-            f"{sum(recovery.steps_of(cut.planned) for cut in cuts)} {recovery.method}" for recovery in config.recovery
+            f"{sum(recovery_steps(config, cut.planned, part) for cut in cuts)} {recovery.method}"
+            for part, recovery in enumerate(config.recovery)
         )
         parameters = f"{shape.parameters:,} ({shape.parameters / made.shape.parameters:.0%})"
         cells = (row.name, row.label, str(len(cuts)), parameters, steps)

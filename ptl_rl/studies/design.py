@@ -5,6 +5,7 @@ calibration sequences; where rows are cut by other means, they are cut to the ne
 means can give.
 """
 
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
 from ptl_rl.config import ConfigError, DistillConfig, RunConfig
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
-from ptl_rl.planning.schedule import planned_cuts
+from ptl_rl.planning.schedule import planned_cuts, recovery_steps
 
 Values = dict[str, Any]
 
@@ -65,8 +66,8 @@ def _values(config: RunConfig) -> Values:
 def _with_steps(values: Values, config: RunConfig, weights: list[float]) -> Values:
     """The recipe's steps in all, for every recovery, shared out to cycles by ``weights``."""
     result = deepcopy(values)
-    for entry, recovery in zip(result["recovery"], config.recovery, strict=True):
-        total = sum(recovery.steps_of(cut.planned) for cut in planned_cuts(config.schedule))
+    for part, entry in enumerate(result["recovery"]):
+        total = sum(recovery_steps(config, cut.planned, part) for cut in planned_cuts(config.schedule))
         entry["steps"] = shared_out(total, weights)
     return result
 
@@ -305,6 +306,41 @@ def rl(config: RunConfig, shape: ModelShape) -> Study:
     return Study("rl", "What does each recovery add to a model that is not cut?", rows, rows[0].name)
 
 
+def pace(config: RunConfig, shape: ModelShape) -> Study:
+    """One cut, cuts of equal shares at equal distances, and cuts that find their own pace, with the same steps."""
+    schedule = config.schedule
+    if schedule.pace != "governed":
+        raise ConfigError("study pace: the recipe's schedule.pace must be governed; the other rows are made from it")
+    values, total, width = _values(config), schedule.channels_sum, shape.intermediate_size
+    alignment = schedule.alignment * config.resources.tensor_parallel_size
+    cuts = geometric(width, total, EQUAL_CUTS, alignment)
+    in_turns = _with_steps(values, config, [1.0] * len(cuts))
+    once = _schedule(values, channels_per_cycle=[total])
+    # There are no rollouts to read before the only cut.
+    once = _calibration(once, source="corpus", sequences=config.calibration.sequences * len(cuts))
+    rows = [
+        Row("once", "one cut", once),
+        Row("geometric", f"{len(cuts)} cuts in place", _schedule(in_turns, mode="in_place", channels_per_cycle=cuts)),
+        Row("governed", "cuts in place, governed", values),
+    ]
+    return Study("pace", "How fast may channels go, where only rewards can bring back what is lost?", rows, "once")
+
+
+EQUAL_CUTS = 6
+"""In the row of study `pace` whose cuts are fixed."""
+
+
+def geometric(width: int, total: int, count: int, alignment: int) -> list[int]:
+    """Channels that each of ``count`` cuts takes, so that each leaves nearly the same share of what is there.
+
+    Fewer cuts, where a width between two would be no multiple of ``alignment``.
+    """
+    exact = [width * ((width - total) / width) ** (number / count) for number in range(1, count)]
+    widths = [width, *(round(value / alignment) * alignment for value in exact), width - total]
+    steps = [before - after for before, after in itertools.pairwise(widths)]
+    return [step for step in steps if step > 0]
+
+
 def _half(steps: int | list[int]) -> int | list[int]:
     return [max(1, step // 2) for step in steps] if isinstance(steps, list) else max(1, steps // 2)
 
@@ -315,7 +351,8 @@ def _needs_channels(config: RunConfig, study: str) -> None:
 
 
 STUDIES: dict[str, Callable[[RunConfig, ModelShape], Study]] = {
-    study.__name__: study for study in (table1, table2, iterations, step_size, order, code, criteria, recovery, rl)
+    study.__name__: study
+    for study in (table1, table2, iterations, step_size, order, code, criteria, recovery, rl, pace)
 }
 
 

@@ -30,9 +30,14 @@ class Line:
     high: float
     """95 % bootstrap interval of the mean over the test problems; a problem's result is its mean over seeds."""
     parameters: int
+    """Of the largest seed's model; seeds differ where a run finds its own size."""
+    smallest: int
+    """Parameters of the smallest one."""
     flops_per_token: int
+    """Of the largest one."""
     tokens_per_answer: float
     steps: int
+    """Of a run, on average."""
     seconds: float
     """Of a run, on average."""
     against: Paired | None = None
@@ -125,10 +130,11 @@ def _line(row: Row, finals: dict[int, _Final], reference: dict[int, _Final], out
         mean=sum(correct.values()) / len(correct),
         low=low,
         high=high,
-        parameters=metrics[0]["parameters"],
-        flops_per_token=metrics[0]["flops_per_token"],
+        parameters=max(m["parameters"] for m in metrics),
+        smallest=min(m["parameters"] for m in metrics),
+        flops_per_token=max(m["flops_per_token"] for m in metrics),
         tokens_per_answer=sum(m["tokens_per_answer"] for m in metrics) / len(metrics),
-        steps=next(iter(finals.values())).steps,
+        steps=round(sum(final.steps for final in finals.values()) / len(finals)),
         seconds=sum(final.seconds for final in finals.values()) / len(finals),
         against=against,
     )
@@ -162,9 +168,12 @@ def cells(line: Line, shape: ModelShape, original: dict[str, Any] | None, refere
     else:
         against = f"{100 * line.against.difference:+.1f} points (p = {line.adjusted_p:.2g})"
     start = original["accuracy"] if original else 0.0
+    size = f"{line.parameters:,} ({line.parameters / shape.parameters:.0%})"
+    if line.smallest < line.parameters:
+        size = f"{line.smallest:,} ({line.smallest / shape.parameters:.0%}) to {size}"
     return {
         "row": line.row.label,
-        "parameters": f"{line.parameters:,} ({line.parameters / shape.parameters:.0%})",
+        "parameters": size,
         "FLOPs/token": f"{line.flops_per_token / shape.flops_per_token():.0%}",
         "accuracy": f"{line.mean:.1%}",
         "95 % interval": f"{line.low:.1%}-{line.high:.1%}",

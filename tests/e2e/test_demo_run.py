@@ -18,6 +18,7 @@ from real_runs import entries, processes_of
 
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.processes import end_processes
+from ptl_rl.pruning.plan import PruningPlan
 
 pytestmark = [
     pytest.mark.stack,
@@ -116,7 +117,7 @@ def ray_head() -> Iterator[str]:
             *start.split(),
             f"--temp-dir={folder}",
             "--num-gpus=3",  # two workers, and the parent of a distillation
-            "--num-cpus=20",  # what the SFT trainer reserves for two workers, and no more
+            "--num-cpus=12",  # what verl reserves for them, and no more
         ],
         env={**environment_of_a_shell(), **HEAD, "PTL_TEST_HEAD": tag},
         check=True,
@@ -131,55 +132,66 @@ def ray_head() -> Iterator[str]:
 
 
 @pytest.mark.timeout(1100)
-def test_submitted_job_with_two_workers_a_parent_and_an_own_reward(repository, tmp_path, ray_head, raising_reward):
+def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
+    repository, tmp_path, ray_head, raising_reward
+):
+    """Two cuts in one training; what `restart` mode does is seen in first light."""
     run_dir = tmp_path / "run"
     # The unpruned parent teaches: its vLLM server takes a worker of its own. Two steps so large that rollouts with the
     # weights of the step before would differ visibly, and verl's own log-probabilities to compare vLLM's with.
-    distill = {"steps": 2, "learning_rate": 1e-3, "prompts_per_step": 16, "micro_batch_sequences": 16}
-    distill |= {"rewards": True, "rollouts_per_prompt": 4}
+    distill = {"steps": [1, 1], "learning_rate": 1e-3, "prompts_per_step": 16, "micro_batch_sequences": 16}
+    distill |= {"rewards": True, "rollouts_per_prompt": 4, "validate_before": False}
     distill |= {"verl": {"algorithm.rollout_correction.bypass_mode": False}}
     (tmp_path / "mine.py").write_text(CRITERION)
     options = options_of(
         repository,
         run_dir,
-        schedule__channels_per_cycle=[128],
-        data__train__rows=16,
+        schedule__mode="in_place",
+        evaluation__after_cut=False,
+        calibration__source="rollouts",
+        data__train__rows=32,
         resources__workers_per_node=2,
         criterion__path=str(tmp_path / "mine.py"),
         criterion__channels="mine",
         reward__path=str(raising_reward),
         reward__name="my_score",
-        recovery=[
-            {"cpt": {"steps": 2, "sequences_per_step": 8, "max_tokens": 160, "parent_kl": 0.5}},
-            {"distill": distill},
-        ],
+        recovery=[{"distill": distill}],
     )
     submitted = submit(repository, ray_head, options)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "cycle 1 evaluate: accuracy" in submitted.stdout  # the job's log is followed
     assert f"final model: {run_dir}" in submitted.stdout
-    assert entries(run_dir)[0] == "0.evaluate"
-    in_cycle = [e for e in Journal(run_dir / "journal.jsonl").entries() if e.cycle == 1]
-    assert [e.stage for e in in_cycle] == ["score", "slice", "recover", "recover", "evaluate", "gate"]
-    recoveries = [e for e in in_cycle if e.stage == "recover"]
-    artefacts = [f"cycles/001/recovered{part}" for part in ("", "-part2")]
-    methods = [(e.metrics["method"], e.artefact) for e in recoveries]
-    assert methods == list(zip(("cpt", "distill"), artefacts, strict=True))
-    cpt, distilled = (e.metrics for e in recoveries)
-    assert [set(row) >= {"loss", "parent_kl", "tokens"} for row in cpt["curve"]] == [True, True]
-    assert distilled["curve"][-1]["distillation_loss"] > 0
-    assert 0 < distilled["reward_last"] <= 0.25
-    check_that_trained_weights_reach_vllm(run_dir / artefacts[-1] / "verl_metrics.jsonl", steps=2)
-    assert (run_dir / "best").resolve() == run_dir / artefacts[-1]
-    sliced = next(e.metrics for e in in_cycle if e.stage == "slice")
-    assert sliced["logit_difference"] < 1e-4
-    assert 0 < sliced["output_error"] < sliced["output_error_plain"]
-    for folder in ("sliced", "recovered", "recovered-part2"):  # each worker has written its part
-        assert len(list((run_dir / "cycles/001" / folder).glob("model-*.safetensors"))) == 2
+    assert entries(run_dir) == ["0.evaluate", "1.cut", "1.cut", "1.recover", "1.evaluate", "1.gate"]
+    journal = Journal(run_dir / "journal.jsonl").entries()
+    check_cuts([entry.metrics for entry in journal if entry.stage == "cut"])
+    recover = next(entry.metrics for entry in journal if entry.stage == "recover")
+    assert [(row["step"], row["intermediate_size"]) for row in recover["curve"]] == [(1, 384), (2, 256)]
+    assert recover["curve"][-1]["distillation_loss"] > 0
+    assert 0 < recover["reward_last"] <= 0.25
+    assert recover["logit_difference"] < 1e-4  # of the sliced model, from the policy with its zeros
+    recovered = run_dir / "cycles/001/recovered"
+    check_that_trained_weights_reach_vllm(recovered / "verl_metrics.jsonl", steps=2)
+    check_plans(run_dir)
+    assert (run_dir / "best").resolve() == recovered
+    assert len(list(recovered.glob("model-*.safetensors"))) == 2  # each worker has written its part
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
     assert "the reward function raised on some samples" in submitted.stdout and "planted" in submitted.stdout
-    assert processes_of(run_dir) == []
-    check_result(run_dir, channels=512)
+    assert processes_of(run_dir) == [] and list(run_dir.glob("cycles/*/.*")) == []
+    check_result(run_dir, channels=256)
+
+
+def check_cuts(cuts: list[dict]) -> None:
+    assert [(cut["after_step"], cut["intermediate_size"]) for cut in cuts] == [(0, 384), (1, 256)]
+    assert [cut["calibration_rollouts"] > 0 for cut in cuts] == [False, True]  # there are none before the first step
+    assert all(0 < cut["output_error"] < cut["output_error_plain"] for cut in cuts)
+
+
+def check_plans(run_dir: Path) -> None:
+    """The cuts' plans, one on the other, are what the finished model was sliced by."""
+    first, second = (PruningPlan.load(run_dir / f"cycles/001/cuts/{number}/plan.json") for number in ("001", "002"))
+    whole = PruningPlan.load(run_dir / "cycles/001/recovered/plan.json")
+    for block, kept in enumerate(whole.keep_channels):
+        assert kept == [first.keep_channels[block][channel] for channel in second.keep_channels[block]]
 
 
 def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:

@@ -45,7 +45,7 @@ class Losses:
     """Of a token's residual stream behind the last block, once all is refit; mean over tokens."""
 
 
-class _PositionWeights(Listener):
+class PositionWeights(Listener):
     """Keeps how much every position counts in every block, batch by batch."""
 
     by_normed_output = True
@@ -55,6 +55,13 @@ class _PositionWeights(Listener):
 
     def on_channels(self, layer: int, hidden_NC: torch.Tensor, weight_N: torch.Tensor) -> None:
         self.of[layer].append(weight_N)
+
+
+def position_weights(prunable: PrunableModel, sequences: list[Sequence]) -> PositionWeights:
+    """How much each position counts, by the gradient that reaches each block's FFN output; one pass with gradients."""
+    weights = PositionWeights(prunable.layers)
+    prunable.read(sequences, [weights], sensitivity=True)
+    return weights
 
 
 def most_passes(layers: int, remove: int, *, sensitivity: bool = False) -> int:
@@ -85,6 +92,7 @@ def refit(
     save: Callable[[int, str, torch.Tensor], None],
     *,
     sensitivity: bool = False,
+    weights: PositionWeights | None = None,
 ) -> Losses:
     """Find the weights that let what stays take over what goes; collective over all ranks.
 
@@ -92,11 +100,10 @@ def refit(
         save: called on every rank with a kept block, ``o_proj`` or ``down_proj``, and its new float32 weight, the
             latter over the kept channels.
         sensitivity: weigh positions by the gradient that reaches each block's FFN output in the original.
+        weights: what :func:`position_weights` has found of the same sequences, so that it is not asked again.
     """
-    weights = None
-    if sensitivity:
-        weights = _PositionWeights(prunable.layers)
-        prunable.read(sequences, [weights], sensitivity=True)
+    if sensitivity and weights is None:
+        weights = position_weights(prunable, sequences)
     batches = list(on_device(prunable.batches(sequences), prunable.device))
     with block_by_block(prunable.model, prunable.family, batches[0]) as blocks:
         return _Refit(prunable, plan, blocks, batches, weights, save).run()
@@ -111,7 +118,7 @@ class _Refit:
         plan: PruningPlan,
         blocks: BlockByBlock,
         batches: list[Batch],
-        weights: _PositionWeights | None,
+        weights: PositionWeights | None,
         save: Callable[[int, str, torch.Tensor], None],
     ) -> None:
         self.prunable, self.plan, self.blocks, self.batches, self.save = prunable, plan, blocks, batches, save

@@ -9,9 +9,9 @@ from ptl_rl.config import ConfigError, ScheduleConfig
 from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
 from ptl_rl.families import FAMILIES, shape_from_config
-from ptl_rl.planning.schedule import planned_cuts
+from ptl_rl.planning.schedule import planned_cuts, recovery_steps
 from ptl_rl.studies.command import demo_recipes, prepare
-from ptl_rl.studies.design import STUDIES, design, shared_out, slicegpt_shape
+from ptl_rl.studies.design import STUDIES, design, geometric, shared_out, slicegpt_shape
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
 
 BY_NAME = [(name, recipe) for name in STUDIES for recipe in demo_recipes(name)]
@@ -25,7 +25,10 @@ def designed(name, recipe, **changes):
 
 def steps(config):
     cuts = planned_cuts(config.schedule)
-    return {entry.method: sum(entry.steps_of(cut.planned) for cut in cuts) for entry in config.recovery}
+    return {
+        entry.method: sum(recovery_steps(config, cut.planned, part) for cut in cuts)
+        for part, entry in enumerate(config.recovery)
+    }
 
 
 @pytest.mark.parametrize(("name", "recipe"), BY_NAME, ids=[f"{n}-{r.stem}" for n, r in BY_NAME])
@@ -38,7 +41,7 @@ def test_rows_have_the_same_data_and_the_same_steps_in_all(name, recipe):
         assert made.seed == 2 and made.name == f"{row.name}-seed2"
         assert made.data == config.data and made.evaluation == config.evaluation
         assert (made.gate.max_extensions, made.gate.max_retries, made.gate.on_failure) == (0, 0, "continue")
-        if name not in ("step_size", "criteria", "recovery", "table2", "rl"):
+        if name not in ("step_size", "criteria", "recovery", "table2", "rl", "pace"):
             cycles = len(planned_cuts(made.schedule))
             whole = len(planned_cuts(config.schedule)) * config.calibration.sequences
             assert abs(made.calibration.sequences * cycles - whole) < cycles or row.name == "original"
@@ -62,6 +65,32 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
             for row in study.rows:
                 schedule = row.config(0).schedule
                 assert schedule.recover_only and not schedule.channels_sum and not schedule.layers_total
+
+
+def test_the_pace_studys_rows_cut_as_much_in_one_cut_in_six_and_in_as_many_as_it_takes():
+    (recipe,) = demo_recipes("pace")
+    config, _, study = designed("pace", recipe)
+    once, fixed, governed = (row.config(0) for row in study.rows)
+    assert [made.schedule.channels_sum for made in (once, fixed, governed)] == [576] * 3
+    assert (once.schedule.mode, once.schedule.channels_per_cycle) == ("restart", [576])
+    assert (fixed.schedule.mode, fixed.schedule.pace) == ("in_place", "fixed")
+    assert fixed.schedule.channels_per_cycle == [208, 128, 96, 64, 48, 32]
+    assert governed.schedule == config.schedule and governed.recovery == config.recovery
+    assert once.calibration.sequences == 6 * fixed.calibration.sequences == 6 * governed.calibration.sequences
+    with pytest.raises(ConfigError, match=r"schedule\.pace must be governed"):
+        designed("pace", *demo_recipes("recovery"))
+
+
+@given(st.integers(2, 200), st.integers(1, 12), st.data())
+def test_geometric_cuts_leave_the_same_share_each(width, count, data):
+    alignment = data.draw(st.sampled_from([1, 16]))
+    total = data.draw(st.integers(1, width - 1))
+    cuts = geometric(width * alignment, total * alignment, count, alignment)
+    assert sum(cuts) == total * alignment and all(cut > 0 and cut % alignment == 0 for cut in cuts)
+    assert len(cuts) <= count
+    exact = [width * ((width - total) / width) ** (number / count) for number in range(count + 1)]
+    left = [width * alignment - sum(cuts[:number]) for number in range(len(cuts) + 1)]
+    assert all(min(abs(x * alignment - found) for x in exact) <= alignment / 2 for found in left)
 
 
 def test_the_rl_study_refuses_a_parent_that_is_the_model_itself():

@@ -32,7 +32,7 @@ def metrics(correct, parameters):
     }
 
 
-def finish(run, solved, model=None):
+def finish(run, solved, model=None, parameters=400):
     """A whole run whose final model solves the problems ``solved``."""
     run.folder.mkdir(parents=True)
     config = run.row.config(run.seed, model)
@@ -43,7 +43,7 @@ def finish(run, solved, model=None):
         extra = {}
         if stage.name == "evaluate":
             right = [1.0] * 38 + [0.0] * 2 if stage.cycle == 0 else [float(i in solved) for i in range(PROBLEMS)]
-            extra = metrics(right, 1000 if stage.cycle == 0 else 400)
+            extra = metrics(right, 1000 if stage.cycle == 0 else parameters)
             folder = run.folder / f"evaluation-{stage.cycle}"
             folder.mkdir()
             rows = [{"id": f"p{i}", "correct": value} for i, value in enumerate(right)]
@@ -99,6 +99,15 @@ def test_a_line_per_row_with_seeds_put_together(made):
     found = json.loads((made.out / "results.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["cuts-1", "cuts-2", "cuts-4"]
     assert found["rows"][1]["against"]["lost"] == 11
+
+
+def test_a_row_whose_seeds_end_at_sizes_of_their_own(made):
+    for run in runner.runs_of(made.study, made.out, 2):
+        if run.row.name == "cuts-1":
+            finish(run, set(range(30)), parameters=400 + 200_000 * run.seed)
+    text = results.write(made.whole, made.out, made.shape, "ptl study iterations")
+    small, large = (f"{count:,} ({count / made.shape.parameters:.0%})" for count in (400, 200_400))
+    assert f"| 1 cut | {small} to {large} |" in text
 
 
 def test_finished_runs_are_not_made_again_and_a_failed_one_does_not_stop_the_others(made, monkeypatch):
