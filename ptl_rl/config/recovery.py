@@ -66,7 +66,25 @@ class GrpoConfig(RecoveryConfig):
         description="Fill a backward pass with as many sequences as have together no more tokens than "
         "micro_batch_sequences of full length; default: where they are read without padding (flash attention).",
     )
+    min_learnable_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="End where fewer of a step's prompts than this share have answers with different rewards, the only "
+        "ones that GRPO learns from, learnable_patience steps in a row; 0: never.",
+    )
+    learnable_patience: int = Field(8, ge=1, description="Steps in a row below min_learnable_fraction that end it.")
     validate_before: bool = Field(True, description="Measure the sliced model on the validation split first.")
+
+    @property
+    def learns_from_groups(self) -> bool:
+        """Whether rewards teach by how a prompt's answers differ in them."""
+        return True
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a training may end before its last step."""
+        return self.min_learnable_fraction > 0
 
     @model_validator(mode="after")
     def _check(self) -> "GrpoConfig":
@@ -148,8 +166,14 @@ class DistillConfig(GrpoConfig):
     )
     teacher_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one vLLM engine of the parent.")
 
+    @property
+    def learns_from_groups(self) -> bool:
+        return self.rewards
+
     @model_validator(mode="after")
     def _check_rollouts(self) -> "DistillConfig":
+        if self.min_learnable_fraction and not self.rewards:
+            raise ValueError("min_learnable_fraction watches rewards, which distill learns from with rewards: true")
         if self.rewards and self.rollouts_per_prompt < 2:
             raise ValueError("rewards compares the responses to one prompt; set rollouts_per_prompt to 2 or more")
         if self.teacher_workers_per_node % self.teacher_tensor_parallel_size:

@@ -8,7 +8,7 @@ from ptl_rl.config.data import TESTBED, DataConfig, EvaluationSet, SourceConfig
 from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
 from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
 from ptl_rl.config.reward import RewardConfig
-from ptl_rl.config.section import Section, VerlKeys
+from ptl_rl.config.section import TRAINER_MODE, Section, VerlKeys
 
 BOX_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -178,6 +178,8 @@ class RunConfig(Section):
             what = "with pace governed has max_damage for what may go; set criterion.threshold to null"
         elif parallel := [k for k, v in self._verl_keys().items() if "ulysses_sequence_parallel" in k and v != 1]:
             what = f"scores whole sequences on every rank; leave {parallel[0]} at 1"
+        elif TRAINER_MODE in self._verl_keys():
+            what = f"has a trainer of its own; leave verl's {TRAINER_MODE} alone"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
         elif self.evaluation.after_cut:
@@ -213,6 +215,12 @@ class RunConfig(Section):
             )
         if self.schedule.mode == "in_place":
             self._check_in_place()
+        watched = [entry for entry in self.all_recoveries if isinstance(entry, GrpoConfig) and entry.is_watched]
+        if watched and TRAINER_MODE in self._verl_keys():
+            raise ValueError(
+                f"recovery.min_learnable_fraction needs this project's own trainer, but verl's {TRAINER_MODE} names "
+                "another; leave one of them out"
+            )
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
         if ids and len(ids) != total and not self.schedule.recover_only:
             raise ValueError(f"criterion.layer_ids names {len(ids)} blocks, but schedule.layers_total is {total}")

@@ -51,3 +51,6 @@ def _without_adapters(settings: dict[str, Any]) -> dict[str, Any]:
 
 VerlKeys = Annotated[dict[str, Any], BeforeValidator(dotted), AfterValidator(_without_adapters)]
 """Settings of verl, dotted key to value; a recipe may nest them."""
+
+TRAINER_MODE = "trainer.v1.trainer_mode"
+"""verl's key for the name of an RL trainer."""

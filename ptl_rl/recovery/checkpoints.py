@@ -24,6 +24,11 @@ def link_or_copy(source: str, target: str) -> str:
     return target
 
 
+def hand_over(folder: Path, out: Path) -> None:
+    """Give ``out`` the files of ``folder``, as second names of them."""
+    shutil.copytree(folder, out, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Of one recovery."""
@@ -61,7 +66,7 @@ class Checkpoints:
         """
         if not self._has_weights():
             raise FileNotFoundError(f"{self.final}: verl ended without writing the recovered checkpoint")
-        shutil.copytree(self.final, out, copy_function=link_or_copy, dirs_exist_ok=True)
+        hand_over(self.final, out)
 
     def _has_weights(self) -> bool:
         return (self.final / "config.json").exists() and any(self.final.glob("*.safetensors"))

@@ -12,8 +12,9 @@ from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.data.prompts import opens_thinking, prompt_ids
 from ptl_rl.families import read_shape
 from ptl_rl.models import load_tokenizer
-from ptl_rl.recovery.checkpoints import Checkpoints
+from ptl_rl.recovery.checkpoints import Checkpoints, hand_over
 from ptl_rl.recovery.follow import MetricsFollower
+from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.recovery.verl_config import ROLLOUTS, compose, render
 from ptl_rl.stage import StageContext, is_in_place
 
@@ -122,14 +123,13 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
     keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
     opened = opens_thinking(load_tokenizer(context.spec.source, context.config.model.trust_remote_code))
     verl_config = compose(render(context.config, context.spec, keys, shape, opened))
-    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    from verl.trainer.main_ppo import run_ppo
 
-    runner = TaskRunnerV1
-    if is_in_place(context.config, context.spec):
-        from ptl_rl.recovery.in_place.runner import InPlaceRunner as runner
+    from ptl_rl.recovery.rl.runner import Runner
+
     follower.start()
     try:
-        run_ppo(verl_config, task_runner_class=runner)
+        run_ppo(verl_config, task_runner_class=Runner)
     finally:
         follower.finish()
 
@@ -153,9 +153,13 @@ def recover(context: StageContext) -> dict:
         assert outcome is not None
         facts = facts | slice_trained(context, outcome)
     else:
-        if not checkpoints.are_finished():
+        if not checkpoints.are_finished() and Outcome.load(spec.work) is None:
             _train(context, records, follower)
-        checkpoints.hand_over(spec.out)
+        if (ended := Outcome.load(spec.work)) is not None:
+            hand_over(spec.work / ended.folder, spec.out)
+            facts |= {"steps": ended.steps, "notes": [f"ended after step {ended.steps} of {spec.steps}: {ended.why}"]}
+        else:
+            checkpoints.hand_over(spec.out)
     follower.save(spec.out / "verl_metrics.jsonl")
     if context.config.calibration.source != "corpus":
         _keep_rollouts(context, records)

@@ -10,6 +10,7 @@ from typing import Any
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
 from ptl_rl.config.recovery import micro_batch
+from ptl_rl.config.section import TRAINER_MODE
 from ptl_rl.config.verl_keys import (
     ACTOR,
     DYNAMIC,
@@ -26,7 +27,7 @@ from ptl_rl.config.verl_keys import (
 )
 from ptl_rl.cpu.checks import ONE_PROCESS, float32_engine
 from ptl_rl.families import ModelShape
-from ptl_rl.recovery.in_place import FIXED, GOVERNED
+from ptl_rl.recovery.rl import FIXED, GOVERNED, SPEC, WATCHED
 from ptl_rl.stage import PART_SEED, StageSpec, is_in_place
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
@@ -120,6 +121,8 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.rollout_data_dir": None if config.calibration.source == "corpus" else str(spec.work / ROLLOUTS),
         "algorithm.adv_estimator": "grpo",
+        TRAINER_MODE: WATCHED,
+        f"trainer.{SPEC}": str(spec.file),
         **(_in_place(config, spec) if is_in_place(config, spec) else {}),
     }
 
@@ -128,8 +131,7 @@ def _in_place(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     """What a training needs that is saved after every cut, and goes on from there."""
     checkpoint = f"{ACTOR}.checkpoint"
     return {
-        "trainer.v1.trainer_mode": GOVERNED if config.schedule.pace == "governed" else FIXED,
-        "trainer.ptl_rl_stage": str(spec.file),
+        TRAINER_MODE: GOVERNED if config.schedule.pace == "governed" else FIXED,
         "trainer.resume_mode": "auto",
         f"{checkpoint}.save_contents": SAVE_ALL,
         f"{checkpoint}.load_contents": SAVE_ALL[1:],

@@ -15,10 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from real_runs import entries, processes_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl_rl.data.encoding import encode_sequences
 from ptl_rl.driver.journal import Journal
 from ptl_rl.driver.processes import end_processes
+from ptl_rl.families import FAMILIES
+from ptl_rl.pruning.live import LiveModel, cut_live
 from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.pruning.score.texts import texts_of
+from ptl_rl.stage import load_context
 
 pytestmark = [
     pytest.mark.stack,
@@ -187,11 +193,25 @@ def check_cuts(cuts: list[dict]) -> None:
 
 
 def check_plans(run_dir: Path) -> None:
-    """The cuts' plans, one on the other, are what the finished model was sliced by."""
+    """Two workers have cut what one does, and the cuts, one on the other, are what the finished model was sliced by."""
     first, second = (PruningPlan.load(run_dir / f"cycles/001/cuts/{number}/plan.json") for number in ("001", "002"))
     whole = PruningPlan.load(run_dir / "cycles/001/recovered/plan.json")
+    assert first.keep_channels == first_plan_by_one_worker(run_dir).keep_channels
     for block, kept in enumerate(whole.keep_channels):
         assert kept == [first.keep_channels[block][channel] for channel in second.keep_channels[block]]
+
+
+def first_plan_by_one_worker(run_dir: Path) -> PruningPlan:
+    """The first cut once more, in this process, of the model that the run began with."""
+    context = load_context(run_dir / "logs/001-recover.1.spec.json")
+    config, source = context.config, context.spec.source
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source).eval()
+    records = context.data.worked_solutions()[: config.calibration.sequences]
+    texts = texts_of(records, config.prompt_suffix)
+    read = encode_sequences(tokenizer, texts.questions, texts.solutions, config.calibration.max_tokens, texts.weights)
+    live = LiveModel(model, FAMILIES["qwen2"], source, torch.device("cpu"), 32, 0, config.calibration.prompt_weight)
+    channels = config.schedule.channel_steps[0]
+    return cut_live(live, None, config.criterion, read, [], remove_channels=channels, alignment=16).plan
 
 
 def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:

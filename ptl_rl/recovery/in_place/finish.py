@@ -10,7 +10,7 @@ from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts
-from ptl_rl.recovery.in_place.governor import Outcome
+from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.stage import StageContext
 
 
@@ -20,12 +20,10 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
     Raises:
         CutsLost: nothing says what was cut.
     """
-    if context.config.schedule.pace == "governed":
-        outcome = Outcome.load(context.spec.work)
-        if outcome is None:
-            checkpoints.are_finished()  # no: but what killed attempts have left half written goes
+    if (outcome := Outcome.load(context.spec.work)) is not None:
         return outcome
-    if not checkpoints.are_finished():
+    finished = checkpoints.are_finished()  # if not, what killed attempts have left half written goes
+    if not finished or context.config.schedule.pace == "governed":
         return None
     cuts = Cuts.of(context.config)
     cuts.load(checkpoints.final.parents[1] / IN_CHECKPOINT)

@@ -1,7 +1,6 @@
 """The trainer whose cuts come when the policy has recovered, as large as measured damage allows."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from verl.trainer.ppo.v1 import register_trainer
@@ -10,13 +9,11 @@ from verl.utils.debug import marked_timer
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.live import NoCutFits
-from ptl_rl.recovery.in_place import GOVERNED
 from ptl_rl.recovery.in_place.cuts import CutsLost, publish
-from ptl_rl.recovery.in_place.governor import Governor, Outcome, Passed
+from ptl_rl.recovery.in_place.governor import Governor, Passed
 from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
-
-PASSED = "passed"
-"""Folder, within a recovery's work folder, of models that the training may end with."""
+from ptl_rl.recovery.rl import GOVERNED
+from ptl_rl.recovery.rl.outcome import LEFT_BY_TRAINING, Outcome
 
 
 def accuracy_of(metrics: dict[str, float]) -> float:
@@ -44,10 +41,6 @@ class GovernedTrainer(InPlaceTrainer):
         self.save_asked = False
         self.saved: Passed | None = None
         """As the last checkpoint names it."""
-
-    @property
-    def work(self) -> Path:
-        return self.context.spec.work
 
     @property
     def left(self) -> int:
@@ -102,6 +95,8 @@ class GovernedTrainer(InPlaceTrainer):
 
     def on_step_end(self) -> None:
         super().on_step_end()
+        if self.ended:
+            return
         is_last = self.global_steps >= self.total_training_steps
         if is_last or self.global_steps % self.context.config.schedule.validate_every == 0:
             self._govern(is_last)
@@ -117,8 +112,8 @@ class GovernedTrainer(InPlaceTrainer):
     def _tidy(self) -> None:
         """Delete models that neither this process nor the last checkpoint, from which it may go on, would end with."""
         needed = {passed.folder for passed in (self.saved, self.governor.passed) if passed is not None}
-        for folder in (self.work / PASSED).glob("*"):
-            if f"{PASSED}/{folder.name}" not in needed:
+        for folder in (self.work / LEFT_BY_TRAINING).glob("*"):
+            if f"{LEFT_BY_TRAINING}/{folder.name}" not in needed:
                 shutil.rmtree(folder)
 
     def _govern(self, is_last: bool) -> None:
@@ -152,13 +147,6 @@ class GovernedTrainer(InPlaceTrainer):
         self.governor.passed = Passed(folder=folder, cuts=len(self.cuts.made), step=step, accuracy=accuracy)
         self._tidy()
 
-    def _written(self, name: str) -> str:
-        """Write the policy into a folder of its own; gives the folder, relative to the work folder."""
-        folder = self.work / PASSED / name
-        folder.mkdir(parents=True, exist_ok=True)
-        self.actor_rollout_wg.write_weights(folder)
-        return f"{PASSED}/{name}"
-
     def _end(self, why: str) -> None:
         """Say what the training ends with, and make this step its last."""
         width, stuck = self.width, self.governor.stuck
@@ -176,4 +164,4 @@ class GovernedTrainer(InPlaceTrainer):
             said += f"; {stuck}" if stuck else ""
             outcome = Outcome(folder=passed.folder, made=kept, steps=self.global_steps, why=f"{why}; {said}")
         outcome.save(self.work)
-        self.total_training_steps = self.global_steps
+        self._make_last()

@@ -5,13 +5,11 @@ is back within ``recovered`` of the start's, or until ``patience`` steps brought
 that are left go on improving the model that is there.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from ptl_rl.errors import UserError
-from ptl_rl.recovery.in_place.cuts import CutRecord
 
 Action = Literal["cut", "go on", "end"]
 
@@ -84,31 +82,3 @@ class Governor(BaseModel):
         if self.is_recovered(accuracy) and not at_target and not self.stuck:
             return "cut"
         return "end" if step - self.best_step >= self.patience else "go on"
-
-
-class Outcome(BaseModel):
-    """What a training that finds its own pace has ended with."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    folder: str
-    """Of the weights, with the shapes that training had; relative to the recovery's work folder."""
-    made: list[CutRecord]
-    """The cuts that are in these weights."""
-    steps: int
-    """Optimizer steps of the whole training."""
-    why: str
-
-    @staticmethod
-    def file(work: Path) -> Path:
-        return work / "outcome.json"
-
-    def save(self, work: Path) -> None:
-        temporary = self.file(work).with_suffix(".tmp")
-        temporary.write_text(self.model_dump_json())
-        temporary.replace(self.file(work))
-
-    @classmethod
-    def load(cls, work: Path) -> "Outcome | None":
-        path = cls.file(work)
-        return cls.model_validate_json(path.read_text()) if path.exists() else None

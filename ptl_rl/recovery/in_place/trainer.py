@@ -9,11 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import transfer_queue as tq
-from omegaconf import open_dict
-from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.trainer.ppo.v1 import register_trainer
 from verl.utils.debug import marked_timer
 
 from ptl_rl.config.in_place import CutInPlace
@@ -22,36 +19,29 @@ from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.live import NoCutFits, rollout_sequences
 from ptl_rl.pruning.score.texts import texts_of
-from ptl_rl.recovery.in_place import FIXED
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
 from ptl_rl.recovery.in_place.worker import PruningActor
-from ptl_rl.stage import StageContext, load_context
+from ptl_rl.recovery.rl import FIXED
+from ptl_rl.recovery.rl.watched import WatchedTrainer
 
-SPEC = "ptl_rl_stage"
-"""Key of verl's section ``trainer``: path of the stage's own file."""
 WIDTH = "pruning/intermediate_size"
 """verl's metric of a step: channels of every block that its rollouts were made with."""
-LEARNABLE = "pruning/learnable_fraction"
-"""verl's metric of a step: share of its prompts whose answers earned different rewards."""
 
 
 @register_trainer(FIXED)
-class InPlaceTrainer(PPOTrainerSync):
+class InPlaceTrainer(WatchedTrainer):
     """One training with the cuts of ``schedule``."""
 
+    worker = PruningActor
+
     def __init__(self, config) -> None:
-        self.context: StageContext = load_context(Path(config.trainer[SPEC]))
+        super().__init__(config)
         self.cuts = Cuts.of(self.context.config)
         self.saved_step: int | None = None
-        with open_dict(config):  # verl asks by name whether the buffer is a synchronous trainer's
-            config.trainer.v1.trainer_mode = "sync"
-        super().__init__(config)
 
-    def _init_resource_pool_mgr(self) -> None:
-        super()._init_resource_pool_mgr()
-        for role in (Role.ActorRollout, Role.ActorRolloutRef):
-            if role in self.role_worker_mapping:
-                self.role_worker_mapping[role] = ray.remote(PruningActor)
+    @property
+    def _made(self) -> list[CutRecord]:
+        return self.cuts.made
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -85,8 +75,7 @@ class InPlaceTrainer(PPOTrainerSync):
         width = self.width
         batch = super().step(metrics, timing_raw)
         metrics[WIDTH] = width
-        metrics[LEARNABLE] = self._learnable(batch)
-        if (cut := self.cuts.due(self.global_steps)) is not None:
+        if self.learnable.why is None and (cut := self.cuts.due(self.global_steps)) is not None:
             with marked_timer("cut", timing_raw, color="yellow"):
                 self._cut(cut, self._rollouts(batch), self.global_steps)
             with marked_timer("save_cut", timing_raw, color="green"):
@@ -99,20 +88,6 @@ class InPlaceTrainer(PPOTrainerSync):
         """Channels of every block that stand."""
         plans = self.cuts.plans
         return plans[-1].intermediate_size if plans else read_shape(self.context.spec.source).intermediate_size
-
-    def _learnable(self, batch) -> float:
-        """Share of prompts whose answers earned different rewards: the others teach GRPO nothing."""
-        keys = self._own_keys(batch)
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        of_prompt: dict[str, set[float]] = {}
-        for key, scores in zip(keys, data["rm_scores"].unbind(), strict=True):
-            of_prompt.setdefault(key.rsplit("_", 2)[0], set()).add(round(float(scores.sum()), 6))
-        return sum(len(rewards) > 1 for rewards in of_prompt.values()) / len(of_prompt)
-
-    @staticmethod
-    def _own_keys(batch) -> list[str]:
-        """Of a step's answers, without those that only fill the batch up."""
-        return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
 
     def _rollouts(self, batch) -> list[Sequence]:
         """Of the step that was just made, those that are worth scoring on; none where the recipe wants none."""

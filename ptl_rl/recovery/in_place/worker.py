@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
@@ -15,12 +13,13 @@ from ptl_rl.models import load_tokenizer
 from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import Texts
+from ptl_rl.recovery.rl.worker import PolicyWorker
 from ptl_rl.stage import StageContext
 
 SIGN_SECONDS = 5
 
 
-class PruningActor(ActorRolloutRefWorker):
+class PruningActor(PolicyWorker):
     """Runs on every rank; :meth:`cut` is collective."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -102,8 +101,3 @@ class PruningActor(ActorRolloutRefWorker):
                 context.report(-1, -1)
 
         return tell
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def write_weights(self, folder: Path) -> None:
-        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
-        self.actor.engine.checkpoint_manager.write_shards(folder)

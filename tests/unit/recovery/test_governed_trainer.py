@@ -10,7 +10,9 @@ import pytest
 from ptl_rl.pruning.live import NoCutFits
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost
-from ptl_rl.recovery.in_place.governor import Governor, NothingToKeep, Outcome
+from ptl_rl.recovery.in_place.governor import Governor, NothingToKeep
+from ptl_rl.recovery.rl.learnable import Learnable
+from ptl_rl.recovery.rl.outcome import Outcome
 
 TARGET = 4
 """Channels of 6 that are to go; a cut takes 2."""
@@ -59,6 +61,7 @@ def trainer_class(monkeypatch):
             self.governor, self.cuts = Governor(share=0.9, patience=6), Cuts([], [])
             self.batch, self.save_asked, self.saved, self.saved_step = None, False, None, None
             self.timing_raw: dict = {}
+            self.learnable, self.ended = Learnable(0.1, 2), False
             self.total_training_steps, self.accuracies = steps, iter(accuracies)
             self._load_checkpoint()
 
@@ -86,6 +89,9 @@ def trainer_class(monkeypatch):
             )
             self.cuts.made.append(CutRecord(after_step=step, plan=plan))
 
+        def step(self, share: float) -> None:
+            self.learnable.saw(share, reward=0.1)
+
         def run(self, until: int | None = None) -> list[int]:
             """Steps as verl makes them; gives the widths that they were made with."""
             if not self.global_steps:
@@ -108,6 +114,22 @@ def trainer_class(monkeypatch):
             return sorted(path.name for path in (self.work / "passed").glob("*"))
 
     return Trainer
+
+
+def test_it_ends_with_the_smallest_that_passed_once_rewards_teach_nothing(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.76, 0.3])
+    widths = trainer.run(until=2)
+    assert widths == [4] * 2 and len(trainer.cuts.made) == 2
+    for share in (0.0, 0.0625):
+        trainer.step(share)
+    trainer.on_step_end()
+    assert trainer.ended and trainer.total_training_steps == trainer.global_steps == 3
+    outcome = trainer.outcome()
+    assert (outcome.folder, len(outcome.made), outcome.steps) == ("passed/000002", 1, 3)
+    assert outcome.why.startswith(
+        "rewards teach nothing any more: in 2 steps at most 6.2% of the prompts had answers with different rewards "
+        "(min_learnable_fraction 0.1); answers earned 0.1 on average; the smallest that passed, of step 2"
+    )
 
 
 def test_it_cuts_when_it_is_back_and_ends_with_the_best_at_the_target(trainer_class, tmp_path):

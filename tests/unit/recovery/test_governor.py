@@ -5,7 +5,8 @@ import pytest
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.recovery.in_place.cuts import CutRecord
-from ptl_rl.recovery.in_place.governor import Governor, Outcome, Passed
+from ptl_rl.recovery.in_place.governor import Governor, Passed
+from ptl_rl.recovery.rl.outcome import Outcome
 
 GRPO = {"recovery": [{"grpo": {"steps": 40}}]}
 

@@ -1,11 +1,11 @@
-"""verl's task runner, in whose process the trainer must be registered before verl asks for it by name."""
+"""verl's task runner, in whose process the trainers must be registered before verl asks for one by name."""
 
 import ray
 from verl.trainer.main_ppo import TaskRunnerV1
 
 
 @ray.remote
-class InPlaceRunner(TaskRunnerV1.__ray_actor_class__):
+class Runner(TaskRunnerV1.__ray_actor_class__):
     """As verl's."""
 
     def run(self, config) -> None:

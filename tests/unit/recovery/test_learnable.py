@@ -1,0 +1,66 @@
+"""Whether rewards still teach: shares of prompts, steps in a row, and the settings that ask for it."""
+
+from pathlib import Path
+
+import pytest
+
+from ptl_rl.config import ConfigError
+from ptl_rl.config.recipe import load_config
+from ptl_rl.recovery.rl.learnable import Learnable, learnable_fraction
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+
+
+def test_prompts_whose_answers_earned_different_rewards_count():
+    rewards = [("a", 0.0), ("a", 1.0), ("b", 1.0), ("b", 1.0), ("c", 0.1), ("c", 0.1 + 1e-9), ("d", 0.1), ("d", 0.0)]
+    assert learnable_fraction(rewards) == 0.5
+
+
+def test_only_steps_in_a_row_end_a_training():
+    learnable = Learnable(least=0.1, patience=3)
+    for share in (0.0, 0.05, 0.1, 0.0, 0.0):
+        learnable.saw(share, 0.2)
+        assert learnable.why is None
+    learnable.saw(0.0625, 0.5)
+    assert learnable.why == (
+        "rewards teach nothing any more: in 3 steps at most 6.2% of the prompts had answers with different rewards "
+        "(min_learnable_fraction 0.1); answers earned 0.3 on average"
+    )
+    learnable.saw(0.5, 0.2)
+    assert learnable.why is None
+
+
+def test_by_default_nothing_ends_it():
+    learnable = Learnable(least=0.0, patience=1)
+    learnable.saw(0.0, 0.0)
+    assert learnable.why is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (
+            "demo_grpo_cpu",
+            ["recovery.min_learnable_fraction=0.1", "verl={trainer.v1.trainer_mode: sync}"],
+            "min_learnable_fraction needs this project's own trainer, but verl's trainer.v1.trainer_mode names another",
+        ),
+        (
+            "demo_in_place_cpu",
+            ["recovery.verl={trainer.v1.trainer_mode: sync}"],
+            "in_place has a trainer of its own; leave verl's trainer.v1.trainer_mode alone",
+        ),
+        (
+            "demo_distill_cpu",
+            ["recovery.min_learnable_fraction=0.1"],
+            "min_learnable_fraction watches rewards, which distill learns from with rewards: true",
+        ),
+    ],
+)
+def test_what_nobody_would_watch_is_refused(recipe, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(RECIPES / f"{recipe}.yaml", changes)
+
+
+def test_a_trainer_of_ones_own_may_recover(tmp_path):
+    config = load_config(RECIPES / "demo_grpo_cpu.yaml", ["verl={trainer.v1.trainer_mode: mine}"])
+    assert config.verl == {"trainer.v1.trainer_mode": "mine"}
