@@ -81,6 +81,8 @@ class GovernedTrainer(InPlaceTrainer):
         if not self.cuts.made and self.global_steps == 1:
             if self.governor.baseline is None:
                 self._validate()
+            if self.context.config.calibration.source == "rollouts":
+                return  # there are none yet, and what a cut costs is measured on them
             self.checkpoint_manager.sleep_replicas()
             try:
                 self._cut_as_far_as_it_goes([], 0)

@@ -29,6 +29,7 @@ RECIPES = (
     "demo_governed_cpu",
     "demo_in_place_cpu",
     "demo_prune_once_cpu",
+    "grpo_in_place_qwen2.5-7b_8xh200",
     "grpo_qwen2.5-7b_8xh200",
 )
 NEEDLESS = ("torch", "ray", "verl", "transformers", "numpy", "psutil", "ptl_rl.driver", "ptl_rl.recovery")

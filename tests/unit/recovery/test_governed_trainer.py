@@ -54,7 +54,8 @@ def trainer_class(monkeypatch):
             (work / "checkpoints").mkdir(parents=True, exist_ok=True)
             schedule = SimpleNamespace(validate_every=2, channels_sum=TARGET, max_damage=0.1, patience=6, recovered=0.9)
             spec = SimpleNamespace(work=work, cuts=folder / "cuts", source=folder)
-            self.context = SimpleNamespace(spec=spec, config=SimpleNamespace(schedule=schedule))  # type: ignore[assignment]
+            config = SimpleNamespace(schedule=schedule, calibration=SimpleNamespace(source="both"))
+            self.context = SimpleNamespace(spec=spec, config=config)  # type: ignore[assignment]
             self.config = SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(work / "checkpoints")))
             nothing = SimpleNamespace(sleep_replicas=lambda: None, update_weights=lambda step: None)
             self.checkpoint_manager, self.actor_rollout_wg = nothing, Workers()
@@ -114,6 +115,13 @@ def trainer_class(monkeypatch):
             return sorted(path.name for path in (self.work / "passed").glob("*"))
 
     return Trainer
+
+
+def test_a_cut_by_rollouts_alone_waits_for_the_first_of_them(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.8, 0.8])
+    trainer.context.config.calibration.source = "rollouts"
+    assert trainer.run(until=4) == [6, 6, 4, 4]
+    assert [record.after_step for record in trainer.cuts.made] == [2, 4]
 
 
 def test_it_ends_with_the_smallest_that_passed_once_rewards_teach_nothing(trainer_class, tmp_path):
