@@ -6,6 +6,7 @@ shards and written into them. A rank holds one block's projections whole at a ti
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,11 +76,14 @@ class LiveCut:
     """Of the channels that stood before, counted as if the model had been sliced: as a cycle's plan is."""
     losses: Losses
     loss_before: float
-    """Mean of ``-log p`` of the sequences' tokens, in nats."""
+    """Mean of ``-log p`` of the tokens of every eighth sequence, in nats."""
     loss: float
     """The same of the cut model."""
     tried: list[tuple[int, float]]
     """Widths that were measured in search of the largest cut, and their losses."""
+    score_seconds: float = 0.0
+    compensate_seconds: float = 0.0
+    """Of all trials and of the cut that was made; what is left of a cut's time goes to losses and zeroing."""
 
 
 def standing_after(plans: list[PruningPlan]) -> torch.Tensor:
@@ -156,6 +160,8 @@ class _Cutter:
     measured: list[Sequence]
     sensitivity: bool
     trial_weights: PositionWeights | None = None
+    seconds: float = 0.0
+    """Spent on compensation so far."""
 
     @property
     def few(self) -> list[Sequence]:
@@ -171,7 +177,7 @@ class _Cutter:
     def fit(self, plan: PruningPlan, sequences: list[Sequence], weights: PositionWeights | None = None) -> _Trial:
         """Find the new weights of a cut; the model stays as it was, and the loss is not known."""
         live, together = self.live, whole_plan([*self.before, plan])
-        losses, rows = Losses(), dict[tuple[int, str], torch.Tensor]()
+        losses, rows, started = Losses(), dict[tuple[int, str], torch.Tensor](), time.monotonic()
         if plan.compensate != "none":
             ridges = {"ridge": plan.ridge, "stream_ridge": plan.stream_ridge}
 
@@ -180,14 +186,17 @@ class _Cutter:
 
             ridged, sensitivity = together.model_copy(update=ridges), self.sensitivity
             losses = refit(live, ridged, sequences, keep, sensitivity=sensitivity, weights=weights)
+        self.seconds += time.monotonic() - started
         return _Trial(plan, losses, rows, math.nan)
 
     def try_out(self, plan: PruningPlan) -> _Trial:
         """Find new weights of a cut, by few sequences, and its loss; the model stays as it was."""
         live = self.live
         if self.sensitivity and plan.compensate != "none" and self.trial_weights is None:
+            started = time.monotonic()
             self.trial_weights = position_weights(live, self.few)
             live.reshard()
+            self.seconds += time.monotonic() - started
         trial = self.fit(plan, self.few, self.trial_weights)
         live.reshard()
         undo = self._shards()
@@ -337,7 +346,9 @@ def cut_live(
     live.standing_LK = standing_after(before) if before else None
     removal = engine.Removal(remove_channels, 0)
     options: dict[str, Any] = {"general": list(general), "sensitivity": sensitivity, "seed": seed}
+    started = time.monotonic()
     scores = _of_rank_0(engine.score(live, criterion, removal, sequences, **options), live.device)
+    score_seconds = time.monotonic() - started
 
     def plan_of(width: int) -> PruningPlan:
         return make_plan(
@@ -349,9 +360,8 @@ def cut_live(
             source=live.source,
         )
 
-    fitted, measured = sequences, sequences
+    fitted, measured = sequences, sequences[::HELD_OUT]
     if max_damage is not None and len(sequences) >= HELD_OUT:
-        measured = sequences[::HELD_OUT]
         fitted = [sequence for place, sequence in enumerate(sequences) if place % HELD_OUT]
     cutter = _Cutter(live, before, fitted, measured, sensitivity)
     smallest, loss_before = live.width - remove_channels, cutter.loss()
@@ -370,7 +380,7 @@ def cut_live(
             )
         chosen = cutter.fit(largest.plan, fitted) if len(cutter.few) < len(fitted) else largest
     chosen = cutter.make(chosen, optimizer)
-    return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried)
+    return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried, score_seconds, cutter.seconds)
 
 
 def rollout_sequences(

@@ -87,6 +87,8 @@ class PruningActor(PolicyWorker):
             "calibration_sequences": len(read),
             "calibration_rollouts": len(rollouts),
             "tried": found.tried,
+            "score_seconds": found.score_seconds,
+            "compensate_seconds": found.compensate_seconds,
             "notes": found.plan.notes,
         }
 

@@ -87,6 +87,7 @@ def check(
             seed=number,
         )
         assert found.loss_before > 0 and found.loss > 0 and found.losses.channels is not None
+        assert found.score_seconds > 0 and found.compensate_seconds > 0
         assert all(parameter.grad is None for parameter in model.parameters())
         plans.append(found.plan)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
