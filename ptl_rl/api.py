@@ -92,12 +92,12 @@ def start(
 
     from ptl_rl.data.records import no_progress
     from ptl_rl.driver.loop import start_run
-    from ptl_rl.driver.preflight import check
+    from ptl_rl.driver.preflight import check, settle
     from ptl_rl.errors import resolved
 
     place = Path(folder or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     notes = check(recipe, resolved(place), progress or no_progress)
-    start_run(recipe, place)
+    start_run(settle(recipe), place)
     return place, notes
 
 

@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     # As the driver sets it for its stages: a torch that was built for CUDA is no proof of a machine without it.
     os.environ.setdefault("VERL_PLATFORM", "cpu")
+
+# How long an example takes says more of what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -118,7 +118,7 @@ def plan(
     from ptl_rl.config.recipe import as_recipe
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
-    from ptl_rl.planning.schedule import check_cuts
+    from ptl_rl.planning.schedule import check_cuts, settled
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
@@ -130,6 +130,7 @@ def plan(
         return
     model, device = planned_model(config), device_of(config, gpu)
     check_cuts(config, model.shape)
+    config = settled(config, model.shape)
     found = forecast(
         config, model, device, assumed=assumptions_of(device, given), price_per_gpu_hour=price_per_gpu_hour
     )

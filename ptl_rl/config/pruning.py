@@ -148,6 +148,29 @@ def check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) 
         raise ValueError("criterion.channels taylor has gradients of its own; set calibration.token_weights to uniform")
 
 
+class TargetConfig(Section):
+    """How small the model is to become by losing channels; one of these, up to 1 as a share of the original's."""
+
+    parameters: float | None = Field(None, gt=0, description="Parameters, tied embeddings counted once.")
+    intermediate_size: float | None = Field(None, gt=0, description="Channels of a layer.")
+    flops: float | None = Field(None, gt=0, description="FLOPs of a token's forward pass, attention's scores apart.")
+
+    @property
+    def measure(self) -> tuple[str, float]:
+        """What is to be reached, by name, and how much of it."""
+        ((name, value),) = self.model_dump(exclude_none=True).items()
+        return name, value
+
+    @model_validator(mode="after")
+    def _check(self) -> "TargetConfig":
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"target has {sorted(given) or 'nothing'}; give one of {', '.join(type(self).model_fields)}"
+            )
+        return self
+
+
 class ScheduleConfig(Section):
     """What is removed, cycle by cycle. Every layer loses the same number of channels."""
 
@@ -160,6 +183,10 @@ class ScheduleConfig(Section):
         0, description="Channels each layer loses in a cycle, or a list with one number per cycle."
     )
     channels_total: int | None = Field(None, ge=0, description="Channels each layer loses in all.")
+    target: TargetConfig | None = Field(
+        None, description="The size to reach, in place of channels_total; as many channels go as that takes."
+    )
+    cuts: int | None = Field(None, ge=1, description="geometric: how many cuts.")
     layers_per_cycle: int = Field(1, ge=1, description="Blocks removed in a cycle.")
     layers_total: int = Field(0, ge=0, description="Blocks removed in all.")
     order: Literal["channels_then_layers", "layers_then_channels", "alternating", "together"] = Field(
@@ -176,10 +203,11 @@ class ScheduleConfig(Section):
         False, description="Cut nothing: one cycle recovers the model as it is, an original or one that is cut already."
     )
 
-    pace: Literal["fixed", "governed"] = Field(
+    pace: Literal["fixed", "geometric", "governed"] = Field(
         "fixed",
-        description="In place: fixed, the cuts of channels_per_cycle after the steps of recovery; governed, the next "
-        "cut once the policy has recovered, as large as max_damage allows, until channels_total are gone.",
+        description="fixed: the cuts of channels_per_cycle; geometric: so many cuts, each of the same share of the "
+        "channels that are left; governed, in place only: the next cut once the policy has recovered, as large as "
+        "max_damage allows, until channels_total are gone.",
     )
     max_damage: float = Field(
         0.05, gt=0, description="governed: most that a cut, compensated, may raise the loss by, in nats a token."
@@ -196,7 +224,7 @@ class ScheduleConfig(Section):
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
         if self.recover_only:
-            if steps or self.channels_total or self.layers_total:
+            if steps or self.channels_total or self.layers_total or self.target or self.cuts:
                 raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
             if self.mode == "in_place":
                 raise ValueError("recover_only cuts nothing, but mode is in_place; leave one of them out")
@@ -209,11 +237,20 @@ class ScheduleConfig(Section):
             for name in ("max_damage", "recovered", "patience", "validate_every"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is set, which pace governed alone reads, but pace is {self.pace}")
-        if self.pace == "governed":
-            if self.mode != "in_place":
-                raise ValueError("pace governed needs mode in_place")
-            if steps != 0 or not self.channels_total:
-                raise ValueError("pace governed finds the cuts itself: set channels_total, and no channels_per_cycle")
+        if self.target is not None and (self.channels_total is not None or isinstance(steps, list)):
+            raise ValueError(
+                "target says how many channels go; leave out channels_total, and the list of channels_per_cycle"
+            )
+        total = self.channels_total or self.target
+        if (self.pace == "geometric") != (self.cuts is not None):
+            raise ValueError(f"pace is {self.pace} and cuts is {self.cuts}; geometric needs their number, and only it")
+        if self.pace == "governed" and self.mode != "in_place":
+            raise ValueError("pace governed needs mode in_place")
+        if self.pace != "fixed":
+            if steps != 0 or not total:
+                raise ValueError(
+                    f"pace {self.pace} finds the cuts itself: set channels_total or target, and no channels_per_cycle"
+                )
             return self
         if isinstance(steps, list):
             if any(step < 1 for step in steps):
@@ -224,10 +261,13 @@ class ScheduleConfig(Section):
                 )
         elif steps < 0:
             raise ValueError(f"channels_per_cycle {steps} is negative")
-        elif steps == 0 and self.channels_total:
-            raise ValueError(f"channels_total is {self.channels_total} but channels_per_cycle is 0")
-        elif steps and self.channels_total is None:
-            raise ValueError(f"channels_per_cycle is {steps} but channels_total is not set")
+        elif steps == 0 and total:
+            name, value = ("target", "set") if self.target else ("channels_total", self.channels_total)
+            raise ValueError(f"{name} is {value} but channels_per_cycle is 0")
+        elif steps and total is None:
+            raise ValueError(f"channels_per_cycle is {steps} but neither channels_total nor target is set")
+        if self.is_open:
+            return self
         if not self.channels_sum and not self.layers_total:
             raise ValueError(
                 "nothing to remove: set channels_per_cycle and channels_total, or layers_total (or recover_only)"
@@ -235,8 +275,14 @@ class ScheduleConfig(Section):
         return self
 
     @property
+    def is_open(self) -> bool:
+        """Whether the cuts depend on the model; :func:`ptl_rl.planning.schedule.settled` finds them."""
+        return self.target is not None or self.pace == "geometric"
+
+    @property
     def channel_steps(self) -> list[int]:
-        """Channels that each layer loses, cut by cut."""
+        """Channels that each layer loses, cut by cut; of a schedule that is not open."""
+        assert not self.is_open
         if isinstance(self.channels_per_cycle, list):
             return list(self.channels_per_cycle)
         total, step = self.channels_sum, self.channels_per_cycle
@@ -246,5 +292,6 @@ class ScheduleConfig(Section):
 
     @property
     def channels_sum(self) -> int:
-        """Channels that each layer loses in all."""
+        """Channels that each layer loses in all; of a schedule that is not open."""
+        assert self.target is None
         return sum(self.channels_per_cycle) if isinstance(self.channels_per_cycle, list) else self.channels_total or 0

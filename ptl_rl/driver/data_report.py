@@ -13,6 +13,8 @@ from ptl_rl.data.records import DataError, Progress, no_progress
 from ptl_rl.data.tokens import count_tokens, local_tokenizer
 from ptl_rl.driver.preflight import data_notes, too_few
 from ptl_rl.driver.state import data_subsets
+from ptl_rl.planning.model import planned_model
+from ptl_rl.planning.schedule import settled
 
 SHOWN_CHARACTERS = 300
 THOUSANDS = r"^[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+$"
@@ -82,6 +84,8 @@ def data_report(
     Raises:
         ConfigError: something cannot be read or used.
     """
+    if config.schedule.is_open:
+        config = settled(config, planned_model(config).shape)
     try:
         data = run_data(config, data_subsets(config), progress)
     except DataError as error:

@@ -20,12 +20,17 @@ from ptl_rl.models import open_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.planning.schedule import check_cuts
+from ptl_rl.planning.schedule import check_cuts, settled
 
 LOOKED_AT = 200
 """Rows of a set, the first in its seeded order, that are looked at for boxes."""
 FEWEST_BOXED = 0.1
 """Of these, a smaller share with a box is as good as none."""
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """A recipe whose schedule names its cuts; finds the model only where they depend on it."""
+    return settled(config, check_model(config)[1]) if config.schedule.is_open else config
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:
@@ -226,6 +231,7 @@ def check(config: RunConfig, run_dir: Path, progress: Progress = no_progress) ->
     check_sockets(own_ray_folder())
     check_gpus(config, config.resources.device)  # before anything is downloaded
     model, shape = check_model(config)
+    config = settled(config, shape)
     with ModelChecks(config, model) as checks:
         device = detect_device(config)
         check_layout(config, device)

@@ -2,8 +2,10 @@
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from ptl_rl.config import ConfigError, RunConfig, ScheduleConfig
+from ptl_rl.config.pruning import TargetConfig
 from ptl_rl.families.base import ModelShape
 
 
@@ -72,6 +74,68 @@ def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
     return [Cut(channels=c, layers=n, planned=i) for i, (c, n) in enumerate(pairs)]
 
 
+def settled(config: RunConfig, shape: ModelShape) -> RunConfig:
+    """The same with a schedule that names its cuts, where it has left them to the model's shape.
+
+    Raises:
+        ConfigError: no cut reaches the target, or there are fewer widths than cuts.
+    """
+    schedule = config.schedule
+    if not schedule.is_open:
+        return config
+    alignment = schedule.alignment * config.resources.tensor_parallel_size
+    changes: dict[str, Any] = {"target": None, "channels_total": schedule.channels_total}
+    if schedule.target is not None:
+        changes["channels_total"] = channels_for(schedule.target, shape, schedule.layers_total, alignment)
+    if schedule.pace == "geometric":
+        assert schedule.cuts is not None
+        steps = geometric(shape.intermediate_size, changes["channels_total"], schedule.cuts, alignment)
+        if len(steps) < schedule.cuts:
+            raise ConfigError(
+                f"schedule.cuts: between {shape.intermediate_size} and "
+                f"{shape.intermediate_size - changes['channels_total']} channels there are only {len(steps)} cuts of "
+                f"equal shares whose widths are multiples of {alignment} (alignment x tensor_parallel_size)"
+            )
+        changes |= {"pace": "fixed", "cuts": None, "channels_per_cycle": steps, "channels_total": None}
+    return config.model_copy(update={"schedule": type(schedule)(**(schedule.model_dump() | changes))})
+
+
+def channels_for(target: TargetConfig, shape: ModelShape, layers: int, alignment: int) -> int:
+    """Fewest channels whose loss, and that of ``layers`` blocks, makes the model as small as the target says.
+
+    Raises:
+        ConfigError: none are enough, or none need to go.
+    """
+    name, value = target.measure
+
+    def size(of: ModelShape) -> int:
+        return of.flops_per_token() if name == "flops" else getattr(of, name)
+
+    wanted = value * size(shape) if value <= 1 else value
+    width, smallest = shape.intermediate_size, size(shape.sliced(shape.intermediate_size - alignment, layers))
+    removals = [width - left for left in range(width - width % alignment, 0, -alignment)]
+    found = next((gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted), None)
+    if found is None:
+        raise ConfigError(
+            f"schedule.target.{name} is {value:g}, but with {alignment} channels a layer, the fewest that may stay, it "
+            f"is {smallest:,} ({smallest / size(shape):.1%} of {size(shape):,})"
+        )
+    if not found:
+        raise ConfigError(f"schedule.target.{name} is {value:g}, which the model has without losing any channels")
+    return found
+
+
+def geometric(width: int, total: int, count: int, alignment: int) -> list[int]:
+    """Channels that each of ``count`` cuts takes, so that each leaves nearly the same share of what is there.
+
+    Fewer cuts, where a width between two would be no multiple of ``alignment``.
+    """
+    exact = [width * ((width - total) / width) ** (number / count) for number in range(1, count)]
+    widths = [width, *(round(value / alignment) * alignment for value in exact), width - total]
+    steps = [before - after for before, after in itertools.pairwise(widths)]
+    return [step for step in steps if step > 0]
+
+
 def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) -> None:
     """Refuse a schedule that removes more than there is, or leaves widths that engines do not take.
 
@@ -105,6 +169,7 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
 
 def check_cuts(config: RunConfig, shape: ModelShape) -> None:
     """Check a recipe's cycles, and what they cut, against the model's shape."""
+    config = settled(config, shape)
     cycles = len(planned_cuts(config.schedule))
     if beyond := [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]:
         raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")

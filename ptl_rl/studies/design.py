@@ -5,7 +5,6 @@ calibration sequences; where rows are cut by other means, they are cut to the ne
 means can give.
 """
 
-import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
 from ptl_rl.config import ConfigError, DistillConfig, RunConfig
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
-from ptl_rl.planning.schedule import planned_cuts, recovery_steps
+from ptl_rl.planning.schedule import geometric, planned_cuts, recovery_steps
 
 Values = dict[str, Any]
 
@@ -328,17 +327,6 @@ def pace(config: RunConfig, shape: ModelShape) -> Study:
 
 EQUAL_CUTS = 6
 """In the row of study `pace` whose cuts are fixed."""
-
-
-def geometric(width: int, total: int, count: int, alignment: int) -> list[int]:
-    """Channels that each of ``count`` cuts takes, so that each leaves nearly the same share of what is there.
-
-    Fewer cuts, where a width between two would be no multiple of ``alignment``.
-    """
-    exact = [width * ((width - total) / width) ** (number / count) for number in range(1, count)]
-    widths = [width, *(round(value / alignment) * alignment for value in exact), width - total]
-    steps = [before - after for before, after in itertools.pairwise(widths)]
-    return [step for step in steps if step > 0]
 
 
 def _half(steps: int | list[int]) -> int | list[int]:

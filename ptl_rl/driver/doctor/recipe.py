@@ -15,6 +15,7 @@ from ptl_rl.driver.ray_session import unreachable
 from ptl_rl.errors import resolved
 from ptl_rl.families import ModelShape
 from ptl_rl.planning.hardware import nvidia_smi
+from ptl_rl.planning.schedule import settled
 
 BYTES_OFFLOADED = 12
 """Of host memory for a parameter: itself and Adam's two moments, in float32."""
@@ -86,7 +87,7 @@ def check_dtype(config: RunConfig, device: str) -> Finding:
 def check_room(config: RunConfig, model: Model, run_dir: Path) -> Finding:
     """For the run's checkpoints."""
     try:
-        check_disk(config, model.shape, model.folder, resolved(run_dir))
+        check_disk(settled(config, model.shape), model.shape, model.folder, resolved(run_dir))
     except ConfigError as error:
         return of_error("disk", error)
     return ok("disk", f"room for the run in {run_dir}")

@@ -96,6 +96,17 @@ def test_the_example_of_a_run_passes_every_check(repository, tmp_path, monkeypat
     assert saved.seed == 1 and saved.recovery[0].steps == [1, 2]
 
 
+OPEN = "schedule={pace: geometric, cuts: 2, target: {intermediate_size: 0.25}, alignment: 16}"
+
+
+def test_the_recipe_that_a_run_keeps_names_its_cuts(repository, tmp_path, monkeypatch):
+    """So that every stage, and every resume, reads the same ones."""
+    monkeypatch.setattr("ptl_rl.driver.preflight.check", lambda *given: [])
+    api.start(ptl_rl.load_recipe(repository / "recipes/demo_grpo_cpu.yaml", [OPEN]), tmp_path / "run")
+    saved = ptl_rl.config.recipe.read_saved_config(tmp_path / "run/config.json")
+    assert saved.schedule.channel_steps == [320, 160] and not saved.schedule.is_open
+
+
 def test_settings_of_a_recipe_that_is_read_already_are_refused(repository):
     recipe = ptl_rl.load_recipe(repository / "recipes/demo_grpo_cpu.yaml")
     with pytest.raises(ptl_rl.UserError, match="this recipe is read already"):

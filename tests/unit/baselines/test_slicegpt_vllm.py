@@ -64,9 +64,8 @@ def test_vllm_generates_what_transformers_does(make_checkpoint, tmp_path):
     assert json.loads(found) == expected
 
 
-def test_verl_registers_it_wherever_it_is_imported():
-    script = (
+def test_verl_registers_it_wherever_it_is_imported(before_verl):
+    done = before_verl.run(
         "import verl; from transformers import AutoConfig; print(AutoConfig.for_model('slicegpt_llama').model_type)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1:] == ["slicegpt_llama"], done.stderr[-2000:]

@@ -45,6 +45,13 @@ def test_for_people(recipe):
     assert "only the very same question" not in plain
 
 
+def test_subsets_of_a_schedule_that_leaves_its_cuts_to_the_model(recipe):
+    opened = "schedule={pace: geometric, cuts: 4, target: {parameters: 0.5}, alignment: 16}"
+    status, output, errors = ptl_data(recipe, "--samples", "0", "--set", opened, "--set", "model.path=testbed")
+    assert status == 0, errors
+    assert "train: 4 disjoint subsets of 50 rows: " in " ".join(output.split())
+
+
 def test_for_programs(recipe):
     status, output, _ = ptl_data(recipe, "--json")
     assert status == 0

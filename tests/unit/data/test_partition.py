@@ -3,7 +3,7 @@
 import numpy
 import pytest
 from data_rows import row, write
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ptl_rl.data.corpora import Corpus, DataError, Record, load_corpus
@@ -25,7 +25,6 @@ def reference(records: list[Record], subsets: int) -> list[list[Record]]:
     return parts
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 9))
 def test_subsets_are_disjoint_and_complete(keys, subsets):
     records = [Record(f"Question {' ' * (i % 3)}{k}", "s", "a", "src", str(i)) for i, k in enumerate(keys)]

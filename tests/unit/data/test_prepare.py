@@ -190,7 +190,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.lists(ROWS, min_size=1, max_size=12), min_size=1, max_size=3),
     deduplicate=st.sampled_from(["question", "exact", "off"]),

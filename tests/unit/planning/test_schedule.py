@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptl_rl.config import ConfigError, ScheduleConfig
+from ptl_rl.config.pruning import TargetConfig
+from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import FAMILIES, ModelShape
-from ptl_rl.planning.schedule import Cut, check_schedule, halved, planned_cuts
+from ptl_rl.planning.schedule import Cut, channels_for, check_schedule, geometric, halved, planned_cuts, settled
 
 SHAPE = ModelShape(FAMILIES["qwen2"], 192, 768, 4, 4, 2, 48, 512, True, False, False)
 
@@ -70,3 +72,82 @@ def test_halving_keeps_the_sum_and_the_alignment(multiple, layers, alignment):
         assert sum(p.channels for p in parts) == cut.channels
         assert sum(p.layers for p in parts) == cut.layers
         assert all(p.channels % alignment == 0 and p.planned == 3 and not p.is_empty for p in parts)
+
+
+@given(st.integers(2, 200), st.integers(1, 12), st.data())
+def test_geometric_cuts_leave_the_same_share_each(width, count, data):
+    alignment = data.draw(st.sampled_from([1, 16]))
+    total = data.draw(st.integers(1, width - 1))
+    cuts = geometric(width * alignment, total * alignment, count, alignment)
+    assert sum(cuts) == total * alignment and all(cut > 0 and cut % alignment == 0 for cut in cuts)
+    assert len(cuts) <= count
+    exact = [width * ((width - total) / width) ** (number / count) for number in range(count + 1)]
+    left = [width * alignment - sum(cuts[:number]) for number in range(len(cuts) + 1)]
+    assert all(min(abs(x * alignment - found) for x in exact) <= alignment / 2 for found in left)
+
+
+def config_of(**schedule):
+    return parse_config({"schedule": {"alignment": 16, **schedule}, "recovery": [{"grpo": {}}]})
+
+
+@given(
+    st.sampled_from(["parameters", "intermediate_size", "flops"]),
+    st.floats(0.3, 0.99),
+    st.booleans(),
+    st.integers(0, 2),
+    st.sampled_from([1, 16, 128]),
+)
+def test_as_many_channels_go_as_a_target_takes_and_no_more(name, share, as_share, layers, alignment):
+    def size(gone: int, layers: int = layers) -> int:
+        shape = SHAPE.sliced(gone, layers)
+        return shape.flops_per_token() if name == "flops" else getattr(shape, name)
+
+    wanted = share * size(0, 0)
+    target = TargetConfig(**{name: share if as_share else wanted})
+    if not size(SHAPE.intermediate_size - alignment) <= wanted < size(0):
+        with pytest.raises(
+            ConfigError, match=rf"schedule\.target\.{name} is .* (the fewest that may stay|without los)"
+        ):
+            channels_for(target, SHAPE, layers, alignment)
+        return
+    gone = channels_for(target, SHAPE, layers, alignment)
+    assert (SHAPE.intermediate_size - gone) % alignment == 0
+    assert size(gone) <= wanted < size(gone - alignment)
+
+
+def test_a_schedule_that_leaves_its_cuts_to_the_model():
+    config = config_of(pace="geometric", cuts=3, target={"intermediate_size": 0.125})
+    found = settled(config, SHAPE).schedule
+    assert (found.pace, found.channels_per_cycle, found.channels_sum) == ("fixed", [384, 192, 96], 672)
+    assert not found.is_open and settled(settled(config, SHAPE), SHAPE).schedule == found
+    config = config_of(channels_per_cycle=256, target={"parameters": 0.5})
+    found = settled(config, SHAPE).schedule
+    assert (found.channels_per_cycle, found.channels_total) == (256, 512)
+    assert SHAPE.sliced(512).parameters <= SHAPE.parameters / 2 < SHAPE.sliced(496).parameters
+    config = config_of(mode="in_place", pace="governed", target={"flops": 0.6}, patience=3)
+    found = settled(config, SHAPE).schedule
+    assert found.channels_sum == channels_for(TargetConfig(flops=0.6), SHAPE, 0, 16) and found.patience == 3
+    plain = config_of(channels_per_cycle=[64])
+    assert settled(plain, SHAPE) is plain
+    with pytest.raises(ConfigError, match="between 768 and 736 channels there are only 2 cuts of equal shares"):
+        settled(config_of(pace="geometric", cuts=5, channels_total=32), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"target": {"parameters": 0.5}}, "target is set but channels_per_cycle is 0"),
+        ({"target": {}, "channels_per_cycle": 8}, "target has nothing; give one of parameters, intermediate_size"),
+        ({"target": {"parameters": 0.5, "flops": 0.5}, "channels_per_cycle": 8}, "target has .*; give one of"),
+        ({"target": {"parameters": 0.5}, "channels_per_cycle": 8, "channels_total": 16}, "leave out channels_total"),
+        ({"target": {"parameters": 0.5}, "channels_per_cycle": [8]}, "leave out channels_total, and the list"),
+        ({"pace": "geometric", "channels_total": 64}, "pace is geometric and cuts is None; geometric needs their numb"),
+        ({"cuts": 3, "channels_per_cycle": [64]}, "pace is fixed and cuts is 3; geometric needs their number, and onl"),
+        ({"pace": "geometric", "cuts": 2}, "pace geometric finds the cuts itself: set channels_total or target"),
+        ({"pace": "geometric", "cuts": 2, "channels_total": 64, "channels_per_cycle": 8}, "and no channels_per_cycle"),
+        ({"recover_only": True, "target": {"flops": 0.5}}, "recover_only cuts nothing"),
+    ],
+)
+def test_targets_and_paces_that_do_not_go_together(schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**schedule)

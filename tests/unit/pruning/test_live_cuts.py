@@ -188,7 +188,7 @@ def test_the_largest_cut_is_found_that_does_no_more_damage(make_checkpoint):
         assert not optimizer.state[live.model.model.layers[0].mlp.up_proj.weight]["exp_avg"][gone].any()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.lists(st.floats(0, 3), min_size=1, max_size=160),
     st.floats(1e-4, 3),

@@ -11,7 +11,7 @@ from ptl_rl.driver.preflight import check_model
 from ptl_rl.families import FAMILIES, shape_from_config
 from ptl_rl.planning.schedule import planned_cuts, recovery_steps
 from ptl_rl.studies.command import demo_recipes, prepare
-from ptl_rl.studies.design import STUDIES, design, geometric, shared_out, slicegpt_shape
+from ptl_rl.studies.design import STUDIES, design, shared_out, slicegpt_shape
 from ptl_rl.testbed.tiny_models import tiny_config, tiny_model
 
 BY_NAME = [(name, recipe) for name in STUDIES for recipe in demo_recipes(name)]
@@ -79,18 +79,6 @@ def test_the_pace_studys_rows_cut_as_much_in_one_cut_in_six_and_in_as_many_as_it
     assert once.calibration.sequences == 6 * fixed.calibration.sequences == 6 * governed.calibration.sequences
     with pytest.raises(ConfigError, match=r"schedule\.pace must be governed"):
         designed("pace", *demo_recipes("recovery"))
-
-
-@given(st.integers(2, 200), st.integers(1, 12), st.data())
-def test_geometric_cuts_leave_the_same_share_each(width, count, data):
-    alignment = data.draw(st.sampled_from([1, 16]))
-    total = data.draw(st.integers(1, width - 1))
-    cuts = geometric(width * alignment, total * alignment, count, alignment)
-    assert sum(cuts) == total * alignment and all(cut > 0 and cut % alignment == 0 for cut in cuts)
-    assert len(cuts) <= count
-    exact = [width * ((width - total) / width) ** (number / count) for number in range(count + 1)]
-    left = [width * alignment - sum(cuts[:number]) for number in range(len(cuts) + 1)]
-    assert all(min(abs(x * alignment - found) for x in exact) <= alignment / 2 for found in left)
 
 
 def test_the_rl_study_refuses_a_parent_that_is_the_model_itself():
