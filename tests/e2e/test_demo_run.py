@@ -205,13 +205,14 @@ def first_plan_by_one_worker(run_dir: Path) -> PruningPlan:
     """The first cut once more, in this process, of the model that the run began with."""
     context = load_context(run_dir / "logs/001-recover.1.spec.json")
     config, source = context.config, context.spec.source
-    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     records = context.data.worked_solutions()[: config.calibration.sequences]
     texts = texts_of(records, config.prompt_suffix)
     read = encode_sequences(tokenizer, texts.questions, texts.solutions, config.calibration.max_tokens, texts.weights)
     live = LiveModel(model, FAMILIES["qwen2"], source, torch.device("cpu"), 32, 0, config.calibration.prompt_weight)
-    channels = config.schedule.channel_steps[0]
-    return cut_live(live, None, config.criterion, read, [], remove_channels=channels, alignment=16).plan
+    options = {"remove_channels": config.schedule.channel_steps[0], "alignment": 16, "sensitivity": True}
+    return cut_live(live, None, config.criterion, read, [], **options).plan
 
 
 def submit(repository: Path, address: str, options: list[str]) -> subprocess.CompletedProcess:
