@@ -132,7 +132,7 @@ class GovernedTrainer(InPlaceTrainer):
                 try:
                     self._cut_as_far_as_it_goes(self._rollouts(self.batch), self.global_steps)
                 except NoCutFits as error:
-                    self.governor.stuck = str(error)
+                    self.governor.is_stuck(str(error), accuracy)
                 self._save_now()
                 publish(self.context.spec.cuts, self.cuts.made)
                 self.checkpoint_manager.update_weights(self.global_steps)

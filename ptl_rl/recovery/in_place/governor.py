@@ -46,7 +46,9 @@ class Governor(BaseModel):
     best_step: int = 0
     passed: Passed | None = None
     stuck: str = ""
-    """Why no further cut is possible; empty while one is."""
+    """Why no further cut was possible when one was last tried; empty if it was."""
+    stuck_at: float = 0.0
+    """Accuracy at that time. A better model may have room for a cut, so one is tried again then."""
 
     def begins_with(self, accuracy: float) -> None:
         """Take what validation says of the uncut model.
@@ -67,7 +69,11 @@ class Governor(BaseModel):
 
     def has_cut(self, step: int) -> None:
         """A cut was made after ``step``: patience begins anew."""
-        self.best, self.best_step = -1.0, step
+        self.best, self.best_step, self.stuck, self.stuck_at = -1.0, step, "", 0.0
+
+    def is_stuck(self, why: str, accuracy: float) -> None:
+        """No cut did as little damage as asked for."""
+        self.stuck, self.stuck_at = why, accuracy
 
     def is_better(self, accuracy: float, cuts: int) -> bool:
         """Whether the model is to be kept as the one that the run would end with."""
@@ -79,6 +85,7 @@ class Governor(BaseModel):
         """What comes after an accuracy that was measured after ``step``."""
         if accuracy > self.best:
             self.best, self.best_step = accuracy, step
-        if self.is_recovered(accuracy) and not at_target and not self.stuck:
+        may_fit = not self.stuck or accuracy > self.stuck_at
+        if self.is_recovered(accuracy) and not at_target and may_fit:
             return "cut"
         return "end" if step - self.best_step >= self.patience else "go on"

@@ -34,11 +34,23 @@ def test_patience_counts_from_the_last_gain():
 
 @pytest.mark.parametrize("why", ["at the target", "no cut fits"])
 def test_where_nothing_more_can_go_the_steps_that_are_left_improve_what_is_there(why):
-    governor = Governor(share=0.9, patience=6, baseline=0.8, stuck="" if why == "at the target" else "so")
+    governor = Governor(share=0.9, patience=6, baseline=0.8)
     governor.has_cut(0)
+    if why == "no cut fits":
+        governor.is_stuck("so", 0.8)
     at_target = why == "at the target"
     found = [governor.judge(step, accuracy, at_target) for step, accuracy in ((2, 0.75), (6, 0.8), (10, 0.79))]
     assert found == ["go on"] * 3 and governor.judge(12, 0.8, at_target) == "end"
+
+
+def test_a_better_model_may_have_room_for_a_cut_that_did_not_fit():
+    governor = Governor(share=0.9, patience=20, baseline=0.8)
+    governor.is_stuck("so", 0.75)
+    assert [governor.judge(2, accuracy, False) for accuracy in (0.74, 0.75, 0.76)] == ["go on", "go on", "cut"]
+    governor.is_stuck("so", 0.76)
+    assert governor.judge(4, 0.76, False) == "go on"
+    governor.has_cut(6)
+    assert governor.stuck == "" and governor.judge(8, 0.72, False) == "cut"
 
 
 def test_the_smallest_that_passed_is_kept_and_of_its_size_the_best():
@@ -62,8 +74,8 @@ def test_what_it_has_seen_and_ended_with_is_read_again(tmp_path):
     ("sections", "message"),
     [
         ({"schedule": schedule(mode="restart")}, "pace governed needs mode in_place"),
-        ({"schedule": schedule(channels_total=None)}, "finds the cuts itself: set channels_total, and no channels_per"),
-        ({"schedule": schedule(channels_per_cycle=128)}, "finds the cuts itself: set channels_total, and no channels_"),
+        ({"schedule": schedule(channels_total=None)}, "finds the cuts itself: set channels_total or target, and no"),
+        ({"schedule": schedule(channels_per_cycle=128)}, "finds the cuts itself: set channels_total or target, and no"),
         (
             {"schedule": schedule(), "recovery": [{"grpo": {"steps": [4, 8]}}]},
             "governed has one number of steps, all that it may make, but recovery.steps is a list",
