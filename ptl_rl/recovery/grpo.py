@@ -29,6 +29,8 @@ METRICS = {
     "step_seconds": "timing_s/step",
     "cut_seconds": "timing_s/cut",
     "intermediate_size": "pruning/intermediate_size",
+    "damage": "pruning/damage",
+    "patience_left": "pruning/patience_left",
     "learnable_fraction": "pruning/learnable_fraction",
     "tokens": "perf/total_num_tokens",
     "tokens_per_second": "perf/throughput",

@@ -30,6 +30,8 @@ SHOWN = (
     "distillation_loss",
     "validation_accuracy",
     "intermediate_size",
+    "damage",
+    "patience_left",
     "learnable_fraction",
     "response_tokens",
     "kl",

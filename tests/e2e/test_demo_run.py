@@ -169,10 +169,14 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     assert f"final model: {run_dir}" in submitted.stdout
     assert entries(run_dir) == ["0.evaluate", "1.cut", "1.cut", "1.recover", "1.evaluate", "1.gate"]
     journal = Journal(run_dir / "journal.jsonl").entries()
-    check_cuts([entry.metrics for entry in journal if entry.stage == "cut"])
+    cuts = [entry.metrics for entry in journal if entry.stage == "cut"]
+    check_cuts(cuts)
     recover = next(entry.metrics for entry in journal if entry.stage == "recover")
     assert [(row["step"], row["intermediate_size"]) for row in recover["curve"]] == [(1, 384), (2, 256)]
+    damage = [cut["loss_after"] - cut["loss_before"] for cut in cuts]
+    assert [row["damage"] for row in recover["curve"]] == pytest.approx(damage)
     assert recover["curve"][-1]["distillation_loss"] > 0
+    assert all(0 <= row["learnable_fraction"] <= 1 for row in recover["curve"])
     assert 0 < recover["reward_last"] <= 0.25
     assert recover["logit_difference"] < 1e-4  # of the sliced model, from the policy with its zeros
     recovered = run_dir / "cycles/001/recovered"

@@ -15,6 +15,9 @@ from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
 from ptl_rl.recovery.rl import GOVERNED
 from ptl_rl.recovery.rl.outcome import LEFT_BY_TRAINING, Outcome
 
+PATIENCE = "pruning/patience_left"
+"""verl's metric of a step: how many more there are without a better validation accuracy before the training ends."""
+
 
 def accuracy_of(metrics: dict[str, float]) -> float:
     """Of what verl's validation gives: the mean over data sources of what it calls its core.
@@ -93,6 +96,7 @@ class GovernedTrainer(InPlaceTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         self.batch = super().step(metrics, timing_raw)
+        metrics[PATIENCE] = self.governor.patience - (self.global_steps - self.governor.best_step)
         return self.batch
 
     def on_step_end(self) -> None:

@@ -26,6 +26,8 @@ from ptl_rl.recovery.rl.watched import WatchedTrainer
 
 WIDTH = "pruning/intermediate_size"
 """verl's metric of a step: channels of every block that its rollouts were made with."""
+DAMAGE = "pruning/damage"
+"""verl's metric of a step: what the cut before it has raised the loss by, in nats a token."""
 
 
 @register_trainer(FIXED)
@@ -75,6 +77,9 @@ class InPlaceTrainer(WatchedTrainer):
         width = self.width
         batch = super().step(metrics, timing_raw)
         metrics[WIDTH] = width
+        if self.cuts.made:
+            facts = self.cuts.made[-1].facts
+            metrics[DAMAGE] = facts["loss_after"] - facts["loss_before"]
         if self.learnable.why is None and (cut := self.cuts.due(self.global_steps)) is not None:
             with marked_timer("cut", timing_raw, color="yellow"):
                 self._cut(cut, self._rollouts(batch), self.global_steps)
