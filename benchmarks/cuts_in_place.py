@@ -9,6 +9,7 @@ processes at an instant drawn by seed, and resumed. Finished runs in DIR are not
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -152,31 +153,41 @@ def kills(
         if wrong := check(out / "whole", cuts):
             raise SystemExit(f"error: the run that nobody killed: {wrong}")
         whole.write_text(json.dumps({"seconds": time.monotonic() - began}))
-    length, failed = json.loads(whole.read_text())["seconds"], 0
+    length, killed, failed = json.loads(whole.read_text())["seconds"], 0, 0
     draw = random.Random(seed)
-    instants = [draw.uniform(number, number + 1) / count * length for number in range(count)]
-    for number, instant in enumerate(instants):
-        run_dir, log = out / f"run-{number:02d}", out / f"run-{number:02d}.log"
-        said = f"run {number:2d}, killed after {instant:5.1f} of {length:.0f} s"
-        if not finished(run_dir, 1):
-            environment = {**os.environ, TAG: str(run_dir)}
-            with log.open("a") as output:
-                process = subprocess.Popen(
-                    command(run_dir, recipe, settings), stdout=output, stderr=output, env=environment
-                )
-                try:
-                    process.wait(timeout=instant)
-                except subprocess.TimeoutExpired:
-                    said += f" with {kill(str(run_dir))} processes at {[e.stage for e in entries_of(run_dir)]}"
-                process.wait()
-                again = command(run_dir, recipe, settings)
-                if not finished(run_dir, 1):
-                    subprocess.run(again, stdout=output, stderr=output, env=environment, check=False)
-        wrong = check(run_dir, cuts) if finished(run_dir, 1) else f"it did not finish; see {log}"
+    for number in range(count):
+        instant = draw.uniform(number, number + 1) / count * length
+        run_dir, said = out / f"run-{number:02d}", out / f"run-{number:02d}.json"
+        if not said.exists():
+            said.write_text(json.dumps(_kill_and_resume(run_dir, recipe, settings, instant)))
+        found = json.loads(said.read_text())
+        wrong = check(run_dir, cuts) if finished(run_dir, 1) else "it did not finish; see its log"
+        killed += found["processes"] > 0
         failed += wrong is not None
-        print(f"{said}: {wrong or 'resumed and whole'}", flush=True)
-    print(f"{count - failed} of {count} runs resumed and are whole")
+        print(
+            f"run {number:2d}, after {instant:5.1f} of {length:.0f} s: {found['processes']} processes killed, journal "
+            f"{found['journal']}: {wrong or 'whole in the end'}",
+            flush=True,
+        )
+    print(f"{count - failed} of {count} runs are whole in the end; {killed} were killed, the others had ended before")
     raise SystemExit(bool(failed))
+
+
+def _kill_and_resume(run_dir: Path, recipe: str, settings: dict[str, Any], instant: float) -> dict[str, Any]:
+    """Make a run, kill it after ``instant`` seconds, and go on with it; tells what was there when it was killed."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    environment, found = {**os.environ, TAG: str(run_dir)}, {"processes": 0, "journal": []}
+    with run_dir.with_suffix(".log").open("w") as output:
+        options: dict[str, Any] = {"stdout": output, "stderr": output, "env": environment}
+        process = subprocess.Popen(command(run_dir, recipe, settings), **options)
+        try:
+            process.wait(timeout=instant)
+        except subprocess.TimeoutExpired:
+            found = {"processes": kill(str(run_dir)), "journal": [entry.stage for entry in entries_of(run_dir)]}
+        process.wait()
+        if not finished(run_dir, 1):
+            subprocess.run(command(run_dir, recipe, settings), check=False, **options)
+    return found
 
 
 if __name__ == "__main__":

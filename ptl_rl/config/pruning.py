@@ -224,7 +224,7 @@ class ScheduleConfig(Section):
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
         if self.recover_only:
-            if steps or self.channels_total or self.layers_total or self.target or self.cuts:
+            if steps or self.channels_total or self.layers_total or self.target or self.cuts or self.pace != "fixed":
                 raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
             if self.mode == "in_place":
                 raise ValueError("recover_only cuts nothing, but mode is in_place; leave one of them out")

@@ -8,7 +8,7 @@ from ptl_rl.config.data import TESTBED, DataConfig, EvaluationSet, SourceConfig
 from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
 from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
 from ptl_rl.config.reward import RewardConfig
-from ptl_rl.config.section import TRAINER_MODE, Section, VerlKeys
+from ptl_rl.config.section import FILTER, TRAINER_MODE, Section, VerlKeys
 
 BOX_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -215,11 +215,17 @@ class RunConfig(Section):
             )
         if self.schedule.mode == "in_place":
             self._check_in_place()
+        filtered = [key for key, value in self._verl_keys().items() if key == FILTER and value]
         watched = [entry for entry in self.all_recoveries if isinstance(entry, GrpoConfig) and entry.is_watched]
         if watched and TRAINER_MODE in self._verl_keys():
             raise ValueError(
                 f"recovery.min_learnable_fraction needs this project's own trainer, but verl's {TRAINER_MODE} names "
                 "another; leave one of them out"
+            )
+        if watched and filtered:
+            raise ValueError(
+                f"recovery.min_learnable_fraction would see only prompts that verl's {FILTER} has left; leave one of "
+                "them out"
             )
         ids, total = self.criterion.layer_ids, self.schedule.layers_total
         if ids and len(ids) != total and not self.schedule.recover_only:

@@ -54,3 +54,5 @@ VerlKeys = Annotated[dict[str, Any], BeforeValidator(dotted), AfterValidator(_wi
 
 TRAINER_MODE = "trainer.v1.trainer_mode"
 """verl's key for the name of an RL trainer."""
+FILTER = "algorithm.filter_groups.enable"
+"""verl's key that leaves out prompts whose answers all earned the same, and samples others."""

@@ -18,6 +18,7 @@ def decide(
     rounds: int,
     retries: int,
     divisible: bool,
+    learns: bool = True,
 ) -> Decision:
     """The gate's decision.
 
@@ -27,11 +28,12 @@ def decide(
         rounds: recovery rounds that this cycle has had, at least 1.
         retries: cycles that this run has taken back so far.
         divisible: whether the cut can be halved.
+        learns: whether more steps of the same may bring more; false where a training ended as they would not.
     """
     # Equality counts, whatever the rounding of the product.
     if accuracy >= gate.min_accuracy_ratio * baseline - 1e-9:
         return "accept"
-    if rounds <= gate.max_extensions:
+    if learns and rounds <= gate.max_extensions:
         return "extend"
     if retries < gate.max_retries and divisible:
         return "retry"

@@ -139,6 +139,7 @@ class Driver:
             rounds=state.round + 1,
             retries=state.retries,
             divisible=not state.in_place and halved(state.cuts[0], state.alignment) is not None,
+            learns=state.learns,
         )
         ratio = state.accuracy / state.baseline if state.baseline else 0.0
         metrics = {

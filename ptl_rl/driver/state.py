@@ -65,6 +65,8 @@ class State:
     removed_layers: int = 0
     in_place: bool = False
     """Whether the recovery cuts, too."""
+    learns: bool = True
+    """Whether another round of the cycle's last recovery might bring more."""
     stopped: bool = False
 
 
@@ -95,6 +97,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
         state.done.add(stage_of(entry))
         if entry.stage == "recover":
             state.recovered = entry.artefact
+            state.learns = bool(entry.metrics.get("learns", True))
         elif entry.stage == "evaluate":
             state.accuracy = float(entry.metrics["accuracy"])
             if entry.cycle == 0:

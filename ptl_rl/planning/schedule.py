@@ -84,6 +84,7 @@ def settled(config: RunConfig, shape: ModelShape) -> RunConfig:
     if not schedule.is_open:
         return config
     alignment = schedule.alignment * config.resources.tensor_parallel_size
+    _check_removals(schedule.channels_total or 0, schedule.layers_total, shape, alignment)
     changes: dict[str, Any] = {"target": None, "channels_total": schedule.channels_total}
     if schedule.target is not None:
         changes["channels_total"] = channels_for(schedule.target, shape, schedule.layers_total, alignment)
@@ -115,13 +116,17 @@ def channels_for(target: TargetConfig, shape: ModelShape, layers: int, alignment
     width, smallest = shape.intermediate_size, size(shape.sliced(shape.intermediate_size - alignment, layers))
     removals = [width - left for left in range(width - width % alignment, 0, -alignment)]
     found = next((gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted), None)
+    blocks = f" and {layers} blocks fewer" if layers else ""
     if found is None:
         raise ConfigError(
-            f"schedule.target.{name} is {value:g}, but with {alignment} channels a layer, the fewest that may stay, it "
-            f"is {smallest:,} ({smallest / size(shape):.1%} of {size(shape):,})"
+            f"schedule.target.{name} is {value:g}, but with {alignment} channels a layer, the fewest that may stay,"
+            f"{blocks} it is {smallest:,} ({smallest / size(shape):.1%} of {size(shape):,})"
         )
     if not found:
-        raise ConfigError(f"schedule.target.{name} is {value:g}, which the model has without losing any channels")
+        raise ConfigError(
+            f"schedule.target.{name} is {value:g}, which the model has{blocks and ' with' + blocks[4:]} without losing "
+            "any channels; leave target out"
+        )
     return found
 
 
@@ -145,16 +150,7 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
     Raises:
         ConfigError: quoting both numbers.
     """
-    if schedule.channels_sum >= shape.intermediate_size:
-        raise ConfigError(
-            f"schedule: removes {schedule.channels_sum} channels per layer, but intermediate_size is "
-            f"{shape.intermediate_size}; at least {alignment} must stay"
-        )
-    if schedule.layers_total >= shape.num_hidden_layers:
-        raise ConfigError(
-            f"schedule: layers_total is {schedule.layers_total}, but num_hidden_layers is {shape.num_hidden_layers}; "
-            "at least 1 must stay"
-        )
+    _check_removals(schedule.channels_sum, schedule.layers_total, shape, alignment)
     width, in_place = shape.intermediate_size, schedule.mode == "in_place"
     steps = schedule.channel_steps if in_place else [cut.channels for cut in planned_cuts(schedule)]
     for number, channels in enumerate(steps, 1):
@@ -165,6 +161,19 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
                 f"schedule: {'cut' if in_place else 'cycle'} {number} leaves {width} channels per layer, which is not "
                 f"a multiple of {alignment} (alignment x tensor_parallel_size); {lower} and {lower + alignment} are"
             )
+
+
+def _check_removals(channels: int, layers: int, shape: ModelShape, alignment: int) -> None:
+    if channels >= shape.intermediate_size or alignment > shape.intermediate_size:
+        raise ConfigError(
+            f"schedule: removes {channels} channels per layer, but intermediate_size is {shape.intermediate_size}; at "
+            f"least {alignment} must stay"
+        )
+    if layers >= shape.num_hidden_layers:
+        raise ConfigError(
+            f"schedule: layers_total is {layers}, but num_hidden_layers is {shape.num_hidden_layers}; at least 1 must "
+            "stay"
+        )
 
 
 def check_cuts(config: RunConfig, shape: ModelShape) -> None:

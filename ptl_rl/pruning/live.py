@@ -166,7 +166,8 @@ class _Cutter:
     @property
     def few(self) -> list[Sequence]:
         """Sequences, spread over those that compensation is fitted to, for trials."""
-        return self.fitted[:: -(-len(self.fitted) // TRIAL_SEQUENCES)]
+        count = min(TRIAL_SEQUENCES, len(self.fitted))
+        return [self.fitted[place * len(self.fitted) // count] for place in range(count)]
 
     def loss(self) -> float:
         return mean_loss(self.live.model, self.live.batches(self.measured), self.live.device)
@@ -279,7 +280,8 @@ class _Search:
 
     def found(self, place: int, damage: float) -> bool:
         """Take in what a trial has measured; gives whether it fits."""
-        self.damages[place] = min(max(damage, 1e-9), 1e9)
+        # None at all says little of where the limit lies, and would make the power law a cliff.
+        self.damages[place] = min(max(damage, self.limit / 10), 1e9)
         fits = damage <= self.limit
         if fits:
             self.high = place
@@ -314,6 +316,13 @@ def _of_rank_0(scores: Scores, device: torch.device) -> Scores:
     importance_LC = scores.importance_LC.to(device)
     dist.broadcast(importance_LC, src=0)
     return replace(scores, importance_LC=importance_LC.cpu())
+
+
+def _held_out(live: LiveModel, sequences: list[Sequence], fewest: int) -> list[Sequence]:
+    """Every eighth of the sequences in which some token counts; all of them where that is fewer than ``fewest``."""
+    counting = [s for s in sequences if s.weight and (live.prompt_weight or len(s.ids) > s.prompt_tokens)]
+    held_out = counting[::HELD_OUT]
+    return held_out if len(counting) >= HELD_OUT and len(held_out) >= fewest else sequences
 
 
 def cut_live(
@@ -360,9 +369,9 @@ def cut_live(
             source=live.source,
         )
 
-    fitted, measured = sequences, sequences[::HELD_OUT]
-    if max_damage is not None and len(sequences) >= HELD_OUT:
-        fitted = [sequence for place, sequence in enumerate(sequences) if place % HELD_OUT]
+    fitted, measured = sequences, _held_out(live, sequences, fewest=1 if max_damage is not None else 8)
+    if max_damage is not None and len(measured) < len(sequences):
+        fitted = [sequence for sequence in sequences if not any(sequence is other for other in measured)]
     cutter = _Cutter(live, before, fitted, measured, sensitivity)
     smallest, loss_before = live.width - remove_channels, cutter.loss()
     if max_damage is None:
@@ -380,6 +389,14 @@ def cut_live(
             )
         chosen = cutter.fit(largest.plan, fitted) if len(cutter.few) < len(fitted) else largest
     chosen = cutter.make(chosen, optimizer)
+    if max_damage is not None and chosen.loss - loss_before > max_damage:
+        # Trials are compensated by fewer sequences; what was made by all of them can be worse than it was.
+        said = (
+            f"the cut to {chosen.plan.intermediate_size} channels raised the loss by {chosen.loss - loss_before:.3f} "
+        )
+        said += f"nats a token, more than schedule.max_damage ({max_damage:g}) and than when it was tried out"
+        plan = chosen.plan.model_copy(update={"notes": [*chosen.plan.notes, said]})
+        chosen = replace(chosen, plan=plan)
     return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried, score_seconds, cutter.seconds)
 
 

@@ -159,7 +159,7 @@ def recover(context: StageContext) -> dict:
             _train(context, records, follower)
         if (ended := Outcome.load(spec.work)) is not None:
             hand_over(spec.work / ended.folder, spec.out)
-            facts |= {"steps": ended.steps, "notes": [f"ended after step {ended.steps} of {spec.steps}: {ended.why}"]}
+            facts |= {"steps": ended.steps, "notes": [ended.why], "learns": ended.learns}
         else:
             checkpoints.hand_over(spec.out)
     follower.save(spec.out / "verl_metrics.jsonl")

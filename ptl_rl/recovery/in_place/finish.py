@@ -59,6 +59,7 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     return {
         "cuts": [{"after_step": record.after_step, **record.facts} for record in outcome.made],
         "steps": outcome.steps,
+        "learns": outcome.learns,
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
         "logit_difference": max(differences),

@@ -84,15 +84,25 @@ class GovernedTrainer(InPlaceTrainer):
         if not self.cuts.made and self.global_steps == 1:
             if self.governor.baseline is None:
                 self._validate()
-            if self.context.config.calibration.source == "rollouts":
-                return  # there are none yet, and what a cut costs is measured on them
-            self.checkpoint_manager.sleep_replicas()
-            try:
-                self._cut_as_far_as_it_goes([], 0)
-            except NoCutFits as error:
-                raise NoCutFits(f"{error}; raise it, in a new run") from None
-            publish(self.context.spec.cuts, self.cuts.made)
-            self.checkpoint_manager.update_weights(self.global_steps)
+            if self.context.config.calibration.source != "rollouts":
+                self._make([], 0, self.global_steps)
+            # Else there are none yet, and what a cut costs is measured on them: it comes after the first step.
+
+    def _make(self, rollouts: list[Sequence], step: int, version: int) -> None:
+        """Make the first cut, which must be possible.
+
+        Raises:
+            NoCutFits: it is not; the setting to raise is named.
+        """
+        self.checkpoint_manager.sleep_replicas()
+        try:
+            self._cut_as_far_as_it_goes(rollouts, step)
+        except NoCutFits as error:
+            raise NoCutFits(f"{error}; raise it, in a new run") from None
+        if step:
+            self._save_now()
+        publish(self.context.spec.cuts, self.cuts.made)
+        self.checkpoint_manager.update_weights(version)
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         self.batch = super().step(metrics, timing_raw)
@@ -101,11 +111,13 @@ class GovernedTrainer(InPlaceTrainer):
 
     def on_step_end(self) -> None:
         super().on_step_end()
-        if self.ended:
-            return
         is_last = self.global_steps >= self.total_training_steps
-        if is_last or self.global_steps % self.context.config.schedule.validate_every == 0:
-            self._govern(is_last)
+        dead = self.learnable.why
+        if not self.cuts.made and not is_last:
+            with marked_timer("cut", self.timing_raw, color="yellow"):
+                self._make(self._rollouts(self.batch), self.global_steps, self.global_steps)
+        elif is_last or dead or self.global_steps % self.context.config.schedule.validate_every == 0:
+            self._govern(is_last, dead)
         if self.save_asked and self.global_steps < self.total_training_steps:  # else the outcome is there
             self._save_now()
         self.save_asked = False
@@ -122,7 +134,12 @@ class GovernedTrainer(InPlaceTrainer):
             if f"{LEFT_BY_TRAINING}/{folder.name}" not in needed:
                 shutil.rmtree(folder)
 
-    def _govern(self, is_last: bool) -> None:
+    @property
+    def may_end(self) -> bool:
+        """Not without a look at validation: what has nothing more to learn may be good enough for the next cut."""
+        return False
+
+    def _govern(self, is_last: bool, dead: str | None) -> None:
         with marked_timer("testing", self.timing_raw, color="green"):
             metrics = self._validate()
         self._pending_sync_metrics = {**(getattr(self, "_pending_sync_metrics", None) or {}), **metrics}
@@ -130,18 +147,24 @@ class GovernedTrainer(InPlaceTrainer):
         if self.governor.is_better(accuracy, len(self.cuts.made)):
             self._keep(accuracy)
         action = self.governor.judge(self.global_steps, accuracy, self.left <= 0)
+        cut = False
         if action == "cut" and not is_last:
             with marked_timer("cut", self.timing_raw, color="yellow"):
                 self.checkpoint_manager.sleep_replicas()
                 try:
                     self._cut_as_far_as_it_goes(self._rollouts(self.batch), self.global_steps)
+                    cut = True
                 except NoCutFits as error:
                     self.governor.is_stuck(str(error), accuracy)
                 self._save_now()
                 publish(self.context.spec.cuts, self.cuts.made)
                 self.checkpoint_manager.update_weights(self.global_steps)
-        elif action == "end" or is_last:
-            self._end("the steps are spent" if is_last else f"{self.governor.patience} steps brought nothing more")
+        if is_last:
+            self._end("the steps are spent")
+        elif dead and not cut:
+            self._end(dead, learns=False)
+        elif action == "end":
+            self._end(f"{self.governor.patience} steps brought nothing more")
 
     def _cut_as_far_as_it_goes(self, rollouts: list[Sequence], step: int) -> None:
         self._cut(CutInPlace(self.left, step), rollouts, step, self.context.config.schedule.max_damage)
@@ -153,14 +176,14 @@ class GovernedTrainer(InPlaceTrainer):
         self.governor.passed = Passed(folder=folder, cuts=len(self.cuts.made), step=step, accuracy=accuracy)
         self._tidy()
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, learns: bool = True) -> None:
         """Say what the training ends with, and make this step its last."""
         width, stuck = self.width, self.governor.stuck
         passed, made = self.governor.passed, self.cuts.made
         if passed is None:
             folder = self._written("last")
             said = f"no model got back to {self.governor.share:.0%} of the start's accuracy; this is the last one"
-            outcome = Outcome(folder=folder, made=made, steps=self.global_steps, why=f"{why}; {said}")
+            kept = made
         else:
             reached = "the target" if self.left <= 0 and passed.cuts == len(made) else "the smallest that passed"
             kept = made[: passed.cuts]
@@ -168,6 +191,7 @@ class GovernedTrainer(InPlaceTrainer):
             if passed.cuts < len(made):
                 said += f"; {width} channels did not get back to {self.governor.share:.0%} of the start's accuracy"
             said += f"; {stuck}" if stuck else ""
-            outcome = Outcome(folder=passed.folder, made=kept, steps=self.global_steps, why=f"{why}; {said}")
-        outcome.save(self.work)
+            folder = passed.folder
+        why = f"{why}; {said}"
+        Outcome(folder=folder, made=kept, steps=self.global_steps, why=why, learns=learns).save(self.work)
         self._make_last()

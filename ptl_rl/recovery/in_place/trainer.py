@@ -42,6 +42,11 @@ class InPlaceTrainer(WatchedTrainer):
         self.saved_step: int | None = None
 
     @property
+    def may_end(self) -> bool:
+        """Not while cuts are still to come: a policy that has nothing more to learn is cut next."""
+        return len(self.cuts.made) >= len(self.cuts.planned)
+
+    @property
     def _made(self) -> list[CutRecord]:
         return self.cuts.made
 
@@ -80,7 +85,7 @@ class InPlaceTrainer(WatchedTrainer):
         if self.cuts.made:
             facts = self.cuts.made[-1].facts
             metrics[DAMAGE] = facts["loss_after"] - facts["loss_before"]
-        if self.learnable.why is None and (cut := self.cuts.due(self.global_steps)) is not None:
+        if (cut := self.cuts.due(self.global_steps)) is not None:
             with marked_timer("cut", timing_raw, color="yellow"):
                 self._cut(cut, self._rollouts(batch), self.global_steps)
             with marked_timer("save_cut", timing_raw, color="green"):
@@ -129,3 +134,4 @@ class InPlaceTrainer(WatchedTrainer):
             raise NoCutFits(facts["why"])
         facts["cut_seconds"] = time.monotonic() - started
         self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))
+        self.learnable.begin_anew()

@@ -31,6 +31,10 @@ class Learnable:
         """Take in a step's share of prompts and its mean reward."""
         self.below = [*self.below, (share, reward)] if share < self.least else []
 
+    def begin_anew(self) -> None:
+        """The policy is another one now: it was cut."""
+        self.below = []
+
     @property
     def why(self) -> str | None:
         """Why rewards teach nothing any more; None while they do."""

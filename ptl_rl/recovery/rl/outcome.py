@@ -22,6 +22,8 @@ class Outcome(BaseModel):
     steps: int
     """Optimizer steps of the whole training."""
     why: str
+    learns: bool = True
+    """Whether more steps might bring more; false where rewards had nothing more to teach."""
 
     @staticmethod
     def file(work: Path) -> Path:

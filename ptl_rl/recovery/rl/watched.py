@@ -67,12 +67,19 @@ class WatchedTrainer(PPOTrainerSync):
 
     def on_step_end(self) -> None:
         super().on_step_end()
-        if self.learnable.why is not None and self.global_steps < self.total_training_steps:
+        if self.may_end and self.learnable.why is not None and self.global_steps < self.total_training_steps:
             self._end(self.learnable.why)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether a training whose rewards teach nothing has nothing else to come."""
+        return True
 
     def _end(self, why: str) -> None:
         """Make this step the last, and leave the policy and the reason for what comes after the training."""
-        Outcome(folder=self._written("last"), made=self._made, steps=self.global_steps, why=why).save(self.work)
+        said = f"ended after step {self.global_steps} of {self.total_training_steps}: {why}"
+        last = self._written("last")
+        Outcome(folder=last, made=self._made, steps=self.global_steps, why=said, learns=False).save(self.work)
         self._make_last()
 
     def _make_last(self) -> None:

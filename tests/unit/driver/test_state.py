@@ -132,6 +132,7 @@ def test_gate_decisions():
     base = {"baseline": 0.8, "rounds": 1, "retries": 0, "divisible": True}
     assert decide(gate, accuracy=0.72, **base) == "accept"
     assert decide(gate, accuracy=0.71, **base) == "extend"
+    assert decide(gate, accuracy=0.71, **base, learns=False) == "retry"  # the same again would bring nothing
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2}) == "retry"
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "divisible": False}) == "stop"
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "stop"

@@ -136,6 +136,27 @@ def test_a_schedule_that_leaves_its_cuts_to_the_model():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
+        ({"pace": "geometric", "cuts": 3, "channels_total": 1000}, "removes 1000 channels per layer, but intermediate"),
+        ({"channels_per_cycle": 8, "target": {"flops": 0.5}, "layers_total": 9}, "layers_total is 9, but num_hidden_"),
+        ({"channels_per_cycle": 8, "target": {"flops": 0.5}, "alignment": 1024}, "is 768; at least 1024 must stay"),
+        (
+            {"channels_per_cycle": 8, "target": {"flops": 0.8}, "layers_total": 2},
+            r"flops is 0\.8, which the model has with 2 blocks fewer without losing any channels; leave target out",
+        ),
+        (
+            {"channels_per_cycle": 8, "target": {"parameters": 0.1}, "layers_total": 1},
+            "with 16 channels a layer, the fewest that may stay, and 1 blocks fewer it is",
+        ),
+    ],
+)
+def test_open_schedules_that_no_model_of_this_shape_can_have(schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        settled(config_of(**schedule), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
         ({"target": {"parameters": 0.5}}, "target is set but channels_per_cycle is 0"),
         ({"target": {}, "channels_per_cycle": 8}, "target has nothing; give one of parameters, intermediate_size"),
         ({"target": {"parameters": 0.5, "flops": 0.5}, "channels_per_cycle": 8}, "target has .*; give one of"),
@@ -146,6 +167,7 @@ def test_a_schedule_that_leaves_its_cuts_to_the_model():
         ({"pace": "geometric", "cuts": 2}, "pace geometric finds the cuts itself: set channels_total or target"),
         ({"pace": "geometric", "cuts": 2, "channels_total": 64, "channels_per_cycle": 8}, "and no channels_per_cycle"),
         ({"recover_only": True, "target": {"flops": 0.5}}, "recover_only cuts nothing"),
+        ({"recover_only": True, "pace": "geometric"}, "recover_only cuts nothing"),
     ],
 )
 def test_targets_and_paces_that_do_not_go_together(schedule, message):

@@ -235,11 +235,36 @@ def test_trials_read_few_sequences_and_the_cut_all(make_checkpoint, monkeypatch)
     cut = cut_live(live, optimizer, criterion_of("obs"), READ, [], **options)
     fitted = [sequence for place, sequence in enumerate(READ) if place % live_cuts.HELD_OUT]
     assert read[-1] == fitted and len(read) == len(cut.tried) + 1 > 2
-    assert all(few == fitted[::3] for few in read[:-1]) and weighed == [fitted[::3]]
+    spread = [fitted[place] for place in (0, 2, 5, 8, 11)]
+    assert all(few == spread for few in read[:-1]) and weighed == [spread]
     found = dict(cut.tried)[cut.plan.intermediate_size]
     assert found - cut.loss_before <= 2.0 and cut.loss != found
     ready = list(live.batches(READ[:: live_cuts.HELD_OUT]))
     assert cut.loss == pytest.approx(live_cuts.mean_loss(live.model, ready, CPU))
+
+
+def test_damage_is_measured_where_some_token_counts(make_checkpoint):
+    """Questions that fill max_tokens say nothing where only solutions count."""
+    long = [Sequence(sequence.ids, len(sequence.ids), 1.0) for sequence in sequences(3)]
+    for max_damage in (None, 1e9):
+        live, optimizer = live_of(make_checkpoint("llama"))
+        live.prompt_weight = 0.0
+        options = {"remove_channels": 8, "alignment": 8, "max_damage": max_damage}
+        cut = cut_live(live, optimizer, criterion_of("obs"), [long[0], *READ, *long[1:]], [], **options)
+        assert cut.plan.intermediate_size == 40 and cut.loss > cut.loss_before > 0
+
+
+def test_a_cut_that_does_more_damage_than_its_trial_says_so(make_checkpoint, monkeypatch):
+    live, optimizer = live_of(make_checkpoint("llama"))
+    losses = iter([1.0, 1.5, 1.7])  # uncut, in the trial, of what is made by all sequences
+    monkeypatch.setattr(live_cuts, "TRIAL_SEQUENCES", 5)
+    monkeypatch.setattr(live_cuts, "mean_loss", lambda *given: next(losses))
+    options = {"remove_channels": 8, "alignment": 8, "max_damage": 0.6}
+    cut = cut_live(live, optimizer, criterion_of("obs"), READ, [], **options)
+    assert cut.plan.notes[-1] == (
+        "the cut to 40 channels raised the loss by 0.700 nats a token, more than schedule.max_damage (0.6) and than "
+        "when it was tried out"
+    )
 
 
 def test_where_every_cut_does_too_much_nothing_changes(make_checkpoint):

@@ -122,6 +122,17 @@ def test_every_cut_has_a_folder_that_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["001", "002"]
 
 
+def test_a_training_whose_rewards_teach_nothing_makes_its_planned_cuts_all_the_same():
+    """They teach nothing where everything is right, too, and then the next cut is what is missing."""
+    trainers = pytest.importorskip("ptl_rl.recovery.in_place.trainer")
+    trainer = object.__new__(trainers.InPlaceTrainer)
+    trainer.cuts = Cuts.of(config_of())
+    for _ in trainer.cuts.planned:
+        assert not trainer.may_end
+        trainer.cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
+    assert trainer.may_end
+
+
 def test_other_modes_stay_as_they_were():
     config = parse_config({"schedule": {"channels_per_cycle": [128, 128]}, "recovery": [{"grpo": {"steps": [1, 3]}}]})
     assert [cut.channels for cut in planned_cuts(config.schedule)] == [128, 128]

@@ -89,6 +89,7 @@ def trainer_class(monkeypatch):
                 source="",
             )
             self.cuts.made.append(CutRecord(after_step=step, plan=plan))
+            self.learnable.begin_anew()
 
         def step(self, share: float) -> None:
             self.learnable.saw(share, reward=0.1)
@@ -120,24 +121,44 @@ def trainer_class(monkeypatch):
 def test_a_cut_by_rollouts_alone_waits_for_the_first_of_them(trainer_class, tmp_path):
     trainer = trainer_class(tmp_path, [0.8, 0.8, 0.8])
     trainer.context.config.calibration.source = "rollouts"
-    assert trainer.run(until=4) == [6, 6, 4, 4]
-    assert [record.after_step for record in trainer.cuts.made] == [2, 4]
+    assert trainer.run(until=4) == [6, 4, 2, 2]
+    assert [record.after_step for record in trainer.cuts.made] == [1, 2]  # after one step, and then as always
+    again = trainer_class(tmp_path, [])
+    assert (again.global_steps, len(again.cuts.made)) == (2, 2)  # each cut was followed by a checkpoint
+
+
+def test_where_not_even_the_first_cut_by_rollouts_fits_nothing_is_called_done(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.8])
+    trainer.context.config.calibration.source, trainer.fits = "rollouts", False
+    with pytest.raises(NoCutFits, match="raise it, in a new run"):
+        trainer.run()
 
 
 def test_it_ends_with_the_smallest_that_passed_once_rewards_teach_nothing(trainer_class, tmp_path):
-    trainer = trainer_class(tmp_path, [0.8, 0.76, 0.3])
+    trainer = trainer_class(tmp_path, [0.8, 0.76, 0.3, 0.2])
     widths = trainer.run(until=2)
     assert widths == [4] * 2 and len(trainer.cuts.made) == 2
     for share in (0.0, 0.0625):
         trainer.step(share)
-    trainer.on_step_end()
+    trainer.on_step_end()  # validated before it ends
     assert trainer.ended and trainer.total_training_steps == trainer.global_steps == 3
+    assert not trainer.outcome().learns
     outcome = trainer.outcome()
     assert (outcome.folder, len(outcome.made), outcome.steps) == ("passed/000002", 1, 3)
     assert outcome.why.startswith(
         "rewards teach nothing any more: in 2 steps at most 6.2% of the prompts had answers with different rewards "
         "(min_learnable_fraction 0.1); answers earned 0.1 on average; the smallest that passed, of step 2"
     )
+
+
+def test_where_nothing_is_left_to_learn_as_all_is_right_it_is_cut_and_goes_on(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.8, 0.3])
+    trainer.context.config.schedule.validate_every = 100
+    trainer.run(until=1)
+    for _ in range(2):
+        trainer.step(0.0)
+    trainer.on_step_end()
+    assert not trainer.ended and len(trainer.cuts.made) == 2 and Outcome.load(trainer.work) is None
 
 
 def test_it_cuts_when_it_is_back_and_ends_with_the_best_at_the_target(trainer_class, tmp_path):

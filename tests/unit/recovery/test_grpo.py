@@ -67,7 +67,7 @@ def test_a_training_that_ended_early_gives_its_model_and_says_why(tmp_path, monk
         trained.append(1)
         (work / "passed/last").mkdir(parents=True)
         (work / "passed/last/model.safetensors").write_text("weights")
-        Outcome(folder="passed/last", made=[], steps=3, why="rewards teach nothing any more").save(work)
+        Outcome(folder="passed/last", made=[], steps=3, why="ended after step 3", learns=False).save(work)
 
     monkeypatch.setattr(grpo, "MetricsFollower", Follower)
     monkeypatch.setattr(grpo, "_prepare", lambda context: ([], work / "metrics.jsonl"))
@@ -78,6 +78,6 @@ def test_a_training_that_ended_early_gives_its_model_and_says_why(tmp_path, monk
         spec.out.mkdir()
         found = grpo.recover(context)
         assert found["steps"] == 3 and len(found["curve"]) == 4
-        assert found["notes"] == ["ended after step 3 of 8: rewards teach nothing any more"]
+        assert found["notes"] == ["ended after step 3"] and found["learns"] is False
         assert (spec.out / "model.safetensors").read_text() == "weights"
     assert trained == [1]

@@ -26,8 +26,11 @@ def test_only_steps_in_a_row_end_a_training():
         "rewards teach nothing any more: in 3 steps at most 6.2% of the prompts had answers with different rewards "
         "(min_learnable_fraction 0.1); answers earned 0.3 on average"
     )
-    learnable.saw(0.5, 0.2)
+    learnable.begin_anew()  # it was cut
     assert learnable.why is None
+    learnable.saw(0.0, 0.2)
+    learnable.saw(0.5, 0.2)
+    assert learnable.why is None and learnable.below == []
 
 
 def test_by_default_nothing_ends_it():
@@ -43,6 +46,11 @@ def test_by_default_nothing_ends_it():
             "demo_grpo_cpu",
             ["recovery.min_learnable_fraction=0.1", "verl={trainer.v1.trainer_mode: sync}"],
             "min_learnable_fraction needs this project's own trainer, but verl's trainer.v1.trainer_mode names another",
+        ),
+        (
+            "demo_grpo_cpu",
+            ["recovery.min_learnable_fraction=0.1", "verl={algorithm.filter_groups.enable: true}"],
+            "would see only prompts that verl's algorithm.filter_groups.enable has left; leave one of them out",
         ),
         (
             "demo_in_place_cpu",

@@ -74,7 +74,7 @@ def test_the_pace_studys_rows_cut_as_much_in_one_cut_in_six_and_in_as_many_as_it
     assert [made.schedule.channels_sum for made in (once, fixed, governed)] == [576] * 3
     assert (once.schedule.mode, once.schedule.channels_per_cycle) == ("restart", [576])
     assert (fixed.schedule.mode, fixed.schedule.pace) == ("in_place", "fixed")
-    assert fixed.schedule.channels_per_cycle == [208, 128, 96, 64, 48, 32]
+    assert fixed.schedule.channels_per_cycle == [200, 144, 96, 64, 40, 32]
     assert governed.schedule == config.schedule and governed.recovery == config.recovery
     assert once.calibration.sequences == 6 * fixed.calibration.sequences == 6 * governed.calibration.sequences
     with pytest.raises(ConfigError, match=r"schedule\.pace must be governed"):
