@@ -42,7 +42,8 @@ class Learnable:
             return None
         latest = self.below[-self.patience :]
         most, mean = max(share for share, _ in latest), sum(reward for _, reward in latest) / len(latest)
+        steps = f"{self.patience} steps" if self.patience > 1 else "a step"
         return (
-            f"rewards teach nothing any more: in {self.patience} steps at most {most:.1%} of the prompts had answers "
+            f"rewards teach nothing any more: in {steps} at most {most:.1%} of the prompts had answers "
             f"with different rewards (min_learnable_fraction {self.least:g}); answers earned {mean:.3g} on average"
         )
