@@ -17,12 +17,14 @@ types() { mypy && lint-imports --no-cache; }
 units() { nice -n 15 python -m pytest -m "not stack and not canary"; }
 demo_run() { python -m pytest tests/e2e/test_demo_run.py; }
 first_light() { python -m pytest tests/e2e/test_first_light.py; }
+study() { python -m pytest tests/e2e/test_study.py; }
 stack() {
-    python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py
+    python -m pytest -m "stack and not canary" --ignore=tests/e2e/test_demo_run.py --ignore=tests/e2e/test_first_light.py \
+        --ignore=tests/e2e/test_study.py
 }
 
 # Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken.
-jobs=(units first_light demo_run stack types)
+jobs=(units first_light demo_run study stack types)
 lane() {
     local job
     for job in "${jobs[@]}"; do
