@@ -129,8 +129,8 @@ def plan(
         print(as_recipe(config), end="")
         return
     model, device = planned_model(config), device_of(config, gpu)
-    check_cuts(config, model.shape)
     config = settled(config, model.shape)
+    check_cuts(config, model.shape)
     found = forecast(
         config, model, device, assumed=assumptions_of(device, given), price_per_gpu_hour=price_per_gpu_hour
     )

@@ -174,6 +174,8 @@ class RunConfig(Section):
             what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
         elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):
             what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
+        elif self.schedule.pace == "governed" and self.calibration.source == "rollouts" and self.recovery[0].steps == 1:
+            what = "with pace governed makes its first cut by rollouts, after a step; set recovery.steps to 2 or more"
         elif self.schedule.pace == "governed" and self.criterion.threshold is not None:
             what = "with pace governed has max_damage for what may go; set criterion.threshold to null"
         elif parallel := [k for k, v in self._verl_keys().items() if "ulysses_sequence_parallel" in k and v != 1]:

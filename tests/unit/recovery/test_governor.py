@@ -80,6 +80,14 @@ def test_what_it_has_seen_and_ended_with_is_read_again(tmp_path):
             {"schedule": schedule(), "recovery": [{"grpo": {"steps": [4, 8]}}]},
             "governed has one number of steps, all that it may make, but recovery.steps is a list",
         ),
+        (
+            {
+                "schedule": schedule(),
+                "calibration": {"source": "rollouts"},
+                "recovery": [{"grpo": {"steps": 1}}],
+            },
+            "makes its first cut by rollouts, after a step; set recovery.steps to 2 or more",
+        ),
     ],
 )
 def test_settings_that_say_two_things_are_refused(sections, message):
