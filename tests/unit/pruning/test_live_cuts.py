@@ -208,11 +208,12 @@ def test_trials_read_few_sequences_and_the_cut_all(make_checkpoint, monkeypatch)
 def test_damage_is_measured_where_some_token_counts(make_checkpoint):
     """Questions that fill max_tokens say nothing where only solutions count."""
     long = [Sequence(sequence.ids, len(sequence.ids), 1.0) for sequence in sequences(3)]
+    read = [long[0], *READ[:7], long[1], *READ[7:14], long[2], *READ[14:]]  # each eighth one is such a question
     for max_damage in (None, 1e9):
         live, optimizer = live_of(make_checkpoint("llama"))
         live.prompt_weight = 0.0
         options = {"remove_channels": 8, "alignment": 8, "max_damage": max_damage}
-        cut = cut_live(live, optimizer, criterion_of("obs"), [long[0], *READ, *long[1:]], [], **options)
+        cut = cut_live(live, optimizer, criterion_of("obs"), read, [], **options)
         assert cut.plan.intermediate_size == 40 and cut.loss > cut.loss_before > 0
 
 
