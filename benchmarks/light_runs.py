@@ -46,7 +46,7 @@ def _recovery(recipe: Path, method: str) -> dict[str, Any]:
 
 
 def grpo(device: str) -> Run:
-    """Two cycles; vLLM's log-probabilities are held against the policy's own, not taken for them."""
+    """Two cuts in place; vLLM's log-probabilities are held against the policy's own, not taken for them."""
     settings = {"schedule.channels_per_cycle": [160, 64], "recovery.steps": 2}
     compared = {"verl.algorithm.rollout_correction.bypass_mode": False}
     return RECIPES / "demo_grpo_cpu.yaml", {**_tiny(device), **settings, **compared}

@@ -96,6 +96,9 @@ def is_in_place(config: RunConfig, spec: StageSpec) -> bool:
     return config.schedule.mode == "in_place" and spec.name == "recover" and not spec.round
 
 
+AFTER_CUT = "after_cut"
+"""Folder of the cut model before its recovery, within what a recovery in place leaves."""
+
 PART_SEED = 15_485_863
 """Between the seeds of a cycle's recoveries, which read the same rows: no two take them in one order."""
 

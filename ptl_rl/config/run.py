@@ -42,7 +42,7 @@ class EvaluationConfig(Section):
     after_cut: bool = Field(
         False,
         description="Answer the test problems with the cut model, too, before it was recovered: what the cut cost and "
-        "recovery won back, on the same problems.",
+        "recovery won back, on the same problems. In place it is the model right after its last cut.",
     )
 
 
@@ -184,8 +184,6 @@ class RunConfig(Section):
             what = f"has a trainer of its own; leave verl's {TRAINER_MODE} alone"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
-        elif self.evaluation.after_cut:
-            what = "leaves no cut model to measure before its recovery; set evaluation.after_cut to false"
         if what:
             raise ValueError(f"schedule.mode in_place {what}")
 

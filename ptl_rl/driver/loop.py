@@ -35,7 +35,7 @@ from ptl_rl.driver.state import ORIGINAL, Stage, State, data_subsets, fold, next
 from ptl_rl.driver.watchdog import StageStalled, watch
 from ptl_rl.errors import check_sockets, resume_command
 from ptl_rl.planning.schedule import halved, recovery_steps
-from ptl_rl.stage import StageSpec, is_in_place
+from ptl_rl.stage import AFTER_CUT, StageSpec, is_in_place
 
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b(\(\w+\))?: ")
 """A line that names an exception, as the last line of a traceback does; not one relayed from another process."""
@@ -185,13 +185,17 @@ class Driver:
             steps=recovery_steps(self.config, cut.planned, stage.part, stage.round),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
-            after_cut=folder.artefact(Stage(stage.cycle, "slice")) if self._measures_cut(stage, state) else None,
+            after_cut=self._as_cut(stage, state, source),
         )
 
-    def _measures_cut(self, stage: Stage, state: State) -> bool:
-        """Whether this evaluation is the first after a cut, and the recipe wants the cut model measured, too."""
+    def _as_cut(self, stage: Stage, state: State, source: Path) -> Path | None:
+        """The cut model before its recovery, where this evaluation is the first after it and the recipe wants both."""
         first = stage.name == "evaluate" and stage.cycle > 0 and not stage.round
-        return first and not state.cuts[0].is_empty and self.config.evaluation.after_cut
+        if not first or state.cuts[0].is_empty or not self.config.evaluation.after_cut:
+            return None
+        if not state.in_place:
+            return self.folder.artefact(Stage(stage.cycle, "slice"))
+        return source / AFTER_CUT if (source / AFTER_CUT).exists() else None  # a run may have found no cut to make
 
     def _name(self, stage: Stage, name: str) -> str:
         return str(self.folder.artefact(Stage(stage.cycle, name)).relative_to(self.folder.path))

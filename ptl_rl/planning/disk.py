@@ -56,6 +56,15 @@ def rollout_bytes(config: RunConfig, recovery: AnyRecovery, steps: int) -> float
     return float(ROLLOUT_TOKEN_BYTES * responses * config.data.max_response_tokens)
 
 
+def models_beside(config: RunConfig) -> int:
+    """How many models a training in place writes beside its checkpoints, of the width that it trains."""
+    schedule = config.schedule
+    if schedule.mode != "in_place":
+        return 0
+    as_cut = min(3, len(schedule.channel_steps) if schedule.pace != "governed" else 3)
+    return (2 if schedule.pace == "governed" else 0) + (as_cut if config.evaluation.after_cut else 0)
+
+
 def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse:
     """Of the run as planned.
 
@@ -81,9 +90,10 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
         for part, recovery in enumerate(config.recoveries(cut.planned)):
             steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
-            passed = 2 * WEIGHT_BYTES * trained.parameters if config.schedule.pace == "governed" else 0
-            peak = max(peak, kept + rollouts + passed + recovery_peak(trained, recovery, steps, in_place))
-            kept += WEIGHT_BYTES * shape.parameters
+            written = models_beside(config) * WEIGHT_BYTES * trained.parameters
+            peak = max(peak, kept + rollouts + written + recovery_peak(trained, recovery, steps, in_place))
+            as_cut = in_place and not cut.is_empty and config.evaluation.after_cut
+            kept += WEIGHT_BYTES * shape.parameters * (1 + as_cut)
             of_cycle += WEIGHT_BYTES * shape.parameters
             if saves(recovery, steps, in_place):
                 resumable = max(resumable, RESUMABLE_BYTES * trained.parameters)

@@ -213,7 +213,8 @@ class Clock:
             cut = Cut(channels, 0, 0)
             start = self.assumed.start_seconds
             seconds = self.score(left, cut) - start + self._compensations * (self.slice(left, cut) - start)
-            times.append(StageTime("cut", number, seconds + self.disk(RESUMABLE_BYTES * shape.parameters)))
+            bytes_each = RESUMABLE_BYTES + (WEIGHT_BYTES if self.config.evaluation.after_cut else 0)
+            times.append(StageTime("cut", number, seconds + self.disk(bytes_each * shape.parameters)))
             left = left.sliced(channels, 0)
         written = self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
         (recovery,), schedule = self.config.recovery, self.config.schedule

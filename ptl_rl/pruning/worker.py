@@ -117,14 +117,19 @@ class PruningWorker(Worker):
         return engine.compensate(prunable, plan, sequences, folder, sensitivity=sensitivity)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def slice(self, plan: PruningPlan) -> None:
-        """Write this rank's files of the sliced checkpoint; rank 0 adds the configuration and tokenizer."""
+    def slice(self, plan: PruningPlan, source: Path | None = None, out: Path | None = None) -> None:
+        """Write this rank's files of the sliced checkpoint; rank 0 adds the configuration and tokenizer.
+
+        Args:
+            source: checkpoint to slice, and ``out`` the folder to write to; default: those of the stage.
+        """
         spec = self.context.spec
-        new_weights = spec.out / NEW_WEIGHTS if plan.compensate == "least_squares" else None
+        source, out = source or spec.source, out or spec.out
+        new_weights = out / NEW_WEIGHTS if plan.compensate == "least_squares" else None
         weight_map = slice_weights(
-            spec.source,
+            source,
             plan,
-            spec.out,
+            out,
             rank=self.rank,
             ranks=self.world_size,
             new_weights=new_weights,
@@ -132,7 +137,7 @@ class PruningWorker(Worker):
         )
         dist.barrier()
         if self.rank == 0:
-            write_companions(spec.source, plan, spec.out, weight_map)
+            write_companions(source, plan, out, weight_map)
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

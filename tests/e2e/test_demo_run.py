@@ -24,7 +24,7 @@ from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.live import LiveModel, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import texts_of
-from ptl_rl.stage import load_context
+from ptl_rl.stage import AFTER_CUT, load_context
 
 pytestmark = [
     pytest.mark.stack,
@@ -152,8 +152,6 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     options = options_of(
         repository,
         run_dir,
-        schedule__mode="in_place",
-        evaluation__after_cut=False,
         calibration__source="rollouts",
         data__train__rows=32,
         resources__workers_per_node=2,
@@ -182,6 +180,7 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     recovered = run_dir / "cycles/001/recovered"
     check_that_trained_weights_reach_vllm(recovered / "verl_metrics.jsonl", steps=2)
     check_plans(run_dir)
+    check_as_cut(journal[-2].metrics, recovered)
     assert (run_dir / "best").resolve() == recovered
     assert len(list(recovered.glob("model-*.safetensors"))) == 2  # each worker has written its part
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
@@ -194,6 +193,18 @@ def check_cuts(cuts: list[dict]) -> None:
     assert [(cut["after_step"], cut["intermediate_size"]) for cut in cuts] == [(0, 384), (1, 256)]
     assert [cut["calibration_rollouts"] > 0 for cut in cuts] == [False, True]  # there are none before the first step
     assert all(0 < cut["output_error"] < cut["output_error_plain"] for cut in cuts)
+
+
+def check_as_cut(evaluated: dict, recovered: Path) -> None:
+    """The model right after the last cut is a model of the final shapes, judged on the same problems."""
+    difference = evaluated["accuracy"] - evaluated["after_cut"]["accuracy"]
+    assert evaluated["recovered"]["difference"] == pytest.approx(difference)
+    of_both = [AutoModelForCausalLM.from_pretrained(folder) for folder in (recovered, recovered / AFTER_CUT)]
+    trained, as_cut = (dict(model.named_parameters()) for model in of_both)
+    assert {name: p.shape for name, p in as_cut.items()} == {name: p.shape for name, p in trained.items()}
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(as_cut[name], trained[name])
+    assert torch.allclose(as_cut[name], trained[name], atol=0.01)  # a step of 1e-3 apart
 
 
 def check_plans(run_dir: Path) -> None:

@@ -88,6 +88,10 @@ def _work(spec: dict, act: object) -> dict:
         (work / "checkpoint").write_text("half of it")
     if act in ("cuts", "one cut, then raise", "one other cut, then raise"):
         _cut_in_place(spec, str(act))
+    if act == "cuts and the last as it was made":
+        _cut_in_place(spec, act)
+        (out / "after_cut").mkdir()
+        (out / "after_cut/config.json").write_text("{}")
     if act == "stall":
         _stall(spec)
     if act == "silence":

@@ -287,7 +287,14 @@ def test_what_is_run_on_gpus_passes_every_check_before_the_run(name, tmp_path, m
     check(config, tmp_path / "run")
     for part, recovery in enumerate(config.recovery):
         told = StageSpec.model_construct(
-            **{"device": "cuda", "attention": "sdpa", "cycle": 1, "round": 0, "planned": 0, "part": part, "steps": 2},
+            name="recover",
+            device="cuda",
+            attention="sdpa",
+            cycle=1,
+            round=0,
+            planned=0,
+            part=part,
+            steps=2,
             **dict.fromkeys(("source", "parent", "work", "progress"), LLAMA),
         )
         if recovery.method == "cpt":

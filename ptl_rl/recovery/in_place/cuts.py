@@ -13,6 +13,7 @@ from ptl_rl.config import RunConfig
 from ptl_rl.config.in_place import CutInPlace, cuts_in_place
 from ptl_rl.errors import UserError
 from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.stage import AFTER_CUT
 
 IN_CHECKPOINT = "cuts.json"
 """Beside what verl writes of a step."""
@@ -71,6 +72,11 @@ class Cuts:
                 f"{path}: a training in place cannot go on without knowing what it has cut ({error}); put the file "
                 f"back, or delete {path.parent.parent}, and the training begins anew"
             ) from None
+
+
+def as_it_was_cut(work: Path, number: int) -> Path:
+    """Folder of the policy right after its ``number``-th cut, with the shapes that it has in training."""
+    return work / AFTER_CUT / f"{number:03d}"
 
 
 def folder_of(cuts: Path, number: int) -> Path:

@@ -9,9 +9,9 @@ from ptl_rl.pruning.live import nothing_cut, whole_plan
 from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
 from ptl_rl.recovery.checkpoints import Checkpoints
-from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, as_it_was_cut
 from ptl_rl.recovery.rl.outcome import Outcome
-from ptl_rl.stage import StageContext
+from ptl_rl.stage import AFTER_CUT, StageContext
 
 
 def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | None:
@@ -35,6 +35,8 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
 def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     """Write the sliced checkpoint and ``plan.json`` into the stage's folder, and hold it against the trained policy.
 
+    Where the evaluation wants the cut model before its recovery, too, that is sliced into a folder of its own.
+
     Returns:
         What the journal says of the cuts.
 
@@ -56,6 +58,10 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     differences = workers.verify(plan.model_copy(update={"keep_channels": everything}), texts)
     for difference in differences:
         check_difference(difference, spec.out)
+    as_cut = as_it_was_cut(spec.work, len(outcome.made))
+    if context.config.evaluation.after_cut and as_cut.exists():
+        (spec.out / AFTER_CUT).mkdir()
+        workers.slice(plan, as_cut, spec.out / AFTER_CUT)
     return {
         "cuts": [{"after_step": record.after_step, **record.facts} for record in outcome.made],
         "steps": outcome.steps,

@@ -5,6 +5,7 @@ a checkpoint of the step holds it with all that was cut so far. Each cut is foll
 driver only then: what the journal names is never made again.
 """
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.live import NoCutFits, rollout_sequences
 from ptl_rl.pruning.score.texts import texts_of
-from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, publish
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, as_it_was_cut, publish
 from ptl_rl.recovery.in_place.worker import PruningActor
 from ptl_rl.recovery.rl import FIXED
 from ptl_rl.recovery.rl.watched import WatchedTrainer
@@ -135,3 +136,16 @@ class InPlaceTrainer(WatchedTrainer):
         facts["cut_seconds"] = time.monotonic() - started
         self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))
         self.learnable.begin_anew()
+        if context.config.evaluation.after_cut:
+            self._keep_as_cut()
+
+    def _keep_as_cut(self) -> None:
+        """Write the policy as this cut leaves it, for the evaluation.
+
+        A run ends with what its last cut has left, or the one before it. From an older checkpoint it may end with one
+        before that.
+        """
+        number = len(self.cuts.made)
+        for old in (number, number - 3):
+            shutil.rmtree(as_it_was_cut(self.work, old), ignore_errors=True)
+        self._write(as_it_was_cut(self.work, number))

@@ -92,7 +92,9 @@ class WatchedTrainer(PPOTrainerSync):
 
     def _written(self, name: str) -> str:
         """Write the policy into a folder of its own; gives the folder, relative to the work folder."""
-        folder = self.work / LEFT_BY_TRAINING / name
+        self._write(self.work / LEFT_BY_TRAINING / name)
+        return f"{LEFT_BY_TRAINING}/{name}"
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.actor_rollout_wg.write_weights(folder)
-        return f"{LEFT_BY_TRAINING}/{name}"

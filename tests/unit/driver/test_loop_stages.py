@@ -314,6 +314,28 @@ def test_where_the_gate_asks_for_more_the_sliced_model_is_trained(make_driven):
     assert len(cuts_of(run)) == 2
 
 
+@pytest.mark.parametrize("act", ["cuts", "cuts and the last as it was made"])
+def test_in_place_the_first_evaluation_is_of_the_model_right_after_its_last_cut_too(make_driven, act):
+    run = make_driven(schedule=IN_PLACE, gate={"max_extensions": 1}, evaluation={"after_cut": True})
+    run.act({"001-recover": act, "001-evaluate": 0.1})
+    run.drive()
+    specs = run.specs()
+    as_cut = run.path / "cycles/001/recovered/after_cut"
+    assert specs["001-evaluate.1"].after_cut == (as_cut if act != "cuts" else None)  # a run may find no cut to make
+    assert specs["001-evaluate-1.1"].after_cut is specs["000-evaluate.1"].after_cut is None
+
+
+def test_what_the_last_cut_left_is_held_against_its_checksum(make_driven):
+    run = make_driven(schedule=IN_PLACE, evaluation={"after_cut": True})
+    run.act({"001-recover": "cuts and the last as it was made", "001-evaluate": "raise"})
+    with pytest.raises(StageFailed):
+        run.drive()
+    (run.path / "cycles/001/recovered/after_cut/config.json").write_text("{ }")
+    run.act({"001-recover": "cuts and the last as it was made"})
+    with pytest.raises(MissingArtefact, match=r"after_cut/config.json: is not what its stage wrote"):
+        run.drive()
+
+
 def test_a_cycle_in_place_is_not_halved(make_driven):
     run = make_driven(schedule=IN_PLACE, gate={"max_extensions": 0, "max_retries": 1, "on_failure": "stop"})
     run.act({"001-recover": "cuts", "001-evaluate": 0.1})

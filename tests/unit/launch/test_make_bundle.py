@@ -42,6 +42,16 @@ def stack(tmp_path, make_wheel, pip_wheel, project, monkeypatch):
     return make
 
 
+@pytest.fixture
+def bundle(stack, tmp_path, tmp_path_factory):
+    """A bundle of everything; made once."""
+    made = tmp_path_factory.getbasetemp() / "bundle"
+    if not made.exists():
+        shutil.copytree(stack(), made)
+        shutil.rmtree(tmp_path / "bundle")
+    return shutil.copytree(made, tmp_path / "bundle")
+
+
 def install(bundle: Path, *options: str) -> subprocess.CompletedProcess:
     """Runs install.sh where pip's own settings forbid all that it must not heed."""
     there = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -57,8 +67,7 @@ def refused(bundle: Path, *options: str) -> str:
     return done.stderr
 
 
-def test_carried_in_parts_and_installed_into_a_new_environment(stack, tmp_path):
-    bundle = stack()
+def test_carried_in_parts_and_installed_into_a_new_environment(bundle, tmp_path):
     sizes = [path.stat().st_size for path in bundle.glob("part-*")]
     assert len(sizes) > 2 and max(sizes) <= 0.25 * 1024**2
     carried = tmp_path / "there"
@@ -91,8 +100,7 @@ def test_installed_into_a_plain_folder(stack, tmp_path):
     assert not any((site / gone).exists() for gone in (FA2, OTHER, "vllm/vllm-rs", "flashinfer_cubin"))
 
 
-def test_broken_and_missing_parts_are_named(stack, tmp_path):
-    bundle = stack()
+def test_broken_and_missing_parts_are_named(bundle, tmp_path):
     whole = (bundle / "part-0002").read_bytes()
     (bundle / "part-0002").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "part-0002 is corrupt" in refused(bundle, "--verify")
@@ -107,8 +115,7 @@ def test_broken_and_missing_parts_are_named(stack, tmp_path):
     assert "SHA256SUMS" in refused(bundle, "--verify")
 
 
-def test_what_install_refuses(stack, tmp_path):
-    bundle = stack("--without", "big_one")
+def test_what_install_refuses(bundle, tmp_path):
     assert "--venv DIR or --target DIR" in refused(bundle)
     assert "--venv DIR or --target DIR" in refused(bundle, "--venv", "a", "--target", "b")
     assert "--what" in refused(bundle, "--what")

@@ -186,7 +186,7 @@ def test_rows_of_sets_that_are_not_named(tmp_path):
 
 
 def test_the_demo_takes_minutes_on_cpus(repository):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     shape = read_shape(repository / "ptl_rl/testbed/checkpoints/qwen2")
     device = dataclasses.replace(this_machine(1), teraflops=0.09)
     times = Clock(Planned(config, device, "sdpa"), CPU).run(shape, planned_cuts(config.schedule))
@@ -194,7 +194,7 @@ def test_the_demo_takes_minutes_on_cpus(repository):
 
 
 def test_cuts_in_place_start_nothing_and_train_the_original_width(repository):
-    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", "schedule.mode=in_place", "evaluation.after_cut=false")
+    clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", "schedule.mode=in_place")
     cuts = planned_cuts(clock.config.schedule)
     times = clock.run(QWEN, cuts)
     steps, save = clock.config.schedule.channel_steps, clock.disk(12 * QWEN.parameters)
@@ -206,3 +206,13 @@ def test_cuts_in_place_start_nothing_and_train_the_original_width(repository):
     (trained,) = (time.seconds for time in times if time.stage == "recover: grpo")
     total = sum(recovery.steps_of(number) for number in range(10))
     assert trained == clock.rl(QWEN, QWEN, recovery, total)
+
+
+def test_writing_the_policy_as_each_cut_leaves_it_takes_its_bytes(repository):
+    first = {}
+    for told in ("true", "false"):
+        settings = ["schedule.mode=in_place", f"evaluation.after_cut={told}"]
+        clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", *settings)
+        times = clock.run(QWEN, planned_cuts(clock.config.schedule))
+        first[told] = next(time.seconds for time in times if time.stage == "cut")
+    assert first["true"] - first["false"] == pytest.approx(clock.disk(4 * QWEN.parameters))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +19,9 @@ from ptl_rl.planning.schedule import (
     recovery_steps,
 )
 from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost, publish
+from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost, as_it_was_cut, publish
 
-DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_in_place_cpu.yaml"
+DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_grpo_cpu.yaml"
 
 
 def config_of(*changes: str):
@@ -48,7 +49,6 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
         ("recovery=[{cpt: {}}]", "in_place cuts within one recovery by grpo or distill, but recovery is cpt"),
         ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery .* but recovery is grpo, grpo"),
         ("recovery_of_cycle={1: [{grpo: {}}]}", "in_place has one training, but recovery_of_cycle names several"),
-        ("evaluation.after_cut=true", "in_place leaves no cut model to measure before its recovery"),
         ("schedule={mode: in_place, recover_only: true}", "recover_only cuts nothing, but mode is in_place"),
     ],
 )
@@ -131,6 +131,29 @@ def test_a_training_whose_rewards_teach_nothing_makes_its_planned_cuts_all_the_s
         assert not trainer.may_end
         trainer.cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
     assert trainer.may_end
+
+
+def test_the_policy_is_written_as_each_cut_leaves_it_and_the_last_three_stay(tmp_path):
+    trainers = pytest.importorskip("ptl_rl.recovery.in_place.trainer")
+    trainer = object.__new__(trainers.InPlaceTrainer)
+    trainer.context = SimpleNamespace(spec=SimpleNamespace(work=tmp_path))
+    trainer.cuts = Cuts.of(config_of())
+    written = []
+
+    def write(folder: Path) -> None:
+        assert not list(folder.iterdir())  # nothing of an attempt that was killed
+        written.append(folder.name)
+        (folder / "model.safetensors").touch()
+
+    trainer.actor_rollout_wg = SimpleNamespace(write_weights=write)
+    stale = as_it_was_cut(tmp_path, 1)
+    stale.mkdir(parents=True)
+    (stale / "model-00009.safetensors").touch()
+    for _ in range(5):
+        trainer.cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
+        trainer._keep_as_cut()
+    assert written == ["001", "002", "003", "004", "005"]
+    assert sorted(path.name for path in stale.parent.iterdir()) == ["003", "004", "005"]
 
 
 def test_other_modes_stay_as_they_were():

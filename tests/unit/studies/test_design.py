@@ -55,11 +55,11 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
     by_recipe = {
         shipped: {"grpo": 40, "cpt": 320, "distill": 40},
         repository / "recipes/demo_cpt_grpo_cpu.yaml": {"cpt": 80, "grpo": 10},
-        repository / "recipes/demo_grpo_cpu.yaml": {"grpo": 28},
+        repository / "recipes/demo_restart_cpu.yaml": {"grpo": 28},
     }
     total = {"schedule": ScheduleConfig(channels_per_cycle=128, channels_total=256, alignment=16)}
     for recipe, expected in by_recipe.items():
-        for changes in ({}, total if recipe.stem == "demo_grpo_cpu" else {}):
+        for changes in ({}, total if recipe.stem == "demo_restart_cpu" else {}):
             _, _, study = designed("rl", recipe, **changes)
             assert {row.name: steps(row.config(0))[row.name] for row in study.rows} == expected
             for row in study.rows:
