@@ -24,6 +24,7 @@ import typer
 
 from ptl_rl.driver.journal import Entry, Journal
 from ptl_rl.driver.processes import tagged_processes
+from ptl_rl.families import read_shape
 from ptl_rl.pruning.plan import PruningPlan
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -114,6 +115,9 @@ def check(run_dir: Path, cuts: int) -> str | None:
         kept = [[own[place] for place in block] for own, block in zip(kept, after.keep_channels, strict=True)]
     if PruningPlan.load(run_dir / "best/plan.json").keep_channels != kept:
         return "the finished model does not have the journaled cuts"
+    sizes = [read_shape(run_dir / f"best{folder}").intermediate_size for folder in ("", "/after_cut")]
+    if sizes != [plans[-1].intermediate_size] * 2 or "after_cut" not in entries[-2].metrics:
+        return f"the model, and that right after its last cut, have {sizes} channels, evaluated {entries[-2].metrics}"
     recover = next(entry.metrics for entry in entries if entry.stage == "recover")
     if recover["logit_difference"] > 1e-4:
         return f"what was cut is not zero: logits differ by {recover['logit_difference']:g}"
@@ -144,7 +148,8 @@ def kills(
 ) -> None:
     """Kill runs at instants spread over what a whole run takes, resume them, and check what they end with."""
     cuts, small = 4, {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
-    settings, recipe = settings_of(cuts, 96, **small) | {"calibration.sequences": 32}, "demo_grpo_cpu"
+    settings, recipe = settings_of(cuts, 96, **small), "demo_grpo_cpu"
+    settings |= {"calibration.sequences": 32, "evaluation.after_cut": True}
     out.mkdir(parents=True, exist_ok=True)
     whole = out / "whole.json"
     if not whole.exists():

@@ -46,10 +46,10 @@ def _recovery(recipe: Path, method: str) -> dict[str, Any]:
 
 
 def grpo(device: str) -> Run:
-    """Two cuts in place; vLLM's log-probabilities are held against the policy's own, not taken for them."""
+    """Two cycles; vLLM's log-probabilities are held against the policy's own, not taken for them."""
     settings = {"schedule.channels_per_cycle": [160, 64], "recovery.steps": 2}
     compared = {"verl.algorithm.rollout_correction.bypass_mode": False}
-    return RECIPES / "demo_grpo_cpu.yaml", {**_tiny(device), **settings, **compared}
+    return RECIPES / "demo_restart_cpu.yaml", {**_tiny(device), **settings, **compared}
 
 
 def cpt(device: str) -> Run:
@@ -145,7 +145,7 @@ def summary(folder: Path, entries: list[Entry]) -> dict[str, Any]:
         "accuracy": [metrics["accuracy"] for metrics in evaluations],
         "parameters": [metrics["parameters"] for metrics in evaluations],
         "answer_tokens_per_second": [round(metrics["tokens_per_second"]) for metrics in evaluations],
-        "logit_difference": [e.metrics["logit_difference"] for e in entries if e.stage == "slice"],
+        "logit_difference": [e.metrics["logit_difference"] for e in entries if "logit_difference" in e.metrics],
         "worker_memory_peak_gib": peaks,
         "recoveries": [_figures(folder, entry) for entry in entries if entry.stage == "recover"],
     }

@@ -57,12 +57,15 @@ def rollout_bytes(config: RunConfig, recovery: AnyRecovery, steps: int) -> float
 
 
 def models_beside(config: RunConfig) -> int:
-    """How many models a training in place writes beside its checkpoints, of the width that it trains."""
+    """How many models a training in place writes beside its checkpoints, of the width that it trains, at most.
+
+    Those that it may end with: two of a governed one, else that of an early end; and the last three as they were cut.
+    """
     schedule = config.schedule
     if schedule.mode != "in_place":
         return 0
     as_cut = min(3, len(schedule.channel_steps) if schedule.pace != "governed" else 3)
-    return (2 if schedule.pace == "governed" else 0) + (as_cut if config.evaluation.after_cut else 0)
+    return (2 if schedule.pace == "governed" else 1) + (as_cut if config.evaluation.after_cut else 0)
 
 
 def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse:
@@ -91,9 +94,12 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
             steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
             written = models_beside(config) * WEIGHT_BYTES * trained.parameters
-            peak = max(peak, kept + rollouts + written + recovery_peak(trained, recovery, steps, in_place))
             as_cut = in_place and not cut.is_empty and config.evaluation.after_cut
-            kept += WEIGHT_BYTES * shape.parameters * (1 + as_cut)
+            left = WEIGHT_BYTES * shape.parameters * (1 + as_cut)
+            if in_place:  # what is left is sliced from what training has written
+                written += left
+            peak = max(peak, kept + rollouts + written + recovery_peak(trained, recovery, steps, in_place))
+            kept += left
             of_cycle += WEIGHT_BYTES * shape.parameters
             if saves(recovery, steps, in_place):
                 resumable = max(resumable, RESUMABLE_BYTES * trained.parameters)

@@ -216,7 +216,8 @@ class Clock:
             bytes_each = RESUMABLE_BYTES + (WEIGHT_BYTES if self.config.evaluation.after_cut else 0)
             times.append(StageTime("cut", number, seconds + self.disk(bytes_each * shape.parameters)))
             left = left.sliced(channels, 0)
-        written = self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
+        models = 1 + self.config.evaluation.after_cut
+        written = models * self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
         (recovery,), schedule = self.config.recovery, self.config.schedule
         if schedule.pace == "governed" and isinstance(recovery, GrpoConfig):
             often = recovery.steps_of(0) // schedule.validate_every

@@ -155,7 +155,8 @@ def plot(entries: list[Entry], path: Path, title: str) -> None:
     same = all(row.sliced_interval for row in cut)
     if cut:
         values = [(row.sliced_accuracy or 0.0, row.sliced_interval) for row in cut]
-        label = "right after the cut" if same else "right after the cut (validation)"
+        which = "last cut" if any(entry.stage == "cut" for entry in entries) else "cut"
+        label = f"right after the {which}" if same else f"right after the {which} (validation)"
         # A little to the left, so that a line from what the cut left leads up to what recovery made of it.
         places = [row.cycle - (0.12 if same else 0) for row in cut]
         _with_intervals(accuracy_axis, places, values, fmt="v", color="#c44e52", label=label)

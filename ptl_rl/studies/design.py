@@ -65,6 +65,14 @@ def _values(config: RunConfig) -> Values:
     return values
 
 
+def cuts_of(config: RunConfig) -> int:
+    """How many cuts the recipe plans, each of which reads ``calibration.sequences``; of a governed pace that is one."""
+    schedule = config.schedule
+    if schedule.mode == "in_place" and schedule.pace != "governed":
+        return len(schedule.channel_steps)
+    return len(planned_cuts(schedule))
+
+
 def _with_steps(values: Values, config: RunConfig, weights: list[float]) -> Values:
     """The recipe's steps in all, for every recovery, shared out to cycles by ``weights``."""
     result = deepcopy(values)
@@ -137,13 +145,14 @@ def table1(config: RunConfig, shape: ModelShape) -> Study:
     """The loop against other ways to the same size, and the original, all with the same recovery."""
     values = _values(config)
     target = target_shape(config, shape).parameters
-    cuts = planned_cuts(config.schedule)
+    in_place = config.schedule.mode == "in_place"
+    label = f"{cuts_of(config)} cuts in one training" if in_place else f"{cuts_of(config)} cycles"
     once = _with_steps(values, config, [1.0])
     at_once: Values = {"channels_per_cycle": [config.schedule.channels_sum]} if config.schedule.channels_sum else {}
     layers = config.schedule.layers_total
     if layers:
         at_once |= {"layers_total": layers, "layers_per_cycle": layers, "order": "together"}
-    all_sequences = config.calibration.sequences * len(cuts)
+    all_sequences = config.calibration.sequences * cuts_of(config)
     gone = blocks_for(shape, target)
     rows = [
         Row("original", "original, recovered", _schedule(once, recover_only=True)),
@@ -185,7 +194,7 @@ def table1(config: RunConfig, shape: ModelShape) -> Study:
                 token_weights="uniform",
             ),
         ),
-        Row("ptl", f"PTL ({len(cuts)} cycles)", values),
+        Row("ptl", f"PTL ({label})", values),
     ]
     return Study("table1", "Is the loop better than other ways to the same size?", rows, "ptl", notes)
 
@@ -195,7 +204,7 @@ def iterations(config: RunConfig, shape: ModelShape) -> Study:
     values, total = _values(config), config.schedule.channels_sum
     _needs_channels(config, "iterations")
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
-    all_sequences = config.calibration.sequences * len(planned_cuts(config.schedule))
+    all_sequences = config.calibration.sequences * cuts_of(config)
     rows = []
     for count in (1, 2, 4, 8):
         if total // alignment < count:
@@ -233,7 +242,7 @@ def order(config: RunConfig, shape: ModelShape) -> Study:
         "together": "in the same cuts",
     }
     values, rows = _values(config), []
-    all_sequences = config.calibration.sequences * len(planned_cuts(config.schedule))
+    all_sequences = config.calibration.sequences * cuts_of(config)
     for name, label in labels.items():
         changed = values | {"schedule": values["schedule"] | {"order": name}}
         count = len(planned_cuts(parse_config(changed).schedule))

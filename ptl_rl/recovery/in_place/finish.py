@@ -49,8 +49,10 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     context.connect_ray()
     # Tensors that are written are no steps of the training, so that progress is told elsewhere.
     changed = {"source": trained, "progress": spec.work / "slice.progress.jsonl"}
+    context.report(-1, -1)  # a sign of life for the watchdog, here and below
     workers = worker_group(replace(context, spec=spec.model_copy(update=changed)))
     workers.slice(plan)
+    context.report(-1, -1)
     plan.save(spec.out / "plan.json")
     # Held against the policy as it is, with nothing masked: what was cut must have stayed at zero.
     everything = [list(range(plan.source_intermediate_size))] * len(plan.keep_channels)
@@ -58,10 +60,15 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
     differences = workers.verify(plan.model_copy(update={"keep_channels": everything}), texts)
     for difference in differences:
         check_difference(difference, spec.out)
-    as_cut = as_it_was_cut(spec.work, len(outcome.made))
-    if context.config.evaluation.after_cut and as_cut.exists():
-        (spec.out / AFTER_CUT).mkdir()
-        workers.slice(plan, as_cut, spec.out / AFTER_CUT)
+    notes = [outcome.why] if outcome.why else []
+    if context.config.evaluation.after_cut and outcome.made:
+        context.report(-1, -1)
+        as_cut = as_it_was_cut(spec.work, len(outcome.made))
+        if as_cut.exists():
+            (spec.out / AFTER_CUT).mkdir()
+            workers.slice(plan, as_cut, spec.out / AFTER_CUT)
+        else:
+            notes.append(f"the model right after its last cut is gone ({as_cut}), so the evaluation leaves it out")
     return {
         "cuts": [{"after_step": record.after_step, **record.facts} for record in outcome.made],
         "steps": outcome.steps,
@@ -69,5 +76,5 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
         "intermediate_size": plan.intermediate_size,
         "num_hidden_layers": plan.num_hidden_layers,
         "logit_difference": max(differences),
-        **({"notes": [outcome.why]} if outcome.why else {}),
+        "notes": notes,
     }

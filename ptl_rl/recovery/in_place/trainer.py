@@ -146,6 +146,5 @@ class InPlaceTrainer(WatchedTrainer):
         before that.
         """
         number = len(self.cuts.made)
-        for old in (number, number - 3):
-            shutil.rmtree(as_it_was_cut(self.work, old), ignore_errors=True)
+        shutil.rmtree(as_it_was_cut(self.work, number - 3), ignore_errors=True)
         self._write(as_it_was_cut(self.work, number))

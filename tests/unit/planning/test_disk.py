@@ -56,9 +56,9 @@ def test_compensated_weights_and_rollouts_pass_through():
 @pytest.mark.parametrize(
     ("changes", "as_cut", "beside"),
     [
-        ({}, False, 0),
-        ({}, True, 2),  # as many as there are cuts
-        ({"channels_per_cycle": [512] * 5}, True, 3),
+        ({}, False, 1),  # of an early end
+        ({}, True, 3),  # and as many as there are cuts
+        ({"channels_per_cycle": [512] * 5}, True, 4),
         ({"pace": "governed", "channels_total": 2048, "channels_per_cycle": 0}, False, 2),
         ({"pace": "governed", "channels_total": 2048, "channels_per_cycle": 0}, True, 5),
     ],
@@ -68,7 +68,7 @@ def test_what_a_training_in_place_writes_beside_its_checkpoints(changes, as_cut,
     found = disk_use(parse_config({"schedule": schedule, "evaluation": {"after_cut": as_cut}}), QWEN, 2)
     cut = QWEN.sliced(channels=sum(schedule["channels_per_cycle"]) if "pace" not in changes else 2048)
     assert found.kept == 4 * cut.parameters * (1 + as_cut)  # the model, and the one right after the last cut
-    assert found.peak == (2 * 12 + 4 * beside) * QWEN.parameters
+    assert found.peak == (2 * 12 + 4 * beside) * QWEN.parameters + found.kept
 
 
 def test_a_recovery_only_writes_no_sliced_checkpoint():

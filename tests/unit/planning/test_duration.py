@@ -208,11 +208,13 @@ def test_cuts_in_place_start_nothing_and_train_the_original_width(repository):
     assert trained == clock.rl(QWEN, QWEN, recovery, total)
 
 
-def test_writing_the_policy_as_each_cut_leaves_it_takes_its_bytes(repository):
-    first = {}
+def test_the_policy_as_each_cut_leaves_it_is_written_and_the_last_one_sliced(repository):
+    cut, sliced = {}, {}
     for told in ("true", "false"):
         settings = ["schedule.mode=in_place", f"evaluation.after_cut={told}"]
         clock = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", *settings)
         times = clock.run(QWEN, planned_cuts(clock.config.schedule))
-        first[told] = next(time.seconds for time in times if time.stage == "cut")
-    assert first["true"] - first["false"] == pytest.approx(clock.disk(4 * QWEN.parameters))
+        cut[told], sliced[told] = (next(t.seconds for t in times if t.stage == name) for name in ("cut", "slice"))
+    assert cut["true"] - cut["false"] == pytest.approx(clock.disk(4 * QWEN.parameters))
+    left = QWEN.sliced(channels=clock.config.schedule.channels_sum)
+    assert sliced["true"] - sliced["false"] == pytest.approx(clock.disk(4 * (QWEN.parameters + left.parameters)))

@@ -52,7 +52,7 @@ def plan(repository, recipe, *arguments):
 
 
 @pytest.fixture(scope="module")
-def plans(repository, tmp_path_factory):
+def plans(repository):
     """Of every recipe what ``ptl plan`` prints, all made in one process without network, and what that has imported."""
     program = (
         "import json, sys\n"

@@ -1,6 +1,8 @@
 """Cuts within one training: when they are due, what is kept of them, and what verl is told."""
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,8 @@ from ptl_rl.planning.schedule import (
 )
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost, as_it_was_cut, publish
+from ptl_rl.recovery.rl.outcome import Outcome
+from ptl_rl.stage import StageSpec
 
 DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_grpo_cpu.yaml"
 
@@ -141,19 +145,76 @@ def test_the_policy_is_written_as_each_cut_leaves_it_and_the_last_three_stay(tmp
     written = []
 
     def write(folder: Path) -> None:
-        assert not list(folder.iterdir())  # nothing of an attempt that was killed
         written.append(folder.name)
         (folder / "model.safetensors").touch()
 
     trainer.actor_rollout_wg = SimpleNamespace(write_weights=write)
-    stale = as_it_was_cut(tmp_path, 1)
-    stale.mkdir(parents=True)
-    (stale / "model-00009.safetensors").touch()
     for _ in range(5):
         trainer.cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
         trainer._keep_as_cut()
     assert written == ["001", "002", "003", "004", "005"]
-    assert sorted(path.name for path in stale.parent.iterdir()) == ["003", "004", "005"]
+    assert sorted(path.name for path in as_it_was_cut(tmp_path, 1).parent.iterdir()) == ["003", "004", "005"]
+
+
+@pytest.fixture
+def slice_told(tmp_path, monkeypatch):
+    """Factory: ends a training with so many of three cuts; gives what was sliced and what the journal is told."""
+    finish = pytest.importorskip("ptl_rl.recovery.in_place.finish")
+    sliced: list[tuple[int, str, str]] = []
+
+    class Workers:
+        def slice(self, plan, source=None, out=None) -> None:
+            sliced.append((plan.intermediate_size, *(path.name if path else "" for path in (source, out))))
+
+        def verify(self, plan, texts) -> list[float]:
+            return [0.0]
+
+    monkeypatch.setattr(finish, "worker_group", lambda context: Workers())
+    monkeypatch.setattr(finish.ray, "shutdown", lambda: None)
+    spec = StageSpec.model_construct(work=tmp_path, out=tmp_path / "out", progress=tmp_path / "progress")
+
+    @dataclass
+    class Context:
+        spec: StageSpec
+        config: SimpleNamespace
+        data = SimpleNamespace(worked_solutions=lambda: [])
+        reports = 0
+
+        def connect_ray(self) -> None:
+            pass
+
+        def report(self, *_: int) -> None:
+            self.reports += 1
+
+    def told(cuts: int, *, wanted: bool = True):
+        sliced.clear()
+        shutil.rmtree(spec.out, ignore_errors=True)
+        spec.out.mkdir()
+        made = [CutRecord(after_step=n, plan=plan_of(6 - n, list(range(5 - n)))) for n in range(cuts)]
+        context = Context(spec, SimpleNamespace(evaluation=SimpleNamespace(after_cut=wanted)))
+        monkeypatch.setattr(finish, "nothing_cut", lambda source: plan_of(6, list(range(6))))
+        metrics = finish.slice_trained(context, Outcome(folder="passed/8", made=made, steps=8, why="spent"))
+        assert context.reports >= 2  # slicing starts workers, and takes as long as it takes
+        return list(sliced), metrics
+
+    for number in (1, 2, 3):
+        as_it_was_cut(tmp_path, number).mkdir(parents=True)
+    return told
+
+
+def test_of_the_policies_as_cut_that_of_the_models_own_last_cut_is_sliced(slice_told, tmp_path):
+    assert slice_told(2)[0] == [(4, "", ""), (4, "002", "after_cut")]  # the third cut did not get back
+    assert slice_told(3)[0] == [(3, "", ""), (3, "003", "after_cut")]
+    assert slice_told(2, wanted=False)[0] == [(4, "", "")]
+    assert slice_told(0)[0] == [(6, "", "")]  # there was no cut to make
+    assert slice_told(2)[1]["notes"] == ["spent"]
+
+
+def test_a_policy_as_cut_that_is_gone_is_told(slice_told, tmp_path):
+    shutil.rmtree(as_it_was_cut(tmp_path, 2))
+    sliced, metrics = slice_told(2)
+    assert sliced == [(4, "", "")]
+    assert metrics["notes"][1].startswith("the model right after its last cut is gone")
 
 
 def test_other_modes_stay_as_they_were():

@@ -169,7 +169,7 @@ def test_no_worker_outlives_a_killed_parent(state):
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert wait_until_gone(pid, 10.0)
+    assert wait_until_gone(pid, 60.0)  # within seconds where the cores are free
 
 
 def test_a_forked_child_gets_a_pool_of_its_own():

@@ -67,6 +67,16 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
                 assert schedule.recover_only and not schedule.channels_sum and not schedule.layers_total
 
 
+@pytest.mark.parametrize("name", ["table1", "iterations"])
+def test_cuts_in_one_training_count_as_cuts_of_cycles_do(name, repository):
+    designs = [designed(name, repository / f"recipes/demo_{mode}_cpu.yaml")[2].rows for mode in ("grpo", "restart")]
+    in_place, restart = ({row.name: row.config(0).calibration.sequences for row in rows} for rows in designs)
+    assert in_place == restart
+    if name == "table1":
+        assert [rows[-1].label for rows in designs] == ["PTL (2 cuts in one training)", "PTL (2 cycles)"]
+        assert in_place["prune-once"] == 2 * in_place["ptl"] == 1024
+
+
 def test_the_pace_studys_rows_cut_as_much_in_one_cut_in_six_and_in_as_many_as_it_takes():
     (recipe,) = demo_recipes("pace")
     config, _, study = designed("pace", recipe)
