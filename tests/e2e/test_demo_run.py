@@ -45,7 +45,7 @@ def options_of(repository: Path, run_dir: Path, **settings) -> list[str]:
     """Of a run: the demo's recipe, its folder, settings."""
     chosen = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
     options = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    return [str(repository / "recipes" / "demo_grpo_cpu.yaml"), "--run-dir", str(run_dir), *options]
+    return [str(repository / "recipes" / "demo_in_place_cpu.yaml"), "--run-dir", str(run_dir), *options]
 
 
 CRITERION = """

@@ -84,7 +84,7 @@ def test_every_way_to_vllm_on_a_gpu_takes_that_environment(monkeypatch, reposito
     from ptl_rl.stage import StageContext, StageSpec
 
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != SAMPLER})
-    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
+    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
     for device, expected in (("cuda", "0"), ("cpu", None)):
         assert (
             StageContext(config, StageSpec.model_construct(device=device, name="recover", stage_id="x"))
