@@ -11,7 +11,7 @@ from reward.programs.sandbox import Limits, Sandbox
 from reward.programs.unit_tests import plan_tests
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
-SANDBOX = Sandbox(Limits(cpu_seconds=2, wall_seconds=4))
+SANDBOX = Sandbox(Limits(cpu_seconds=2, wall_seconds=10))  # a busy machine takes seconds to start a process
 CASES = yaml.safe_load(Path(__file__).with_name("programs.yaml").read_text(encoding="utf-8"))
 
 
@@ -26,7 +26,7 @@ def cases(verdict):
 def judged(case):
     start = time.monotonic()
     outcome = run(case["program"], plan_tests(ground_truth(case)), SANDBOX)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
     return outcome
 
 
