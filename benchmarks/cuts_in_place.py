@@ -81,8 +81,8 @@ def times(
 ) -> None:
     """Time the same cuts and steps in place and in cycles, one after the other; run it alone."""
     sources = {"calibration.source": "rollouts"}
-    in_place = make(out / "in-place", "demo_in_place_cpu", settings_of(cuts, 16) | sources, cycles=1)
-    restarts = make(out / "restarts", "demo_grpo_cpu", settings_of(cuts, 16) | sources, cycles=cuts)
+    in_place = make(out / "in-place", "demo_grpo_cpu", settings_of(cuts, 16) | sources, cycles=1)
+    restarts = make(out / "restarts", "demo_restart_cpu", settings_of(cuts, 16) | sources, cycles=cuts)
     first, second = (
         sum(entry.seconds for entry in entries if entry.stage not in ("evaluate", "cut"))
         for entries in (in_place, restarts)
@@ -148,7 +148,7 @@ def kills(
 ) -> None:
     """Kill runs at instants spread over what a whole run takes, resume them, and check what they end with."""
     cuts, small = 4, {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
-    settings, recipe = settings_of(cuts, 96, **small), "demo_in_place_cpu"
+    settings, recipe = settings_of(cuts, 96, **small), "demo_grpo_cpu"
     settings |= {"calibration.sequences": 32, "evaluation.after_cut": True}
     out.mkdir(parents=True, exist_ok=True)
     whole = out / "whole.json"

@@ -4,7 +4,7 @@
 
 - ``imports``: versions, driver, GPU, and small checks of what verl and vLLM will ask of it (``light_probe.py``);
 - ``vllm``: ``ptl score``, ``ptl slice`` and ``ptl speed`` of the demo's model, shipped and sliced;
-- ``grpo``: two cycles of ``recipes/demo_grpo_cpu.yaml`` in bfloat16;
+- ``grpo``: two cycles of ``recipes/demo_restart_cpu.yaml`` in bfloat16;
 - ``cpt``: a cycle of ``recipes/demo_cpt_llama_cpu.yaml``, with and without the parent's distribution (``parent_kl``);
 - ``real``: with ``--model DIR --data gsm8k.jsonl``, an eighth of its channels cut twice, GRPO after each cut;
 - ``distill``: a cycle of ``recipes/demo_distill_cpu.yaml``. verl gives the parent that teaches whole GPUs of its own:

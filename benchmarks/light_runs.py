@@ -49,7 +49,7 @@ def grpo(device: str) -> Run:
     """Two cycles; vLLM's log-probabilities are held against the policy's own, not taken for them."""
     settings = {"schedule.channels_per_cycle": [160, 64], "recovery.steps": 2}
     compared = {"verl.algorithm.rollout_correction.bypass_mode": False}
-    return RECIPES / "demo_grpo_cpu.yaml", {**_tiny(device), **settings, **compared}
+    return RECIPES / "demo_restart_cpu.yaml", {**_tiny(device), **settings, **compared}
 
 
 def cpt(device: str) -> Run:

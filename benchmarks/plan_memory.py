@@ -168,7 +168,7 @@ SMOLLM2 = {"smollm2": (CPT, CUT), "smollm2-cpt": (CPT, {"recover_only": True}), 
 
 
 def _demo() -> RunConfig:
-    recipe = Path(__file__).parents[1] / "recipes" / "demo_grpo_cpu.yaml"
+    recipe = Path(__file__).parents[1] / "recipes" / "demo_restart_cpu.yaml"
     return load_config(recipe, ["schedule.channels_per_cycle=[480]", "recovery.steps=3", "data.test.rows=200"])
 
 

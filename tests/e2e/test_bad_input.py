@@ -72,7 +72,7 @@ def test_one_line_and_status_2(settings, message, repository, tmp_path, capfd):
     )
     for word, name in (("BAD", "bad.jsonl"), ("REWARD", "my_reward.py"), ("CRITERION", "my_criterion.py")):
         settings = [setting.replace(word, str(tmp_path / name)) for setting in settings]
-    recipe = str(repository / "recipes/demo_grpo_cpu.yaml")
+    recipe = str(repository / "recipes/demo_restart_cpu.yaml")
     options = [part for setting in settings for part in ("--set", setting)]
     arguments = ["run", recipe, "--run-dir", str(tmp_path / "run"), *options]
     own_process = message.startswith(OWN_PROCESS)

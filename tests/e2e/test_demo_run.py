@@ -45,7 +45,7 @@ def options_of(repository: Path, run_dir: Path, **settings) -> list[str]:
     """Of a run: the demo's recipe, its folder, settings."""
     chosen = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
     options = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    return [str(repository / "recipes" / "demo_in_place_cpu.yaml"), "--run-dir", str(run_dir), *options]
+    return [str(repository / "recipes" / "demo_grpo_cpu.yaml"), "--run-dir", str(run_dir), *options]
 
 
 CRITERION = """
@@ -55,30 +55,14 @@ def mine(statistics):
 
 
 def check_result(run_dir: Path, channels: int) -> None:
-    """The final folder loads in stock transformers and vLLM in a process that never imports this project."""
-    code = f"""
-import os, sys
-os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_PLUGINS="")
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(run_dir / "best")!r})
-tokenizer = AutoTokenizer.from_pretrained({str(run_dir / "best")!r})
-assert model.config.intermediate_size == {channels}
-prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "Leo has 33 books. How many?"}}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True)
-expected = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1]:]
-if __name__ == "__main__":
-    from vllm import LLM, SamplingParams
-    llm = LLM({str(run_dir / "best")!r}, dtype="float32", max_model_len=128, enforce_eager=True)
-    ids = {{"prompt_token_ids": prompt["input_ids"][0].tolist()}}
-    found = llm.generate([ids], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-    assert list(found[0].outputs[0].token_ids) == expected.tolist(), (found, expected)
-    assert not [name for name in sys.modules if name.split(".")[0] in ("ptl_rl", "reward")]
-"""
-    script = run_dir.parent / "load_result.py"
-    script.write_text(code)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PTL_")}
-    loaded = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=200)
-    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    """The final folder loads in stock transformers; every family's does in stock vLLM, in ``test_vllm.py``."""
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "best")
+    assert type(model).__module__ == "transformers.models.qwen2.modeling_qwen2"
+    assert model.config.intermediate_size == model.model.layers[0].mlp.down_proj.in_features == channels
+    prompt = [{"role": "user", "content": "Leo has 33 books. How many?"}]
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "best")
+    read = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**read, max_new_tokens=4, do_sample=False).shape[1] > read["input_ids"].shape[1]
 
 
 def check_that_trained_weights_reach_vllm(path: Path, steps: int) -> None:

@@ -122,7 +122,7 @@ def light(repository, tmp_path, raising_reward):
 
 @pytest.mark.timeout(2400)
 def test_interrupted_killed_and_resumed_every_stage_is_seen_in_its_line(light, tmp_path):
-    light.interrupt_and_kill("001-recover", SAVED + 2, "001-recover-part2", after_seconds=15)
+    light.interrupt_and_kill("001-recover", SAVED + 2, "001-recover-part2", after_seconds=5)
     run_dir, failed = light.run_dir, light.lines()["grpo"]
     assert failed["ok"] is False and "exit status 130" in failed["error"]
     assert f"Continue with: ptl resume {run_dir}" in (tmp_path / "first.log").read_text()

@@ -34,11 +34,11 @@ def address() -> Iterator[str]:
 
 def demo(repository: Path, **resources):
     settings = [f"resources.{key}={value}" for key, value in resources.items()]
-    return load_config(repository / "recipes/demo_grpo_cpu.yaml", settings)
+    return load_config(repository / "recipes/demo_restart_cpu.yaml", settings)
 
 
 def test_two_nodes_of_eight_are_refused_by_the_command(address, repository, tmp_path):
-    recipe, sizes = str(repository / "recipes/demo_grpo_cpu.yaml"), {"nodes": 2, "workers_per_node": 8}
+    recipe, sizes = str(repository / "recipes/demo_restart_cpu.yaml"), {"nodes": 2, "workers_per_node": 8}
     options = [part for key, value in sizes.items() for part in ("--set", f"resources.{key}={json.dumps(value)}")]
     command = [sys.executable, "-m", "ptl_rl.cli", "run", recipe, "--run-dir", str(tmp_path / "run"), *options]
     environment = {**os.environ, "RAY_ADDRESS": address}

@@ -102,13 +102,13 @@ OPEN = "schedule={pace: geometric, cuts: 2, target: {intermediate_size: 0.25}, a
 def test_the_recipe_that_a_run_keeps_names_its_cuts(repository, tmp_path, monkeypatch):
     """So that every stage, and every resume, reads the same ones."""
     monkeypatch.setattr("ptl_rl.driver.preflight.check", lambda *given: [])
-    api.start(ptl_rl.load_recipe(repository / "recipes/demo_grpo_cpu.yaml", [OPEN]), tmp_path / "run")
+    api.start(ptl_rl.load_recipe(repository / "recipes/demo_restart_cpu.yaml", [OPEN]), tmp_path / "run")
     saved = ptl_rl.config.recipe.read_saved_config(tmp_path / "run/config.json")
     assert saved.schedule.channel_steps == [320, 160] and not saved.schedule.is_open
 
 
 def test_settings_of_a_recipe_that_is_read_already_are_refused(repository):
-    recipe = ptl_rl.load_recipe(repository / "recipes/demo_grpo_cpu.yaml")
+    recipe = ptl_rl.load_recipe(repository / "recipes/demo_restart_cpu.yaml")
     with pytest.raises(ptl_rl.UserError, match="this recipe is read already"):
         ptl_rl.run(recipe, settings={"seed": 3})
 

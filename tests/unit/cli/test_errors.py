@@ -107,7 +107,7 @@ def test_parameters_are_called_as_the_command_calls_them(message, expected):
 )
 def test_refusals_in_the_command_lines_words(arguments, says, repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = str(repository / "recipes/demo_grpo_cpu.yaml")
+    recipe = str(repository / "recipes/demo_restart_cpu.yaml")
     result = CliRunner().invoke(app, [recipe if part == "RECIPE" else part for part in arguments])
     assert (result.exit_code == 2 and f"error: {says}" in result.output) or says in result.output, result.output
     assert "`" not in result.output and "Traceback" not in result.output

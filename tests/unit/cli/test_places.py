@@ -23,7 +23,7 @@ def refused(*arguments) -> str:
 @pytest.fixture
 def demo(repository, monkeypatch):
     monkeypatch.setattr(preflight, "check_model", lambda config: pytest.fail("the model was looked at"))
-    return repository / "recipes/demo_grpo_cpu.yaml"
+    return repository / "recipes/demo_restart_cpu.yaml"
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_paths_that_are_none(command, place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [LONG + ".jsonl", DEEP, '"a\\0b.jsonl"'])
 def test_paths_in_a_recipe_that_are_none(setting, place, repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = repository / "recipes/demo_grpo_cpu.yaml"
+    recipe = repository / "recipes/demo_restart_cpu.yaml"
     extra = ["--set", "criterion.channels=mine"] if setting == "criterion.path" else []
     refused("run", recipe, "--set", "resources.device=cpu", "--set", f"{setting}={place}", *extra)
 

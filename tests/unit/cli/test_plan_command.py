@@ -55,8 +55,12 @@ def test_what_does_not_fit_is_no_error_but_said_in_both(plan):
             "teacher_workers_per_node 1 leaves none of 1 GPUs a node to train; raise",
         ),
         ("none", [], "none.yaml: cannot read the recipe: No such file or directory"),
-        ("demo_grpo_cpu", ["--set", "schedule.alignment=100"], "which is not a multiple of 100 (alignment x tensor_"),
-        ("demo_grpo_cpu", ["--set", "shedule.alignment=1"], "shedule: unknown key; did you mean 'schedule'?"),
+        (
+            "demo_restart_cpu",
+            ["--set", "schedule.alignment=100"],
+            "which is not a multiple of 100 (alignment x tensor_",
+        ),
+        ("demo_restart_cpu", ["--set", "shedule.alignment=1"], "shedule: unknown key; did you mean 'schedule'?"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(plan, recipe, arguments, said):

@@ -16,7 +16,7 @@ from ptl_rl.driver.loop import Driver, start_run
 
 @pytest.fixture
 def run_dir(repository, tmp_path):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml", ["resources.device=cpu"])
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", ["resources.device=cpu"])
     return start_run(config, tmp_path / "run").path
 
 

@@ -1,5 +1,6 @@
 """The helpers that stages and configuration use for CPU runs."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_every_way_to_vllm_on_a_gpu_takes_that_environment(monkeypatch, reposito
     from ptl_rl.stage import StageContext, StageSpec
 
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != SAMPLER})
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     for device, expected in (("cuda", "0"), ("cpu", None)):
         assert (
             StageContext(config, StageSpec.model_construct(device=device, name="recover", stage_id="x"))
@@ -174,10 +175,9 @@ def test_overrides_fit_verl_configuration(config_name, overrides):
         assert known or name in siblings, f"verl has no {key}"
 
 
-def test_worker_extension_is_importable(before_verl):
+def test_worker_extension_is_importable():
     module, _, name = checks.WORKER_EXTENSION.rpartition(".")
-    result = before_verl.run(f"import {module} as m; m.{name}.update_weights_from_ipc", VERL_PLATFORM="cpu")
-    assert result.returncode == 0, result.stderr
+    assert callable(getattr(importlib.import_module(module), name).update_weights_from_ipc)
 
 
 def test_the_engine_that_is_one_process_is_vllms():

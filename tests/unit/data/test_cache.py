@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +10,9 @@ import datasets
 import pyarrow
 import pytest
 from data_rows import row, write
+from forked import fork_server
 
-from ptl_rl.config import FieldMap
+from ptl_rl.config import FieldMap, SourceConfig
 from ptl_rl.data import cache
 from ptl_rl.data.cache import cache_folder, cached, key_of
 from ptl_rl.data.corpora import DataError, load_corpus
@@ -194,12 +193,18 @@ def test_a_new_format_is_a_new_key(monkeypatch):
     assert key_of("a") != before
 
 
+def count_rows(source: SourceConfig, cache: str, found: Path) -> None:
+    os.environ["PTL_CACHE"] = cache
+    found.write_text(str(len(list(load_corpus(source, 0)))))
+
+
 def test_processes_at_the_same_time(folder, tmp_path):
     source = write(tmp_path / "a.jsonl", [row(i) for i in range(4000)])
-    code = (
-        "import sys; from ptl_rl.config import SourceConfig; from ptl_rl.data.corpora import load_corpus;"
-        f"print(len(list(load_corpus(SourceConfig(path={source.path!r}), 0))))"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["4000"] * 3
+    found = [tmp_path / f"found-{number}" for number in range(3)]
+    processes = [fork_server().Process(target=count_rows, args=(source, str(folder), path)) for path in found]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [path.read_text() for path in found] == ["4000"] * 3
     assert len(list(folder.iterdir())) == 1

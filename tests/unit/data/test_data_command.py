@@ -68,7 +68,7 @@ def test_for_programs(recipe):
 
 
 def test_the_demo(repository):
-    status, output, _ = ptl_data(repository / "recipes/demo_grpo_cpu.yaml", "--json", "--samples", "0")
+    status, output, _ = ptl_data(repository / "recipes/demo_restart_cpu.yaml", "--json", "--samples", "0")
     assert status == 0
     found = json.loads(output)
     tokens = found["sets"]["train"]["tokens"]
@@ -78,7 +78,7 @@ def test_the_demo(repository):
         "testbed:rl:1,2,3,4,5, testbed:validation:1,2,3,4,5, testbed:test:1,2,3,4,5: only the very same question counts"
     )
     status, output, _ = ptl_data(
-        repository / "recipes/demo_grpo_cpu.yaml", "--json", "--samples", "0", "--count-tokens"
+        repository / "recipes/demo_restart_cpu.yaml", "--json", "--samples", "0", "--count-tokens"
     )
     exact = json.loads(output)["sets"]["train"]["tokens"]
     assert not exact["estimate"] and exact["counted"] == 8192

@@ -39,7 +39,7 @@ def test_one_source_is_read_as_it_always_was(tmp_path):
 
 
 def test_the_demo_is_untouched(repository):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     data = run_data(config, 4)
     assert data.notes() == []
     assert [len(corpus) for corpus in data.sets.values()] == [8192, 200, 500]

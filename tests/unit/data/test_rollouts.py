@@ -61,7 +61,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
 )
 def test_worked_solutions_make_up_the_number(source, own, expected, repository, tmp_path):
     settings = [f"calibration.source={source}", "calibration.sequences=4", "data.prompt_suffix=' Think.'"]
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml", settings)
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", settings)
     if own:
         rollouts.save([rollouts.Rollout(f"own {i}", f"response {i}", 0.5) for i in range(own)], tmp_path)
     texts = calibration_texts(config, StageSpec.model_construct(source=tmp_path), RECORDS)

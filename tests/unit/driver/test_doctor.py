@@ -72,7 +72,8 @@ def test_planted_problems_are_named_by_the_command(repository, tmp_path):
 def test_a_sound_machine_and_a_bad_recipe(repository, tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
-    doctor = ["doctor", "--json", str(repository / "recipes/demo_grpo_cpu.yaml"), "--set"]
+    doctor = ["doctor", "--json", str(repository / "recipes/demo_restart_cpu.yaml"), "--set"]
+    monkeypatch.setitem(stack.IMPORTS, "cpu", "import yaml")  # of verl and vLLM it is seen above
     result = CliRunner().invoke(app, [*doctor, "resources.device=cpu", "--run-dir", str(tmp_path / "run")])
     findings = json.loads(result.stdout)
     assert result.exit_code == 0, [f for f in findings if f["level"] == "problem"]
@@ -206,7 +207,7 @@ def test_host_memory_for_what_is_offloaded(repository):
         parameters = 7_600_000_000
 
     assert recipe.offloaded_gib(config, Shape()) == pytest.approx(84.9, abs=0.1)
-    assert recipe.offloaded_gib(load_config(repository / "recipes/demo_grpo_cpu.yaml"), Shape()) == 0
+    assert recipe.offloaded_gib(load_config(repository / "recipes/demo_restart_cpu.yaml"), Shape()) == 0
 
 
 def test_ray_at_an_address(monkeypatch, repository):
@@ -238,14 +239,14 @@ def test_a_recipes_own_mistakes(repository, tmp_path):
     values = {"schedule": {"channels_per_cycle": [64]}, "model": {"path": str(tmp_path / "none")}}
     model, found = recipe.find_model(parse_config(values))
     assert model is None and found.level == "problem" and "is not a folder" in found.text
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml", ["model.attention=flash_attention_2"])
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", ["model.attention=flash_attention_2"])
     model, found = recipe.find_model(config)
     assert model is not None and found.text.endswith("2.0 million parameters")
     assert "has no CPU build" in recipe.check_attention(config, "cpu", model).text
     unasked = shutil.copytree(model.folder, tmp_path / "model")
     (unasked / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
     unusable, found = recipe.find_model(
-        load_config(repository / "recipes/demo_grpo_cpu.yaml", [f"model.path={unasked}"])
+        load_config(repository / "recipes/demo_restart_cpu.yaml", [f"model.path={unasked}"])
     )
     assert unusable is None and found.level == "problem" and "no users here" in found.text
     assert recipe.check_dtype(parse_config({**values, "model": {"path": "x/y"}}), "cpu").level == "warning"

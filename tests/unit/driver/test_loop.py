@@ -10,7 +10,7 @@ from ptl_rl.driver.loop import Driver, start_run
 
 @pytest.fixture
 def config(repository):
-    return load_config(repository / "recipes/demo_grpo_cpu.yaml", ["resources.device=cpu"])
+    return load_config(repository / "recipes/demo_restart_cpu.yaml", ["resources.device=cpu"])
 
 
 def test_a_run_that_is_at_work_keeps_its_settings(config, tmp_path):

@@ -144,7 +144,7 @@ def test_models_of_equal_shapes_and_sizes_are_told_apart(tmp_path):
 
 
 def test_a_node_says_what_it_has(tmp_path, repository):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     folder, run = model(tmp_path / "model", bytes(4096)), tmp_path / "run"
     (run / node_check.MARKS).mkdir(parents=True)
     (run / node_check.MARKS / "token").touch()
@@ -199,7 +199,7 @@ def test_a_run_folder_that_is_not_shared(tmp_path):
 
 
 def test_a_machine_with_too_little_shared_memory_is_refused(repository, monkeypatch):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     monkeypatch.setattr(node_facts, "free_bytes", lambda path: (64 << 20) if path == "/dev/shm" else 1 << 40)
     with pytest.raises(ConfigError, match=r"/dev/shm has 0\.06 GiB free, the run needs 0\.19"):
         node_check.check_machine(config, "cpu")
@@ -260,7 +260,7 @@ class FakeRay:
 
 def on_two_gpus(repository):
     settings = ["resources.workers_per_node=2", "resources.device=cuda"]
-    return load_config(repository / "recipes/demo_grpo_cpu.yaml", settings)
+    return load_config(repository / "recipes/demo_restart_cpu.yaml", settings)
 
 
 def test_a_node_whose_gpus_another_job_holds_does_not_refuse_the_run(repository, monkeypatch, tmp_path):

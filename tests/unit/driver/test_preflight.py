@@ -16,7 +16,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_disk_that_the_run_would_fill_is_refused(repository, tmp_path, monkeypatch):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     model, shape = preflight.check_model(config)
     # 640 channels become 384 and 256; each cut and each recovered model stays, in float32,
     # but for the first cut, which has the original's bfloat16.

@@ -58,7 +58,7 @@ class Session:
 def driver(repository, tmp_path, monkeypatch) -> Driver:
     monkeypatch.setenv("PTL_RUN_ID", "before")  # what the driver sets goes with the test
     monkeypatch.setattr(loop, "RaySession", Session)
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml", ["resources.device=cpu"])
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", ["resources.device=cpu"])
     return Driver(start_run(config, tmp_path / "run"), lambda config: Told())
 
 
@@ -91,7 +91,7 @@ def test_a_stage_whose_gpus_stay_held_fails_with_a_sentence(driver, monkeypatch)
 def test_no_ray_where_the_address_points_to(repository, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127\.0\.0\.1:9: cannot join Ray there .*or unset RAY_ADDRESS"):
-        RaySession(load_config(repository / "recipes/demo_grpo_cpu.yaml"), "cpu").__enter__()
+        RaySession(load_config(repository / "recipes/demo_restart_cpu.yaml"), "cpu").__enter__()
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(ConfigError, match=r"is Ray Client's.*RAY_ADDRESS=auto"):
-        RaySession(load_config(repository / "recipes/demo_grpo_cpu.yaml"), "cpu").__enter__()
+        RaySession(load_config(repository / "recipes/demo_restart_cpu.yaml"), "cpu").__enter__()

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_synced_does_not_stop_a_run(tmp_path, monkeypatc
 
 
 def test_only_a_run_that_began_is_protected(tmp_path, repository):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     start_run(config, tmp_path / "run")
     folder = start_run(config.model_copy(update={"seed": 7}), tmp_path / "run")  # refused by a cluster, say
     assert read_saved_config(folder.config).seed == 7

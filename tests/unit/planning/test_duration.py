@@ -186,7 +186,7 @@ def test_rows_of_sets_that_are_not_named(tmp_path):
 
 
 def test_the_demo_takes_minutes_on_cpus(repository):
-    config = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml")
     shape = read_shape(repository / "ptl_rl/testbed/checkpoints/qwen2")
     device = dataclasses.replace(this_machine(1), teraflops=0.09)
     times = Clock(Planned(config, device, "sdpa"), CPU).run(shape, planned_cuts(config.schedule))

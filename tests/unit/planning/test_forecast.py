@@ -25,9 +25,9 @@ RECIPES = (
     "demo_cpt_grpo_cpu",
     "demo_cpt_llama_cpu",
     "demo_distill_cpu",
-    "demo_grpo_cpu",
+    "demo_restart_cpu",
     "demo_governed_cpu",
-    "demo_in_place_cpu",
+    "demo_grpo_cpu",
     "demo_prune_once_cpu",
     "grpo_in_place_qwen2.5-7b_8xh200",
     "grpo_qwen2.5-7b_8xh200",
@@ -175,12 +175,12 @@ def test_a_machine_of_cpus_that_is_too_small(repository, monkeypatch):
         module, "this_machine", lambda workers: module.Device("2 CPU cores", 1.0, 0.09, 0.01, is_cpu=True)
     )
     assert small.is_cpu
-    problems = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
+    problems = forecast_of(repository, "demo_restart_cpu", "resources.device=cpu").problems
     assert any("this machine has 1.0" in problem for problem in problems)
     # Evaluation has 1.7 GiB, the driver and Ray 1.6 beside it; GRPO 3.1 and 5.0.
     room = module.Device("2 CPU cores", 4.4, 0.09, 0.01, is_cpu=True)
     monkeypatch.setattr(module, "this_machine", lambda workers: room)
-    (problem,) = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu").problems
+    (problem,) = forecast_of(repository, "demo_restart_cpu", "resources.device=cpu").problems
     assert problem.startswith("recover: grpo (cycle 1): ") and "GiB on all processes" in problem
 
 
@@ -194,7 +194,7 @@ def test_widths_that_quantized_kernels_refuse_are_noted(repository):
 def test_verl_keys_are_said_to_be_left_out(repository):
     found = forecast_of(repository, "grpo_qwen2.5-7b_8xh200", "verl={trainer.test_freq: 3}")
     assert "verl keys of the recipe are not looked at: trainer.test_freq" in found.notes
-    assert not any("verl" in note for note in forecast_of(repository, "demo_grpo_cpu").notes)
+    assert not any("verl" in note for note in forecast_of(repository, "demo_restart_cpu").notes)
 
 
 def test_attention_is_assumed_as_the_driver_would_choose(repository):
@@ -203,7 +203,7 @@ def test_attention_is_assumed_as_the_driver_would_choose(repository):
     assert forecast_of(repository, "cpt_gemma2-9b_4xa100", "model.dtype=float32").attention == "eager"
     assert forecast_of(repository, "demo_cpt_gemma2_cpu", "resources.device=cpu").attention == "eager"
     for dtype in ("float32", "bfloat16"):
-        cpu = forecast_of(repository, "demo_grpo_cpu", "resources.device=cpu", f"model.dtype={dtype}")
+        cpu = forecast_of(repository, "demo_restart_cpu", "resources.device=cpu", f"model.dtype={dtype}")
         assert cpu.attention == "sdpa"
 
 
@@ -215,7 +215,7 @@ def test_where_a_run_is_planned(repository, monkeypatch):
     assert device_of(config, None) == GPUS["h200"] and device_of(config, "L40S") == GPUS["l40s"]
     monkeypatch.setattr(module, "gpu_of_this_machine", lambda: "a100-40")
     assert device_of(config, None) == GPUS["a100-40"]
-    demo = load_config(repository / "recipes/demo_grpo_cpu.yaml")
+    demo = load_config(repository / "recipes/demo_restart_cpu.yaml")
     assert device_of(demo, None) == GPUS["a100-40"]  # device: auto
     with pytest.raises(ConfigError, match=r"`gpu`: h20 is not known; known are h200, h100, a100-80"):
         device_of(config, "h20")

@@ -13,7 +13,7 @@ from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.stage import StageSpec
 from ptl_rl.testbed.tokenizer import CHAT_TEMPLATE
 
-DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_grpo_cpu.yaml"
+DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_restart_cpu.yaml"
 
 
 @pytest.mark.parametrize("opened", [False, True])

@@ -43,17 +43,17 @@ def test_by_default_nothing_ends_it():
     ("recipe", "changes", "message"),
     [
         (
-            "demo_grpo_cpu",
+            "demo_restart_cpu",
             ["recovery.min_learnable_fraction=0.1", "verl={trainer.v1.trainer_mode: sync}"],
             "min_learnable_fraction needs this project's own trainer, but verl's trainer.v1.trainer_mode names another",
         ),
         (
-            "demo_grpo_cpu",
+            "demo_restart_cpu",
             ["recovery.min_learnable_fraction=0.1", "verl={algorithm.filter_groups.enable: true}"],
             "would see only prompts that verl's algorithm.filter_groups.enable has left; leave one of them out",
         ),
         (
-            "demo_in_place_cpu",
+            "demo_grpo_cpu",
             ["recovery.verl={trainer.v1.trainer_mode: sync}"],
             "in_place has a trainer of its own; leave verl's trainer.v1.trainer_mode alone",
         ),
@@ -70,5 +70,5 @@ def test_what_nobody_would_watch_is_refused(recipe, changes, message):
 
 
 def test_a_trainer_of_ones_own_may_recover(tmp_path):
-    config = load_config(RECIPES / "demo_grpo_cpu.yaml", ["verl={trainer.v1.trainer_mode: mine}"])
+    config = load_config(RECIPES / "demo_restart_cpu.yaml", ["verl={trainer.v1.trainer_mode: mine}"])
     assert config.verl == {"trainer.v1.trainer_mode": "mine"}

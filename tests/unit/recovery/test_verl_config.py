@@ -47,7 +47,7 @@ def spec(device: str, folder: Path, attention: str = "sdpa") -> StageSpec:
     )
 
 
-DEMO = next(path for path in RECIPES if path.stem == "demo_grpo_cpu")
+DEMO = next(path for path in RECIPES if path.stem == "demo_restart_cpu")
 EVERY_RECOVERY = [
     pytest.param(recipe, part, id=f"{recipe.stem}-{recovery.method}")
     for recipe in RECIPES

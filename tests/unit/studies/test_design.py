@@ -55,11 +55,11 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
     by_recipe = {
         shipped: {"grpo": 40, "cpt": 320, "distill": 40},
         repository / "recipes/demo_cpt_grpo_cpu.yaml": {"cpt": 80, "grpo": 10},
-        repository / "recipes/demo_grpo_cpu.yaml": {"grpo": 28},
+        repository / "recipes/demo_restart_cpu.yaml": {"grpo": 16},
     }
     total = {"schedule": ScheduleConfig(channels_per_cycle=128, channels_total=256, alignment=16)}
     for recipe, expected in by_recipe.items():
-        for changes in ({}, total if recipe.stem == "demo_grpo_cpu" else {}):
+        for changes in ({}, total if recipe.stem == "demo_restart_cpu" else {}):
             _, _, study = designed("rl", recipe, **changes)
             assert {row.name: steps(row.config(0))[row.name] for row in study.rows} == expected
             for row in study.rows:
@@ -69,7 +69,7 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
 
 @pytest.mark.parametrize("name", ["table1", "iterations"])
 def test_cuts_in_one_training_count_as_cuts_of_cycles_do(name, repository):
-    designs = [designed(name, repository / f"recipes/demo_{mode}_cpu.yaml")[2].rows for mode in ("in_place", "grpo")]
+    designs = [designed(name, repository / f"recipes/demo_{mode}_cpu.yaml")[2].rows for mode in ("grpo", "restart")]
     in_place, restart = ({row.name: row.config(0).calibration.sequences for row in rows} for rows in designs)
     assert in_place == restart
     if name == "table1":
