@@ -24,7 +24,7 @@ stack() {
 }
 
 # Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken.
-jobs=(units first_light demo_run study stack types)
+jobs=(units first_light demo_run stack study types)
 lane() {
     local job
     for job in "${jobs[@]}"; do

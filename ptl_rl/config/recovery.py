@@ -6,14 +6,19 @@ from pydantic import Field, model_validator
 
 from ptl_rl.config.section import Section, VerlKeys
 
+AFTER_CUTS = "cosine_after_cuts"
+"""Learning-rate schedule of a training in place."""
+
 
 class RecoveryConfig(Section):
     """What every way of recovery has."""
 
     steps: int | list[int] = Field(8, description="Optimizer steps per cycle, or a list with one number per cycle.")
     learning_rate: float = Field(1e-6, gt=0, description="Learning rate of AdamW, after the warm-up.")
-    learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="How the learning rate goes on after the warm-up; cosine: to 0."
+    learning_rate_schedule: Literal["constant", "cosine", "cosine_after_cuts"] = Field(
+        "constant",
+        description="How the learning rate goes on after the warm-up; cosine: to 0; cosine_after_cuts: constant until "
+        "the last of several cuts in place, then to 0.",
     )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises from 0.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ptl_rl.config.data import TESTBED, DataConfig, EvaluationSet, SourceConfig
 from ptl_rl.config.pruning import CalibrationConfig, CriterionConfig, ScheduleConfig, check_gradients
-from ptl_rl.config.recovery import AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
+from ptl_rl.config.recovery import AFTER_CUTS, AnyRecovery, DistillConfig, GrpoConfig, recovery_entry
 from ptl_rl.config.reward import RewardConfig
 from ptl_rl.config.section import FILTER, TRAINER_MODE, Section, VerlKeys
 
@@ -172,6 +172,9 @@ class RunConfig(Section):
         elif len(self.recovery) != 1 or not isinstance(self.recovery[0], GrpoConfig):
             methods = ", ".join(recovery.method for recovery in self.recovery)
             what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
+        elif self.schedule.pace == "governed" and self.recovery[0].learning_rate_schedule == AFTER_CUTS:
+            what = f"with pace governed does not know its last cut; set recovery.learning_rate_schedule {AFTER_CUTS} "
+            what += "to constant"
         elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):
             what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
         elif self.schedule.pace == "governed" and self.calibration.source == "rollouts" and self.recovery[0].steps == 1:
@@ -215,6 +218,11 @@ class RunConfig(Section):
             )
         if self.schedule.mode == "in_place":
             self._check_in_place()
+        elif any(recovery.learning_rate_schedule == AFTER_CUTS for recovery in self.all_recoveries):
+            raise ValueError(
+                f"recovery.learning_rate_schedule {AFTER_CUTS} is of a training with several cuts; set schedule.mode "
+                "to in_place, or use cosine"
+            )
         filtered = [key for key, value in self._verl_keys().items() if key == FILTER and value]
         watched = [entry for entry in self.all_recoveries if isinstance(entry, GrpoConfig) and entry.is_watched]
         if watched and TRAINER_MODE in self._verl_keys():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ptl_rl.config.recovery import AnyRecovery, CptConfig, DistillConfig
+from ptl_rl.config.recovery import AFTER_CUTS, AnyRecovery, CptConfig, DistillConfig
 from ptl_rl.config.run import RunConfig
 
 Trainer = Literal["rl", "distill", "sft"]
@@ -129,7 +129,13 @@ _RL: dict[str, Keys] = {
     "resources.gpu_memory_utilization": [f"{ROLLOUT}.gpu_memory_utilization"],
     "recovery.steps": STEPS,
     "recovery.learning_rate": [f"{ACTOR}.optim.lr"],
-    "recovery.learning_rate_schedule": [f"{ACTOR}.optim.lr_scheduler_type"],
+    "recovery.learning_rate_schedule": [
+        Key(
+            f"{ACTOR}.optim.lr_scheduler_type",
+            lambda schedule: "cosine" if schedule == AFTER_CUTS else schedule,
+            f"{AFTER_CUTS}: constant, which our worker lets fall",
+        )
+    ],
     "recovery.warmup_steps": [f"{ACTOR}.optim.lr_warmup_steps"],
     "recovery.weight_decay": [f"{ACTOR}.optim.weight_decay"],
     "recovery.gradient_checkpointing": [f"{MODEL}.enable_gradient_checkpointing"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, DistillConfig, GrpoConfig, RecoveryConfig, RunConfig
-from ptl_rl.config.recovery import micro_batch
+from ptl_rl.config.recovery import AFTER_CUTS, micro_batch
 from ptl_rl.config.section import TRAINER_MODE
 from ptl_rl.config.verl_keys import (
     ACTOR,
@@ -123,14 +123,16 @@ def _trainer(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
         "algorithm.adv_estimator": "grpo",
         TRAINER_MODE: WATCHED,
         f"trainer.{SPEC}": str(spec.file),
-        **(_in_place(config, spec) if is_in_place(config, spec) else {}),
+        **(_in_place(config, recovery, spec) if is_in_place(config, spec) else {}),
     }
 
 
-def _in_place(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+def _in_place(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     """What a training needs that is saved after every cut, and goes on from there."""
     checkpoint = f"{ACTOR}.checkpoint"
+    falls_later = {f"{ACTOR}.optim.lr_scheduler_type": "constant"}  # our worker lets it fall
     return {
+        **(falls_later if recovery.learning_rate_schedule == AFTER_CUTS else {}),
         TRAINER_MODE: GOVERNED if config.schedule.pace == "governed" else FIXED,
         "trainer.resume_mode": "auto",
         f"{checkpoint}.save_contents": SAVE_ALL,

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def test_a_row_is_made_once_and_reported(tmp_path):
+def test_a_row_is_made_and_reported(tmp_path):
     settings = ["recovery.0.cpt.steps=4", "data.train.rows=256", "data.test.rows=40", "calibration.sequences=16"]
     command = [sys.executable, "-m", "ptl_rl.cli", "study", "table1", str(demo_recipes("table1")[1])]
     command += ["--only", "slicegpt", "--seeds", "1", "--out", str(tmp_path / "study")]
@@ -30,7 +30,3 @@ def test_a_row_is_made_once_and_reported(tmp_path):
     assert "SliceGPT (96 of 192 units)" in done.stdout
     entries = [json.loads(line) for line in (tmp_path / "study/runs/slicegpt-seed0/journal.jsonl").open()]
     assert [entry["stage"] for entry in entries] == ["evaluate", "recover", "evaluate", "gate"]
-
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0
-    assert len((tmp_path / "study/runs/slicegpt-seed0/journal.jsonl").read_text().splitlines()) == len(entries)

@@ -1,5 +1,6 @@
 """verl's worker of policy and rollouts, which can also cut the policy where it is."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,27 @@ from ptl_rl.stage import StageContext
 SIGN_SECONDS = 5
 
 
+def falling_after(step: int, steps: int, before: Callable[[int], float]) -> Callable[[int], float]:
+    """A factor of the learning rate: ``before``, times half a cosine that falls from ``step`` on, to 0 at ``steps``.
+
+    A plain function, so that torch's ``LambdaLR`` saves and loads as it would with ``before``.
+    """
+
+    def factor(done: int) -> float:
+        share = min(1.0, max(0.0, (done - step) / max(1, steps - step)))
+        return before(done) * 0.5 * (1 + math.cos(math.pi * share))
+
+    return factor
+
+
 class PruningActor(PolicyWorker):
     """Runs on every rank; :meth:`cut` is collective."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def decay_after(self, step: int, steps: int) -> None:
+        """Let the learning rate fall to 0 from after so many optimizer steps to the last of them."""
+        scheduler = self.actor.engine.lr_scheduler
+        scheduler.lr_lambdas = [falling_after(step, steps, before) for before in scheduler.lr_lambdas]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def cut(

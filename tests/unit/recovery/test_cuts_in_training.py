@@ -1,12 +1,14 @@
 """Cuts within one training: when they are due, what is kept of them, and what verl is told."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.in_place import CutInPlace, cuts_in_place
@@ -54,11 +56,17 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
         ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery .* but recovery is grpo, grpo"),
         ("recovery_of_cycle={1: [{grpo: {}}]}", "in_place has one training, but recovery_of_cycle names several"),
         ("schedule={mode: in_place, recover_only: true}", "recover_only cuts nothing, but mode is in_place"),
+        (
+            "schedule={mode: in_place, pace: governed, channels_total: 64}",
+            "governed does not know its last cut; set recovery.learning_rate_schedule cosine_after_cuts to constant",
+        ),
+        ("schedule.mode=restart", "learning_rate_schedule cosine_after_cuts is of a training with several cuts; set"),
     ],
 )
 def test_what_cannot_be_in_place_is_refused(change, message):
+    falls = ["recovery.learning_rate_schedule=cosine_after_cuts"] if "rate" in message else []
     with pytest.raises(ConfigError, match=message):
-        config_of(change)
+        config_of(change, *falls)
 
 
 def test_every_cut_comes_before_its_steps():
@@ -154,6 +162,56 @@ def test_the_policy_is_written_as_each_cut_leaves_it_and_the_last_three_stay(tmp
         trainer._keep_as_cut()
     assert written == ["001", "002", "003", "004", "005"]
     assert sorted(path.name for path in as_it_was_cut(tmp_path, 1).parent.iterdir()) == ["003", "004", "005"]
+
+
+class Scheduled:
+    """AdamW and a warm-up of two steps, as a worker has them, told when the last of the cuts comes."""
+
+    def __init__(self, last_cut: int, steps: int) -> None:
+        actor = pytest.importorskip("ptl_rl.recovery.in_place.worker").PruningActor
+        parameter = torch.nn.Parameter(torch.ones(1))
+        self.optimizer = torch.optim.AdamW([parameter], lr=2.0)
+        warm = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: min(1.0, (done + 1) / 2))
+        engine = SimpleNamespace(lr_scheduler=warm)
+        actor.decay_after(SimpleNamespace(actor=SimpleNamespace(engine=engine)), last_cut, steps)
+        self.scheduler = engine.lr_scheduler
+
+    def rates(self, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            found.append(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.step()
+            self.scheduler.step()
+        return found
+
+
+def test_the_learning_rate_is_constant_until_the_last_cut_and_falls_after_it():
+    whole = Scheduled(3, 8).rates(9)
+    assert whole == pytest.approx(
+        [1, 2, 2, 2, *(1 + math.cos(math.pi * share) for share in (0.2, 0.4, 0.6, 0.8)), 0], abs=1e-9
+    )
+    first, second = Scheduled(3, 8), Scheduled(3, 8)
+    assert first.rates(5) == whole[:5]
+    for name in ("optimizer", "scheduler"):  # as a checkpoint keeps them
+        getattr(second, name).load_state_dict(getattr(first, name).state_dict())
+    assert second.rates(4) == pytest.approx(whole[5:])
+    assert Scheduled(0, 4).rates(4)[-1] == pytest.approx(1 + math.cos(math.pi * 0.75))
+    assert Scheduled(8, 8).rates(9)[2:] == [2] * 6 + [2]  # a last cut that no step follows
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_workers_are_told_when_the_last_cut_comes(falls, monkeypatch):
+    trainers = pytest.importorskip("ptl_rl.recovery.in_place.trainer")
+    monkeypatch.setattr(trainers.WatchedTrainer, "on_train_begin", lambda self: None)
+    schedule = "cosine_after_cuts" if falls else "cosine"
+    trainer, told = object.__new__(trainers.InPlaceTrainer), []
+    config = config_of(f"recovery.learning_rate_schedule={schedule}")
+    trainer.context = SimpleNamespace(recovery=config.recovery[0])
+    trainer.cuts, trainer.global_steps, trainer.total_training_steps = Cuts.of(config), 9, 16
+    trainer.cuts.made = [CutRecord(after_step=step, plan=plan_of(6, [0, 2, 3, 5])) for step in (0, 4)]
+    trainer.actor_rollout_wg = SimpleNamespace(decay_after=lambda *steps: told.append(steps))
+    trainer.on_train_begin()
+    assert told == ([(4, 16)] if falls else [])
 
 
 @pytest.fixture

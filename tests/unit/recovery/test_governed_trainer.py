@@ -55,7 +55,8 @@ def trainer_class(monkeypatch):
             schedule = SimpleNamespace(validate_every=2, channels_sum=TARGET, max_damage=0.1, patience=6, recovered=0.9)
             spec = SimpleNamespace(work=work, cuts=folder / "cuts", source=folder)
             config = SimpleNamespace(schedule=schedule, calibration=SimpleNamespace(source="both"))
-            self.context = SimpleNamespace(spec=spec, config=config)  # type: ignore[assignment]
+            recovery = SimpleNamespace(learning_rate_schedule="constant")
+            self.context = SimpleNamespace(spec=spec, config=config, recovery=recovery)  # type: ignore[assignment]
             self.config = SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(work / "checkpoints")))
             nothing = SimpleNamespace(sleep_replicas=lambda: None, update_weights=lambda step: None)
             self.checkpoint_manager, self.actor_rollout_wg = nothing, Workers()

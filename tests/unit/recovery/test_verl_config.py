@@ -94,6 +94,13 @@ def test_every_recipe_is_accepted_by_verl(recipe, part, attention, tmp_path):
     assert verl.trainer.n_gpus_per_node == config.resources.workers_per_node
 
 
+def test_a_rate_that_falls_after_the_last_cut_is_verls_constant_one_which_the_worker_lets_fall(tmp_path):
+    config = load_config(DEMO, ["schedule.mode=in_place", "recovery.learning_rate_schedule=cosine_after_cuts"])
+    key, told = "actor_rollout_ref.actor.optim.lr_scheduler_type", spec("cpu", tmp_path)
+    assert render(config, told)[key] == "constant"
+    assert render(config, told.model_copy(update={"round": 1}))[key] == "cosine"  # more steps, without cuts
+
+
 def test_no_two_recoveries_of_a_cycle_take_its_rows_in_one_order(tmp_path):
     """A second one of 50 steps would read the first one's prompts again, and leave the others."""
     settings = [f"recovery={json.dumps([{'grpo': {}}, {'distill': {}}, {'cpt': {}}, {'cpt': {}}])}"]
