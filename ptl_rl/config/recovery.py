@@ -17,8 +17,8 @@ class RecoveryConfig(Section):
     learning_rate: float = Field(1e-6, gt=0, description="Learning rate of AdamW, after the warm-up.")
     learning_rate_schedule: Literal["constant", "cosine", "cosine_after_cuts"] = Field(
         "constant",
-        description="How the learning rate goes on after the warm-up; cosine: to 0; cosine_after_cuts: constant until "
-        "the last of several cuts in place, then to 0.",
+        description="How the learning rate goes on after the warm-up; cosine: to 0 in half a cosine; "
+        "cosine_after_cuts, with schedule.mode in_place only: so after the last cut, and constant until then.",
     )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises from 0.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
@@ -55,7 +55,11 @@ class GrpoConfig(RecoveryConfig):
     prompts_per_step: int = Field(128, ge=1, description="Prompts of an optimizer step, on all workers together.")
     rollouts_per_prompt: int = Field(8, ge=2, description="Responses to a prompt; the group size of GRPO.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of rollouts.")
-    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    kl_loss: float = Field(0.01, ge=0, description="Weight of the low-variance KL loss to kl_to; 0: off.")
+    kl_to: Literal["start", "parent"] = Field(
+        "start",
+        description="What kl_loss holds the policy to: what the recovery starts from, or the unpruned parent.",
+    )
     clip_low: float = Field(
         0.2, gt=0, lt=1, description="The policy's probability ratio is clipped at 1 less this, from below."
     )
@@ -93,6 +97,8 @@ class GrpoConfig(RecoveryConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "GrpoConfig":
+        if self.kl_to == "parent" and not self.kl_loss:
+            raise ValueError("kl_to is parent, but kl_loss is 0, so nothing holds the policy to it; set kl_loss")
         mini = self.mini_batch_prompts
         if mini and self.prompts_per_step % mini:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of mini_batch_prompts {mini}")
@@ -158,7 +164,7 @@ class DistillConfig(GrpoConfig):
         "distill", description="The name of the entry, as in `- distill: {...}`."
     )
     rollouts_per_prompt: int = Field(1, ge=1, description="Responses to a prompt.")
-    kl_loss: float = Field(0.0, ge=0, description="Weight of the low-variance KL loss to the sliced policy; 0: off.")
+    kl_loss: float = Field(0.0, ge=0, description="Weight of the low-variance KL loss to kl_to; 0: off.")
     loss: Literal["forward_kl_topk", "k1"] = Field(
         "forward_kl_topk",
         description="KL over the parent's topk tokens, or (k1) the parent's log-probability as a reward of each token.",

@@ -51,6 +51,8 @@ class Row:
 
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
 MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+PARENT = "actor_rollout_ref.ptl_rl_parent"
+"""Not verl's: our worker takes the reference policy from this folder."""
 LOSS, TEACHER = "distillation.distillation_loss", "distillation.teacher_models.teacher_model"
 REWARD = "reward.custom_reward_function.reward_kwargs"
 """verl hands what stands here to the reward function."""
@@ -133,7 +135,7 @@ _RL: dict[str, Keys] = {
         Key(
             f"{ACTOR}.optim.lr_scheduler_type",
             lambda schedule: "cosine" if schedule == AFTER_CUTS else schedule,
-            f"{AFTER_CUTS}: constant, which our worker lets fall",
+            f"{AFTER_CUTS}: constant in verl, and multiplied in its worker",
         )
     ],
     "recovery.warmup_steps": [f"{ACTOR}.optim.lr_warmup_steps"],
@@ -156,6 +158,7 @@ _RL: dict[str, Keys] = {
         Key(f"{ACTOR}.use_kl_loss", lambda weight: weight > 0, "whether above 0"),
         f"{ACTOR}.kl_loss_coef",
     ],
+    "recovery.kl_to": _computed("parent: its folder", PARENT),
     "recovery.clip_low": [f"{ACTOR}.clip_ratio", f"{ACTOR}.clip_ratio_low"],
     "recovery.clip_high": [f"{ACTOR}.clip_ratio_high"],
     "recovery.mini_batch_prompts": [

@@ -171,12 +171,16 @@ class Clock:
         answers = recovery.prompts_per_step * recovery.rollouts_per_prompt
         mean = self.mean_prompt + self.assumed.mean_response_share * config.data.max_response_tokens
         tokens = answers * mean * self._padding(mean / planned.length) / trainers
-        reading = tokens * shape.flops_per_token(int(mean / 2)) / self._rate(self.assumed.reading_share)
+        reading, by_parent = (
+            tokens * of.flops_per_token(int(mean / 2)) / self._rate(self.assumed.reading_share)
+            for of in (shape, original)
+        )
+        reference = by_parent if recovery.kl_to == "parent" else reading
         bypassed = {**config.verl, **recovery.verl}.get(BYPASS) is True
         found = {
             "rollouts": self.rollouts(shape, recovery, answers),
             "log-probabilities": 0.0 if bypassed else reading,
-            "reference": reading if recovery.kl_loss else 0.0,
+            "reference": reference if recovery.kl_loss else 0.0,
             "update": tokens * self._train_flops(shape, recovery, mean / 2) / self._rate(self.assumed.mfu),
             "beside": self.assumed.step_seconds,
         }

@@ -206,11 +206,11 @@ def _cut_in_place(planned: Planned, shape: ModelShape, cut: Cut, number: int) ->
         yield phase
 
 
-def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: bool) -> float:
+def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: ModelShape | None) -> float:
     """While verl loads, rank 0 holds all in float32, every rank where embeddings are tied; then what is offloaded."""
     per_node = planned.trainers(recovery) // planned.config.resources.nodes
     shared = 4.0 * shape.parameters / planned.config.resources.nodes
-    held = shared if reference else 0.0
+    held = 4.0 * reference.parameters / planned.config.resources.nodes if reference else 0.0
     loading = 4.0 * shape.parameters * (per_node if shape.tied else 1)
     writing = per_node * min(4.0 * shape.parameters / planned.trainers(recovery), MAX_FILE_BYTES)
     idle = (3 * shared if recovery.offload else 0.0) + writing
@@ -224,7 +224,7 @@ def _cpt(planned: Planned, shape: ModelShape, original: ModelShape, recovery: Cp
         parts = {**parts, "parent": _parent(planned, original, trainer, rows)}
     if planned.device.is_cpu:
         parts = _loading(trainer, parts)
-    return Phase("recover: cpt", number, _with_runtime(planned, parts), _host(planned, shape, recovery, False))
+    return Phase("recover: cpt", number, _with_runtime(planned, parts), _host(planned, shape, recovery, None))
 
 
 def _loading(trainer: Trainer, parts: Parts) -> Parts:
@@ -245,7 +245,9 @@ def _rl(
     planned: Planned, shape: ModelShape, original: ModelShape, recovery: GrpoConfig, number: int
 ) -> Iterator[Phase]:
     trainer, rows = planned.trainer(shape, recovery), planned.rows(recovery)
-    reference, method = recovery.kl_loss > 0, recovery.method
+    method, reference = recovery.method, None
+    if recovery.kl_loss:
+        reference = original if recovery.kl_to == "parent" else shape
     host = _host(planned, shape, recovery, reference)
     engine = planned.engine(shape, ROLLOUT_SEQUENCES)
     if planned.device.is_cpu:
@@ -253,7 +255,7 @@ def _rl(
         parts = {**_with_runtime(planned, _loading(trainer, trainer.update(rows))), **served}
         parts["vLLM process"] = CPU_PROCESS_GIB["vLLM"] * GIB
         if reference:
-            parts["reference"] = 4 * trainer.share
+            parts["reference"] = 4 * planned.trainer(reference, recovery).share
         yield Phase(f"recover: {method}", number, parts, room=room)
         return
     allowed = planned.config.resources.gpu_memory_utilization * planned.device.memory_gib * GIB
@@ -267,7 +269,9 @@ def _rl(
     old = trainer.read(rows, optimizer=optimizer, entropy=True)
     yield Phase(f"{method}: log-probs", number, _with_runtime(planned, old, asleep=True), host)
     if reference:
-        read = trainer.read(rows, optimizer=optimizer, parameters=optimizer)
+        reader = planned.trainer(reference, recovery)
+        read = reader.read(rows, optimizer=False, parameters=False)
+        read |= trainer.state() if optimizer else {}
         read = {("reference" if name == "gathered" else name): size for name, size in read.items()}
         yield Phase(f"{method}: reference", number, _with_runtime(planned, read, asleep=True), host)
     update = trainer.update(rows)

@@ -17,6 +17,7 @@ from ptl_rl.config.verl_keys import (
     MICRO_SEQUENCES,
     MICRO_TOKENS,
     MODEL,
+    PARENT,
     REF,
     REWARD,
     ROLLOUT,
@@ -81,7 +82,7 @@ def _batches(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[s
     }
 
 
-def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
+def _policy(config: RunConfig, recovery: GrpoConfig, spec: StageSpec) -> dict[str, Any]:
     engines = float32_engine(f"{ACTOR}.fsdp_config") | float32_engine(f"{REF}.fsdp_config")
     return {
         f"{ACTOR}.strategy": "fsdp2",
@@ -94,6 +95,7 @@ def _policy(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
         f"{ROLLOUT}.calculate_log_probs": True,
         f"{ROLLOUT}.val_kwargs.do_sample": False,
         f"{ROLLOUT}.val_kwargs.temperature": 0,
+        **({PARENT: str(spec.parent)} if recovery.kl_to == "parent" else {}),
         **dict.fromkeys(SEED, config.seed * 1009 + spec.cycle * 31 + spec.part * PART_SEED + spec.round),
         **(engines if config.model.dtype == "float32" else {}),
     }
@@ -193,7 +195,7 @@ def render(
     settings = {
         **settings_of(config, recovery),
         **_data(spec),
-        **_policy(config, spec),
+        **_policy(config, recovery, spec),
         **_batches(config, recovery, spec),
         **_reward(config, user_keys, think_opened),
         **_trainer(config, recovery, spec),

@@ -127,8 +127,20 @@ def write(folder: Path) -> list[Entry]:
     entries = Journal(folder / "journal.jsonl").entries()
     name = read_saved_config(folder / "config.json").name
     (folder / "summary.md").write_text(markdown(entries))
-    plot(entries, folder / PICTURE, f"{name}: accuracy and size, cycle by cycle")
+    by_cycle = "" if _cuts_in_place(entries) else ", cycle by cycle"
+    plot(entries, folder / PICTURE, f"{name}: accuracy and size{by_cycle}")
     return entries
+
+
+def _cuts_in_place(entries: list[Entry]) -> dict[int, str]:
+    """For a cycle with cuts within its training, what they left."""
+    found = {}
+    for entry in entries:
+        if widths := [str(cut["intermediate_size"]) for cut in entry.metrics.get("cuts", [])]:
+            told = widths if len(widths) < 5 else [*widths[:2], "...", widths[-1]]
+            times = "once" if len(widths) == 1 else f"{len(widths)} times"
+            found[entry.cycle] = f"cut {times} within one training,\nto {', '.join(told)} channels"
+    return found
 
 
 def plot(entries: list[Entry], path: Path, title: str) -> None:
@@ -167,8 +179,10 @@ def plot(entries: list[Entry], path: Path, title: str) -> None:
     values = [(row.accuracy, row.interval) for row in all_rows]
     _with_intervals(accuracy_axis, cycles, values, fmt="o-", color="#1f4e8c", label=label)
     accuracy_axis.set_ylim(0, 1.15)
-    accuracy_axis.set_xticks(cycles, ["original", *map(str, cycles[1:])])
-    accuracy_axis.set_xlabel("cycle")
+    in_place = _cuts_in_place(entries)
+    accuracy_axis.set_xticks(cycles, ["original", *(in_place.get(cycle, str(cycle)) for cycle in cycles[1:])])
+    if not in_place:
+        accuracy_axis.set_xlabel("cycle")
     accuracy_axis.set_ylabel("greedy accuracy")
     accuracy_axis.set_title(title)
     accuracy_axis.legend(loc="upper right", fontsize=8, framealpha=1)

@@ -13,6 +13,7 @@ from typing import Any
 from ptl_rl.baselines.slicegpt import FAMILIES as SLICEGPT_FAMILIES
 from ptl_rl.config import ConfigError, DistillConfig, RunConfig
 from ptl_rl.config.recipe import parse_config
+from ptl_rl.config.recovery import AFTER_CUTS
 from ptl_rl.families import BASELINES, FAMILIES, ModelShape
 from ptl_rl.planning.schedule import geometric, planned_cuts, recovery_steps
 
@@ -100,8 +101,13 @@ def shared_out(total: int, weights: list[float]) -> list[int]:
 
 
 def _schedule(values: Values, **changes: Any) -> Values:
-    kept = {"alignment": values["schedule"]["alignment"]}
-    return values | {"schedule": kept | changes}
+    """With another schedule; one in cycles has no last cut in place, after which a learning rate could fall."""
+    kept, changed = {"alignment": values["schedule"]["alignment"]}, deepcopy(values)
+    if changes.get("mode") != "in_place":
+        for entry in changed["recovery"]:
+            if entry.get("learning_rate_schedule") == AFTER_CUTS:
+                entry["learning_rate_schedule"] = "cosine"
+    return changed | {"schedule": kept | changes}
 
 
 def _criterion(values: Values, **changes: Any) -> Values:

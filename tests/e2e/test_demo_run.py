@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from real_runs import entries, processes_of
@@ -55,20 +56,27 @@ def mine(statistics):
 
 
 def check_result(run_dir: Path, channels: int) -> None:
-    """The final folder loads in stock transformers; every family's does in stock vLLM, in ``test_vllm.py``."""
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "best")
-    assert type(model).__module__ == "transformers.models.qwen2.modeling_qwen2"
-    assert model.config.intermediate_size == model.model.layers[0].mlp.down_proj.in_features == channels
-    prompt = [{"role": "user", "content": "Leo has 33 books. How many?"}]
+    """The final folder is a whole model of stock transformers, which answers as vLLM did in the evaluation."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        run_dir / "best", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    assert model.config.intermediate_size == channels and type(model).__module__.startswith("transformers.models.qwen2")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "best")
-    read = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert model.generate(**read, max_new_tokens=4, do_sample=False).shape[1] > read["input_ids"].shape[1]
+    samples = pyarrow.parquet.read_table(run_dir / "cycles/001/evaluation/samples.parquet").to_pylist()
+    for sample in samples[:4]:
+        chat = [{"role": "user", "content": sample["question"]}]
+        read = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        written = model.generate(**read, max_new_tokens=112, do_sample=False)[0, read["input_ids"].shape[1] :]
+        assert tokenizer.decode(written, skip_special_tokens=True) == sample["text"]
 
 
 def check_that_trained_weights_reach_vllm(path: Path, steps: int) -> None:
     """verl's workers and vLLM's replicas agree on the probability of every token, after updates, too."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     trained = [row["data"] for row in rows if "actor/grad_norm" in row["data"]]
+    # What verl logs is the rate of the step that follows.
+    assert [metrics["actor/lr"] for metrics in trained] == pytest.approx([1e-3, 0])
     assert len(trained) == steps and trained[0]["actor/grad_norm"] > 0  # an update, so that there is what to compare
     for metrics in trained:
         assert metrics["training/rollout_probs_diff_max"] < 1e-4
@@ -131,6 +139,7 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     # weights of the step before would differ visibly, and verl's own log-probabilities to compare vLLM's with.
     distill = {"steps": [1, 1], "learning_rate": 1e-3, "prompts_per_step": 16, "micro_batch_sequences": 16}
     distill |= {"rewards": True, "rollouts_per_prompt": 4, "validate_before": False}
+    distill |= {"learning_rate_schedule": "cosine_after_cuts"}  # the last cut comes after the first step
     distill |= {"verl": {"algorithm.rollout_correction.bypass_mode": False}}
     (tmp_path / "mine.py").write_text(CRITERION)
     options = options_of(

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,6 +44,7 @@ CPT = {
     "parent_kl": 0.5,
 }
 GRPO = {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
+GRPO |= {"kl_loss": 0.01, "kl_to": "parent"}
 ENTRIES = ["0.evaluate", *(f"1.{stage}" for stage in ("score", "slice", "recover", "recover", "evaluate", "gate"))]
 
 
@@ -76,9 +77,18 @@ class Light:
     def driver(self, command: str) -> psutil.Process:
         return with_command(self.processes(), "-m", "ptl_rl.cli", command)
 
-    def interrupt_and_kill(self, interrupted: str, step: int, killed: str, after_seconds: float) -> None:
+    def actors(self, name: str) -> list[psutil.Process]:
+        """Ray's processes that hold an actor of this name."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):  # ended meanwhile
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{name}"):
+                    found.append(process)
+        return found
+
+    def interrupt_and_kill(self, interrupted: str, step: int, killed: str, actor: str) -> None:
         """Ctrl-C for the driver once a stage's training has made so many steps: the script goes on with the next line,
-        and with that run. SIGKILL for both once a later stage has been at work for a while; the stage is left.
+        and with that run. SIGKILL for both once a later stage has an actor at work; the stage is left, and the actor.
         """
         with self.started("first.log") as script:
             wait_for(lambda: max(steps_of(self.run_dir, interrupted), default=0) >= step, script)
@@ -89,7 +99,7 @@ class Light:
             assert processes_with("PTL_RUN_ID", {first["stage_id"][:32]}) == []
             assert entries(self.run_dir) == ENTRIES[:3]
             wait_for(lambda: list(self.run_dir.glob(f"logs/{killed}.*.spec.json")), script)
-            time.sleep(after_seconds)
+            wait_for(lambda: self.actors(actor), script)
             assert script.poll() is None
             driver = self.driver("resume")
             script.kill()
@@ -122,7 +132,7 @@ def light(repository, tmp_path, raising_reward):
 
 @pytest.mark.timeout(2400)
 def test_interrupted_killed_and_resumed_every_stage_is_seen_in_its_line(light, tmp_path):
-    light.interrupt_and_kill("001-recover", SAVED + 2, "001-recover-part2", after_seconds=5)
+    light.interrupt_and_kill("001-recover", SAVED + 2, "001-recover-part2", actor="Runner")
     run_dir, failed = light.run_dir, light.lines()["grpo"]
     assert failed["ok"] is False and "exit status 130" in failed["error"]
     assert f"Continue with: ptl resume {run_dir}" in (tmp_path / "first.log").read_text()
@@ -170,6 +180,8 @@ def check_run(run_dir: Path) -> None:
     _, scored, sliced, cpt, grpo, *_ = (entry.metrics for entry in Journal(run_dir / "journal.jsonl").entries())
     assert 0 < grpo["reward_last"] <= 0.25
     assert "planted" in (run_dir / "logs/reward_errors.jsonl").read_text()
+    # At its first step GRPO is the cut model, which is not the parent that the KL term is to.
+    assert grpo["curve"][-1]["kl"] > 1e-4
     # Continued pre-training went on from its own checkpoint, and its steps are counted once.
     assert steps_of(run_dir, "001-recover")[0] == SAVED + 1
     assert [row["step"] for row in cpt["curve"]] == list(range(1, CPT["steps"] + 1))

@@ -1,13 +1,34 @@
-"""verl's worker of policy and rollouts, which can also write the policy at any step."""
+"""verl's worker of policy and rollouts, which can write the policy at any step and hold it to the unpruned parent."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig, MtpConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from ptl_rl.config.verl_keys import PARENT
+
+
+def _reference(model: HFModelConfig, config: TrainingWorkerConfig) -> TrainingWorker:
+    """verl's reference policy, of ``model`` in place of the policy's own start."""
+    return TrainingWorker(config=replace(config, model_config=model))
 
 
 class PolicyWorker(ActorRolloutRefWorker):
     """Runs on every rank."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Load as verl does; the reference policy is the parent where the settings name one."""
+        if (parent := OmegaConf.select(self.config, PARENT.partition(".")[2])) is not None:
+            model = omega_conf_to_dataclass(OmegaConf.merge(self.config.model, {"path": parent}))
+            model.mtp = MtpConfig(enable=False)  # as verl has it for a reference
+            self.ref_worker_cls = partial(_reference, model)
+        super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_weights(self, folder: Path) -> None:

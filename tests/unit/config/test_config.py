@@ -69,6 +69,7 @@ def test_minimal_recipe_is_accepted_and_survives_saving(tmp_path):
         ),
         ({"schedule": {"channels_total": 64}}, ["channels_total is 64", "channels_per_cycle is 0"]),
         ({"schedule": {}}, ["nothing to remove"]),
+        ({"recovery": [{"grpo": {"kl_to": "parent", "kl_loss": 0}}]}, ["kl_to is parent, but kl_loss is 0"]),
         ({"schedule": {"recover_only": True, "layers_total": 1}}, ["recover_only cuts nothing, but"]),
         ({"schedule": {"channels_per_cycle": [64, 32], "channels_total": 100}}, ["100", "96"]),
     ],

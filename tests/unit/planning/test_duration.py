@@ -69,6 +69,10 @@ def test_parts_of_an_rl_step(repository):
     # 1024 answers of 200 + 900 tokens, an eighth on each GPU.
     tokens = 128 * 1100
     assert found["reference"] == found["log-probabilities"] == tokens * QWEN.flops_per_token(550) / (989e12 * 0.5)
+    cut = QWEN.sliced(9472, 0)
+    assert clock.rl_step(cut, QWEN, recovery)["reference"] < found["reference"]
+    to_parent = recovery.model_copy(update={"kl_to": "parent"})
+    assert clock.rl_step(cut, QWEN, to_parent)["reference"] == found["reference"]
     again = QWEN.flops_per_token(550, output_head=False)
     assert found["update"] == pytest.approx(tokens * (3 * QWEN.flops_per_token(550) + again) / (989e12 * 0.35))
     padded = clock_of(repository, "grpo_qwen2.5-7b_8xh200.yaml", attention="sdpa").rl_step(QWEN, QWEN, recovery)

@@ -99,6 +99,14 @@ def test_rollouts_of_7b_share_a_gpu_with_a_trainer_that_is_offloaded(repository)
     assert kept.bytes - found.bytes == pytest.approx(12 * 7_307_335_168 / 8)
 
 
+def test_a_reference_that_is_the_parent_has_the_parents_size(repository):
+    name, set_ = "grpo_qwen2.5-7b_8xh200.yaml", "recovery.kl_to=parent"
+    (own, parent) = (phase(planned_of(repository, name, *given), QWEN, "grpo: reference") for given in ((), (set_,)))
+    after = QWEN.sliced(planned_of(repository, name).config.schedule.channels_per_cycle, 0)
+    assert parent.host - own.host == 4 * (QWEN.parameters - after.parameters) > 0
+    assert parent.parts["activations"] > own.parts["activations"] and parent.parts["logits"] == own.parts["logits"]
+
+
 def test_log_probabilities_with_and_without_flash_attention():
     trainer, rows = Trainer(QWEN, 8, 2, FLASH), Rows(20192, 5048)
     assert trainer.read(rows, optimizer=False, entropy=True)["logits"] == 2 * 20192 * 152064

@@ -74,6 +74,7 @@ def test_of_cuts_in_place_only_those_of_the_finished_model_are_told(run_in_place
     assert curve is not None and ">6<" in curve  # the width that the first step was made with
     assert "cut 1" in figures.removal_map(removed)
     page([run_in_place])
+    assert summary._cuts_in_place(run_in_place.entries) == {1: "cut once within one training,\nto 6 channels"}
 
 
 def test_a_cycle_that_was_taken_back_removed_nothing(tmp_path):

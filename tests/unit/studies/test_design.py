@@ -77,6 +77,16 @@ def test_cuts_in_one_training_count_as_cuts_of_cycles_do(name, repository):
         assert in_place["prune-once"] == 2 * in_place["ptl"] == 1024
 
 
+def test_a_rate_that_falls_after_the_last_cut_falls_from_the_start_where_a_row_has_cycles(repository):
+    config = load_config(
+        repository / "recipes/demo_grpo_cpu.yaml", ["recovery.learning_rate_schedule=cosine_after_cuts"]
+    )
+    rows = {row.name: row.config(0) for row in design("table1", config, check_model(config)[1]).rows}
+    found = {name: made.recovery[0].learning_rate_schedule for name, made in rows.items()}
+    assert found.pop("ptl") == "cosine_after_cuts" and rows["ptl"].schedule.mode == "in_place"
+    assert set(found.values()) == {"cosine"} and len(found) == 5
+
+
 def test_the_pace_studys_rows_cut_as_much_in_one_cut_in_six_and_in_as_many_as_it_takes():
     (recipe,) = demo_recipes("pace")
     config, _, study = designed("pace", recipe)
