@@ -173,8 +173,7 @@ class RunConfig(Section):
             methods = ", ".join(recovery.method for recovery in self.recovery)
             what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
         elif self.schedule.pace == "governed" and self.recovery[0].learning_rate_schedule == AFTER_CUTS:
-            what = f"with pace governed does not know its last cut; set recovery.learning_rate_schedule {AFTER_CUTS} "
-            what += "to constant"
+            what = "with pace governed does not know its last cut; set recovery.learning_rate_schedule to constant"
         elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):
             what = "with pace governed has one number of steps, all that it may make, but recovery.steps is a list"
         elif self.schedule.pace == "governed" and self.calibration.source == "rollouts" and self.recovery[0].steps == 1:
@@ -233,6 +232,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"recovery.min_learnable_fraction needs this project's own trainer, but verl's {TRAINER_MODE} names "
                 "another; leave one of them out"
+            )
+        if TRAINER_MODE in self._verl_keys() and any(
+            isinstance(entry, GrpoConfig) and entry.kl_to == "parent" for entry in self.all_recoveries
+        ):
+            raise ValueError(
+                f"recovery.kl_to parent needs this project's own trainer, but verl's {TRAINER_MODE} names another; "
+                "leave one of them out"
             )
         if watched and filtered:
             raise ValueError(

@@ -58,7 +58,7 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
         ("schedule={mode: in_place, recover_only: true}", "recover_only cuts nothing, but mode is in_place"),
         (
             "schedule={mode: in_place, pace: governed, channels_total: 64}",
-            "governed does not know its last cut; set recovery.learning_rate_schedule cosine_after_cuts to constant",
+            "governed does not know its last cut; set recovery.learning_rate_schedule to constant",
         ),
         (
             "recovery.verl={actor_rollout_ref.actor.optim.lr_scheduler_type: cosine}",
@@ -68,7 +68,7 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
     ],
 )
 def test_what_cannot_be_in_place_is_refused(change, message):
-    falls = ["recovery.learning_rate_schedule=cosine_after_cuts"] if "cosine_after" in message else []
+    falls = ["recovery.learning_rate_schedule=cosine_after_cuts"] if "rate" in message else []
     with pytest.raises(ConfigError, match=message):
         config_of(change, *falls)
 

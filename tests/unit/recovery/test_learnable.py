@@ -49,6 +49,11 @@ def test_by_default_nothing_ends_it():
         ),
         (
             "demo_restart_cpu",
+            ["recovery.kl_loss=0.1", "recovery.kl_to=parent", "verl={trainer.v1.trainer_mode: sync}"],
+            "kl_to parent needs this project's own trainer, but verl's trainer.v1.trainer_mode names another",
+        ),
+        (
+            "demo_restart_cpu",
             ["recovery.min_learnable_fraction=0.1", "verl={algorithm.filter_groups.enable: true}"],
             "would see only prompts that verl's algorithm.filter_groups.enable has left; leave one of them out",
         ),
