@@ -103,7 +103,7 @@ for unit in units:
         text = form.format(repetition)
         for read in who:
             calls.clear()
-            # The slowest takes 0.16 s on an idle core; joining all lines so far at every fence takes more than a second.
+            # The slowest takes 0.16 s on an idle core; joining all lines so far at every fence takes over a second.
             signal.setitimer(signal.ITIMER_PROF, 0.75 if read is as_long_as_its_gold else 0.9)
             try:
                 read(text)
