@@ -16,6 +16,8 @@ class CutInPlace:
 
     channels: int
     """That every block loses."""
+    layers: int
+    """Blocks that go."""
     after_step: int
     """Optimizer steps before it."""
 
@@ -23,7 +25,7 @@ class CutInPlace:
 def cuts_in_place(config: RunConfig) -> list[CutInPlace]:
     """The cuts within the one training of ``schedule.mode`` in_place, each before the steps that recover it."""
     found, steps = [], 0
-    for planned, channels in enumerate(config.schedule.channel_steps):
-        found.append(CutInPlace(channels, steps))
+    for planned, (channels, layers) in enumerate(config.schedule.cuts_in_order):
+        found.append(CutInPlace(channels, layers, steps))
         steps += config.recovery[0].steps_of(planned)
     return found

@@ -1,6 +1,7 @@
 """What a recipe may say of scoring, choosing and cutting."""
 
 import difflib
+import itertools
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -177,7 +178,7 @@ class ScheduleConfig(Section):
     mode: Literal["restart", "in_place"] = Field(
         "restart",
         description="restart: a cycle slices the model and starts a training of its own; in_place: one RL training, in "
-        "which the channels of every cut are zeroed between two steps, and which ends with the sliced model.",
+        "which what every cut takes is zeroed between two steps, and which ends with the sliced model.",
     )
     channels_per_cycle: int | list[int] = Field(
         0, description="Channels each layer loses in a cycle, or a list with one number per cycle."
@@ -219,19 +220,29 @@ class ScheduleConfig(Section):
         16, ge=1, description="governed: steps without a better validation accuracy after which the training ends."
     )
     validate_every: int = Field(4, ge=1, description="governed: steps from one validation to the next.")
+    rematerialise: Literal["never", "when_it_pays", "after_every_cut"] = Field(
+        "never",
+        description="in_place: slice the policy and its optimizer within the training, and start trainer and vLLM anew "
+        "with the smaller shapes; when_it_pays: where that saves more time in the steps that are left than a start "
+        "takes.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
+        if self.rematerialise != "never" and self.mode != "in_place":
+            raise ValueError(
+                f"rematerialise is {self.rematerialise}, but mode is restart, which slices before every training anyway"
+            )
         if self.recover_only:
             if steps or self.channels_total or self.layers_total or self.target or self.cuts or self.pace != "fixed":
                 raise ValueError("recover_only cuts nothing, but channels or layers are set; leave one of them out")
             if self.mode == "in_place":
                 raise ValueError("recover_only cuts nothing, but mode is in_place; leave one of them out")
             return self
-        if self.mode == "in_place" and self.layers_total:
+        if self.pace == "governed" and self.layers_total:
             raise ValueError(
-                f"mode is in_place, which cuts channels only, but layers_total is {self.layers_total}; use restart"
+                f"pace governed finds widths only, but layers_total is {self.layers_total}; use pace fixed or geometric"
             )
         if self.pace != "governed":
             for name in ("max_damage", "recovered", "patience", "validate_every"):
@@ -289,6 +300,22 @@ class ScheduleConfig(Section):
         if self.pace == "governed":  # one or more, as it will turn out
             return [total]
         return [min(step, total - done) for done in range(0, total, step)] if step else []
+
+    @property
+    def cuts_in_order(self) -> list[tuple[int, int]]:
+        """Channels and blocks that each cut takes, first one first; of a schedule that is not open."""
+        total, step = self.layers_total, self.layers_per_cycle
+        layer_steps = [min(step, total - done) for done in range(0, total, step)]
+        channels, layers = [(step, 0) for step in self.channel_steps], [(0, step) for step in layer_steps]
+        if self.order == "channels_then_layers":
+            return channels + layers
+        if self.order == "layers_then_channels":
+            return layers + channels
+        if self.order == "together":
+            return list(itertools.zip_longest(self.channel_steps, layer_steps, fillvalue=0))
+        shared = min(len(channels), len(layers))
+        in_turns = [pair for both in zip(channels, layers, strict=False) for pair in both]
+        return in_turns + channels[shared:] + layers[shared:]
 
     @property
     def channels_sum(self) -> int:

@@ -218,7 +218,8 @@ class Driver:
     def _limits(self, spec: StageSpec) -> WatchdogConfig:
         """How long the stage may be silent: longer where a second vLLM starts in the middle of it."""
         limits = self.config.watchdog
-        if spec.after_cut is None:
+        starts_again = is_in_place(self.config, spec) and self.config.schedule.rematerialise != "never"
+        if spec.after_cut is None and not starts_again:
             return limits
         return limits.model_copy(update={"stall_seconds": max(limits.stall_seconds, limits.startup_seconds)})
 

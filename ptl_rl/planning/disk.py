@@ -64,8 +64,17 @@ def models_beside(config: RunConfig) -> int:
     schedule = config.schedule
     if schedule.mode != "in_place":
         return 0
-    as_cut = min(3, len(schedule.channel_steps) if schedule.pace != "governed" else 3)
+    as_cut = min(3, len(schedule.cuts_in_order) if schedule.pace != "governed" else 3)
     return (2 if schedule.pace == "governed" else 1) + (as_cut if config.evaluation.after_cut else 0)
+
+
+def rematerialised(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of a sliced model and its first checkpoint, while those that it is sliced from are still there."""
+    schedule = config.schedule
+    if schedule.rematerialise == "never":
+        return 0.0
+    first = (0, 0) if schedule.pace == "governed" else schedule.cuts_in_order[0]
+    return float((RESUMABLE_BYTES + WEIGHT_BYTES) * shape.sliced(*first).parameters)
 
 
 def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse:
@@ -97,7 +106,7 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
             as_cut = in_place and not cut.is_empty and config.evaluation.after_cut
             left = WEIGHT_BYTES * shape.parameters * (1 + as_cut)
             if in_place:  # what is left is sliced from what training has written
-                written += left
+                written += left + rematerialised(config, before)
             peak = max(peak, kept + rollouts + written + recovery_peak(trained, recovery, steps, in_place))
             kept += left
             of_cycle += WEIGHT_BYTES * shape.parameters

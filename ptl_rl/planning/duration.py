@@ -213,13 +213,13 @@ class Clock:
     def cuts_in_place(self, shape: ModelShape, number: int) -> list[StageTime]:
         """Scoring and compensation of every cut, the checkpoint after it, and the sliced model that is written last."""
         times, left = [], shape
-        for channels in self.config.schedule.channel_steps:
-            cut = Cut(channels, 0, 0)
+        for channels, layers in self.config.schedule.cuts_in_order:
+            cut = Cut(channels, layers, 0)
             start = self.assumed.start_seconds
             seconds = self.score(left, cut) - start + self._compensations * (self.slice(left, cut) - start)
             bytes_each = RESUMABLE_BYTES + (WEIGHT_BYTES if self.config.evaluation.after_cut else 0)
             times.append(StageTime("cut", number, seconds + self.disk(bytes_each * shape.parameters)))
-            left = left.sliced(channels, 0)
+            left = left.sliced(channels, layers)
         models = 1 + self.config.evaluation.after_cut
         written = models * self.disk(WEIGHT_BYTES * (shape.parameters + left.parameters))
         (recovery,), schedule = self.config.recovery, self.config.schedule

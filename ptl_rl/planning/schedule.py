@@ -23,11 +23,6 @@ class Cut:
         return not self.channels and not self.layers
 
 
-def _layer_steps(schedule: ScheduleConfig) -> list[int]:
-    total, step = schedule.layers_total, schedule.layers_per_cycle
-    return [min(step, total - done) for done in range(0, total, step)]
-
-
 def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0) -> int:
     """Optimizer steps of one of the recoveries that follow a planned cut.
 
@@ -38,7 +33,7 @@ def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int =
     if config.schedule.pace == "governed" and round_:
         return config.schedule.patience
     if config.schedule.mode == "in_place":
-        cuts = range(len(config.schedule.channel_steps))
+        cuts = range(len(config.schedule.cuts_in_order))
         return recovery.steps_of(cuts[-1]) if round_ else sum(map(recovery.steps_of, cuts))
     return recovery.steps_of(planned)
 
@@ -57,21 +52,8 @@ def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:
     if schedule.recover_only:
         return [Cut(channels=0, layers=0, planned=0)]
     if schedule.mode == "in_place":
-        return [Cut(channels=schedule.channels_sum, layers=0, planned=0)]
-    channels = [(step, 0) for step in schedule.channel_steps]
-    layers = [(0, step) for step in _layer_steps(schedule)]
-    if schedule.order == "channels_then_layers":
-        pairs = channels + layers
-    elif schedule.order == "layers_then_channels":
-        pairs = layers + channels
-    elif schedule.order == "together":
-        both = itertools.zip_longest(schedule.channel_steps, _layer_steps(schedule), fillvalue=0)
-        pairs = list(both)
-    else:
-        pairs = [pair for both in zip(channels, layers, strict=False) for pair in both]
-        shared = min(len(channels), len(layers))
-        pairs += channels[shared:] + layers[shared:]
-    return [Cut(channels=c, layers=n, planned=i) for i, (c, n) in enumerate(pairs)]
+        return [Cut(channels=schedule.channels_sum, layers=schedule.layers_total, planned=0)]
+    return [Cut(channels=c, layers=n, planned=i) for i, (c, n) in enumerate(schedule.cuts_in_order)]
 
 
 def settled(config: RunConfig, shape: ModelShape) -> RunConfig:
@@ -152,8 +134,12 @@ def check_schedule(schedule: ScheduleConfig, shape: ModelShape, alignment: int) 
     """
     _check_removals(schedule.channels_sum, schedule.layers_total, shape, alignment)
     width, in_place = shape.intermediate_size, schedule.mode == "in_place"
-    steps = schedule.channel_steps if in_place else [cut.channels for cut in planned_cuts(schedule)]
-    for number, channels in enumerate(steps, 1):
+    if in_place and schedule.layers_total and (shape.attention_bias or shape.mlp_bias):
+        raise ConfigError(
+            "schedule: removes blocks in place, but the model has biases behind its projections, which would go on "
+            "learning in a block that is gone; set schedule.mode to restart"
+        )
+    for number, (channels, _) in enumerate([] if schedule.recover_only else schedule.cuts_in_order, 1):
         width -= channels
         if channels and width % alignment:
             lower = width - width % alignment

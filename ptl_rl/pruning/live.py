@@ -26,6 +26,7 @@ from ptl_rl.pruning import engine
 from ptl_rl.pruning.choose.choice import Scores, make_plan
 from ptl_rl.pruning.choose.width_search import WidthSearch
 from ptl_rl.pruning.compensate.refit import Losses, PositionWeights, position_weights, refit
+from ptl_rl.pruning.masking import only_blocks
 from ptl_rl.pruning.model import PrunableModel
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.streaming import mean_loss
@@ -43,7 +44,10 @@ class LiveModel(PrunableModel):
 
     def __post_init__(self) -> None:
         self.reshard()
-        # By name, as they stand now: while blocks run one at a time, others stand in their places.
+        self.name_parameters()
+
+    def name_parameters(self) -> None:
+        """Note the parameters' names as they are now: while blocks run one at a time, others stand in their places."""
         self.parameters = dict(self.model.named_parameters())
 
     def fetch(self, layer: int) -> None:
@@ -87,28 +91,42 @@ class LiveCut:
     """Of all trials and of the cut that was made; what is left of a cut's time goes to losses and zeroing."""
 
 
+def blocks_after(plans: list[PruningPlan]) -> list[int]:
+    """Ascending ids of the blocks that plans which follow each other leave of the first one's source."""
+    blocks = list(range(len(plans[0].keep_channels)))
+    for plan in plans:
+        blocks = [blocks[place] for place in plan.keep_layers]
+    return blocks
+
+
 def standing_after(plans: list[PruningPlan]) -> torch.Tensor:
-    """Ascending ids, (L, K), of the channels that plans which follow each other leave of the first one's source."""
-    first, *others = (torch.tensor(plan.keep_channels) for plan in plans)
-    for kept_LK in others:
-        first = first.gather(1, kept_LK)
-    return first
+    """Ascending ids, (L, K), of the channels that such plans leave of the L blocks that are left."""
+    width, layers = plans[0].source_intermediate_size, len(plans[0].keep_channels)
+    standing_LK = torch.arange(width).expand(layers, -1)
+    for plan in plans:
+        standing_LK = standing_LK.gather(1, torch.tensor(plan.keep_channels))[plan.keep_layers]
+    return standing_LK
 
 
 def whole_plan(plans: list[PruningPlan]) -> PruningPlan:
     """What plans that follow each other do together, as one plan; without compensation, which was made with each."""
-    last = plans[-1]
+    last, layers = plans[-1], range(len(plans[0].keep_channels))
+    standing = dict(zip(blocks_after(plans), standing_after(plans).tolist(), strict=True))
+    order, blocks = list[int](), list(layers)
+    for plan in plans:
+        order += [blocks[place] for place in plan.layer_order]
+        blocks = [blocks[place] for place in plan.keep_layers]
     return PruningPlan(
-        keep_channels=standing_after(plans).tolist(),
-        keep_layers=last.keep_layers,
-        layer_order=[],
+        keep_channels=[standing.get(layer, list(range(last.intermediate_size))) for layer in layers],
+        keep_layers=blocks,
+        layer_order=order,
         source_intermediate_size=plans[0].source_intermediate_size,
         alignment=last.alignment,
         channel_criterion=last.channel_criterion,
         layer_criterion=last.layer_criterion,
         subset_hash=last.subset_hash,
-        source=last.source,
-        source_hash=last.source_hash,
+        source=plans[0].source,
+        source_hash=plans[0].source_hash,
         notes=[note for plan in plans for note in plan.notes],
     )
 
@@ -150,7 +168,6 @@ class _Cutter:
     """Measures cuts of a live model, and makes one; collective."""
 
     live: LiveModel
-    before: list[PruningPlan]
     fitted: list[Sequence]
     measured: list[Sequence]
     sensitivity: bool
@@ -170,18 +187,23 @@ class _Cutter:
     def _parameter(self, layer: int, name: str) -> torch.Tensor:
         return self.live.parameters[self.live.family.projection(layer, name) + ".weight"]
 
+    def _own(self, plan: PruningPlan) -> PruningPlan:
+        """The same by the numbers that channels have in the live model, where those that were cut before still are."""
+        if self.live.standing_LK is None:
+            return plan
+        kept = self.live.standing_LK.gather(1, torch.tensor(plan.keep_channels)).tolist()
+        return plan.model_copy(update={"keep_channels": kept, "source_intermediate_size": self.live.channels})
+
     def fit(self, plan: PruningPlan, sequences: list[Sequence], weights: PositionWeights | None = None) -> _Trial:
         """Find the new weights of a cut; the model stays as it was, and the loss is not known."""
-        live, together = self.live, whole_plan([*self.before, plan])
-        losses, rows, started = Losses(), dict[tuple[int, str], torch.Tensor](), time.monotonic()
+        live, rows, started = self.live, dict[tuple[int, str], torch.Tensor](), time.monotonic()
+        losses = Losses()
         if plan.compensate != "none":
-            ridges = {"ridge": plan.ridge, "stream_ridge": plan.stream_ridge}
 
             def keep(layer: int, name: str, weight: torch.Tensor) -> None:
                 rows[layer, name] = own_rows(self._parameter(layer, name), weight)
 
-            ridged, sensitivity = together.model_copy(update=ridges), self.sensitivity
-            losses = refit(live, ridged, sequences, keep, sensitivity=sensitivity, weights=weights)
+            losses = refit(live, self._own(plan), sequences, keep, sensitivity=self.sensitivity, weights=weights)
         self.seconds += time.monotonic() - started
         return _Trial(plan, losses, rows, math.nan)
 
@@ -217,16 +239,17 @@ class _Cutter:
         names = ("gate_proj", "up_proj", "down_proj", "o_proj")
         family, live = self.live.family, self.live
         prefixes = [family.projection(layer, name) for layer in range(live.layers) for name in names]
+        prefixes += [f"{family.layer_prefix(layer)}{family.attention}.v_proj" for layer in range(live.layers)]
         found = [prefix + kind for prefix in prefixes for kind in (".weight", ".bias")]
         return {name: shard_of(live.parameters[name]) for name in found if name in live.parameters}
 
     def _apply(self, trial: _Trial, optimizer: torch.optim.Optimizer | None) -> None:
-        together = whole_plan([*self.before, trial.plan])
+        own_plan = self._own(trial.plan)
         for (layer, name), own in trial.rows.items():
-            columns = together.keep_channels[layer] if name == "down_proj" else None
+            columns = own_plan.keep_channels[layer] if name == "down_proj" else None
             put_rows(self._parameter(layer, name), own, columns)
         self.live.model.zero_grad()  # scoring by sensitivity went backwards
-        cut_in_place(self.live.model, self.live.family, together, optimizer)
+        cut_in_place(self.live.model, self.live.family, own_plan, optimizer)
 
 
 def _largest(
@@ -252,9 +275,10 @@ def _of_rank_0(scores: Scores, device: torch.device) -> Scores:
     """One rank's scores on all: every rank makes the plan, and a criterion of one's own may draw numbers."""
     if not dist.is_initialized():
         return scores
-    importance_LC = scores.importance_LC.to(device)
+    importance_LC, order = scores.importance_LC.to(device), torch.tensor(scores.layer_order, device=device)
     dist.broadcast(importance_LC, src=0)
-    return replace(scores, importance_LC=importance_LC.cpu())
+    dist.broadcast(order, src=0)
+    return replace(scores, importance_LC=importance_LC.cpu(), layer_order=order.tolist())
 
 
 def _held_out(live: LiveModel, sequences: list[Sequence], fewest: int) -> list[Sequence]:
@@ -262,6 +286,15 @@ def _held_out(live: LiveModel, sequences: list[Sequence], fewest: int) -> list[S
     counting = [s for s in sequences if s.weight and (live.prompt_weight or len(s.ids) > s.prompt_tokens)]
     held_out = counting[::HELD_OUT]
     return held_out if len(counting) >= HELD_OUT and len(held_out) >= fewest else sequences
+
+
+def _noted(plan: PruningPlan, damage: float, max_damage: float) -> PruningPlan:
+    """Trials are compensated by fewer sequences; what was made by all of them can be worse than it was."""
+    said = (
+        f"the cut to {plan.intermediate_size} channels raised the loss by {damage:.3f} nats a token, more than "
+        f"schedule.max_damage ({max_damage:g}) and than when it was tried out"
+    )
+    return plan.model_copy(update={"notes": [*plan.notes, said]})
 
 
 def cut_live(
@@ -272,6 +305,8 @@ def cut_live(
     before: list[PruningPlan],
     *,
     remove_channels: int,
+    remove_layers: int = 0,
+    layers_before: int = 0,
     alignment: int,
     general: Collection[Sequence] = (),
     sensitivity: bool = False,
@@ -279,64 +314,63 @@ def cut_live(
     subset_hash: str = "",
     max_damage: float | None = None,
 ) -> LiveCut:
-    """Zero the channels that matter least, let the others take over, and leave gradients cleared; collective.
+    """Zero the channels and blocks that matter least, let what stays take over, and clear gradients; collective.
 
     Args:
         sequences: what the model is scored on, and what compensation is fitted to.
         before: plans of the cuts that were made in place before, first one first.
         remove_channels: that every block loses now; at most, with ``max_damage``.
+        remove_layers: blocks that go now.
+        layers_before: blocks that went before these cuts, and are no part of the model.
         max_damage: most that the loss may rise by, in nats a token, on sequences that compensation is not fitted to:
             the largest cut is found that stays at or below it, to within a tenth of its width.
 
     Raises:
         NoCutFits: there is none; nothing was changed.
     """
+    kept = blocks_after(before) if before else list(range(live.layers))
+    removal = engine.Removal(remove_channels, remove_layers, layers_before + live.layers - len(kept))
     live.standing_LK = standing_after(before) if before else None
-    removal = engine.Removal(remove_channels, 0)
-    options: dict[str, Any] = {"general": list(general), "sensitivity": sensitivity, "seed": seed}
-    started = time.monotonic()
-    scores = _of_rank_0(engine.score(live, criterion, removal, sequences, **options), live.device)
-    score_seconds = time.monotonic() - started
+    with only_blocks(live.model, live.family, kept):
+        live.name_parameters()
+        options: dict[str, Any] = {"general": list(general), "sensitivity": sensitivity, "seed": seed}
+        started = time.monotonic()
+        scores = _of_rank_0(engine.score(live, criterion, removal, sequences, **options), live.device)
+        score_seconds = time.monotonic() - started
 
-    def plan_of(width: int) -> PruningPlan:
-        return make_plan(
-            scores,
-            criterion,
-            remove_channels=live.width - width,
-            alignment=alignment,
-            subset_hash=subset_hash,
-            source=live.source,
-        )
-
-    fitted, measured = sequences, _held_out(live, sequences, fewest=1 if max_damage is not None else 8)
-    if max_damage is not None and len(measured) < len(sequences):
-        fitted = [sequence for sequence in sequences if not any(sequence is other for other in measured)]
-    cutter = _Cutter(live, before, fitted, measured, sensitivity)
-    smallest, loss_before = live.width - remove_channels, cutter.loss()
-    if max_damage is None:
-        chosen, tried = cutter.fit(plan_of(smallest), fitted), list[tuple[int, float]]()
-    else:
-        first = max(-(-smallest // alignment), 1) * alignment
-        widths = list(range(first, live.width, alignment))
-        largest, tried = _largest(cutter, plan_of, widths, loss_before, max_damage)
-        if largest is None:
-            live.model.zero_grad()
-            width, loss = tried[-1] if tried else (live.width, loss_before)
-            raise NoCutFits(
-                f"the smallest cut, to {width} channels, raises the loss by {loss - loss_before:.3f} nats a token, "
-                f"more than schedule.max_damage ({max_damage:g})"
+        def plan_of(width: int) -> PruningPlan:
+            return make_plan(
+                scores,
+                criterion,
+                remove_channels=live.width - width,
+                alignment=alignment,
+                subset_hash=subset_hash,
+                source=live.source,
             )
-        chosen = cutter.fit(largest.plan, fitted) if len(cutter.few) < len(fitted) else largest
-    chosen = cutter.make(chosen, optimizer)
-    if max_damage is not None and chosen.loss - loss_before > max_damage:
-        # Trials are compensated by fewer sequences; what was made by all of them can be worse than it was.
-        said = (
-            f"the cut to {chosen.plan.intermediate_size} channels raised the loss by {chosen.loss - loss_before:.3f} "
-        )
-        said += f"nats a token, more than schedule.max_damage ({max_damage:g}) and than when it was tried out"
-        plan = chosen.plan.model_copy(update={"notes": [*chosen.plan.notes, said]})
-        chosen = replace(chosen, plan=plan)
-    return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried, score_seconds, cutter.seconds)
+
+        fitted, measured = sequences, _held_out(live, sequences, fewest=1 if max_damage is not None else 8)
+        if max_damage is not None and len(measured) < len(sequences):
+            fitted = [sequence for sequence in sequences if not any(sequence is other for other in measured)]
+        cutter = _Cutter(live, fitted, measured, sensitivity)
+        smallest, loss_before = live.width - remove_channels, cutter.loss()
+        if max_damage is None:
+            chosen, tried = cutter.fit(plan_of(smallest), fitted), list[tuple[int, float]]()
+        else:
+            first = max(-(-smallest // alignment), 1) * alignment
+            widths = list(range(first, live.width, alignment))
+            largest, tried = _largest(cutter, plan_of, widths, loss_before, max_damage)
+            if largest is None:
+                live.model.zero_grad()
+                width, loss = tried[-1] if tried else (live.width, loss_before)
+                raise NoCutFits(
+                    f"the smallest cut, to {width} channels, raises the loss by {loss - loss_before:.3f} nats a token, "
+                    f"more than schedule.max_damage ({max_damage:g})"
+                )
+            chosen = cutter.fit(largest.plan, fitted) if len(cutter.few) < len(fitted) else largest
+        chosen = cutter.make(chosen, optimizer)
+        if max_damage is not None and chosen.loss - loss_before > max_damage:
+            chosen = replace(chosen, plan=_noted(chosen.plan, chosen.loss - loss_before, max_damage))
+        return LiveCut(chosen.plan, chosen.losses, loss_before, chosen.loss, tried, score_seconds, cutter.seconds)
 
 
 def rollout_sequences(

@@ -6,6 +6,7 @@ Also what scoring reads with when blocks are already chosen to go.
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ptl_rl.families import Family
 from ptl_rl.pruning.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NewWeights = Callable[[int, str], torch.Tensor | None]
 """From a source block and the name of a projection to the weight that slicing gives it; None: its own."""
@@ -145,3 +149,34 @@ def skipped(model: nn.Module, family: Family, layers: Collection[int]) -> Iterat
 def _pass_input_on(_module: nn.Module, args: tuple, kwargs: dict, output):
     inputs = args[0] if args else kwargs["hidden_states"]
     return (inputs, *output[1:]) if isinstance(output, tuple) else inputs
+
+
+@contextmanager
+def only_blocks(model: "PreTrainedModel", family: Family, kept: list[int]) -> Iterator[None]:
+    """Within this context the model has the blocks ``kept`` and no others, and they are numbered anew from 0.
+
+    Of a model whose other blocks were cut in place, and so add nothing, what it computes stays the same.
+    """
+    parent_name, _, name = family.layers.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    whole = model.get_submodule(family.layers)
+    blocks = list(whole.children())
+    if kept == list(range(len(blocks))):
+        yield
+        return
+    with torch.no_grad():  # FSDP2 learns at a model's first call which modules are its blocks
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    lists = {
+        field: values
+        for field in family.per_layer_fields
+        if isinstance(values := getattr(model.config, field, None), list)
+    }
+    try:
+        setattr(parent, name, nn.ModuleList([blocks[layer] for layer in kept]))
+        for field, values in lists.items():
+            setattr(model.config, field, [values[layer] for layer in kept])
+        yield
+    finally:
+        setattr(parent, name, whole)
+        for field, values in lists.items():
+            setattr(model.config, field, values)

@@ -119,12 +119,16 @@ def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     rollouts.save(kept, spec.out)
 
 
-def _train(context: StageContext, records: Sequence[Record], follower: MetricsFollower) -> None:
+def _train(
+    context: StageContext, records: Sequence[Record], follower: MetricsFollower, more: dict[str, Any] | None = None
+) -> None:
+    """Have verl train; ``more`` are verl keys beside those of the stage."""
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
     keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
     opened = opens_thinking(load_tokenizer(context.spec.source, context.config.model.trust_remote_code))
-    verl_config = compose(render(context.config, context.spec, keys, shape, opened))
+    settings = render(context.config, context.spec, keys, shape, opened)
+    verl_config = compose({**settings, **(more or {})})
     from verl.trainer.main_ppo import run_ppo
 
     from ptl_rl.recovery.rl.runner import Runner
@@ -136,6 +140,28 @@ def _train(context: StageContext, records: Sequence[Record], follower: MetricsFo
         follower.finish()
 
 
+def _train_in_place(
+    context: StageContext, records: Sequence[Record], follower: MetricsFollower
+) -> tuple[MetricsFollower, Outcome]:
+    """Train to the end: in one go, or, where the policy is sliced on the way, once more each time."""
+    import ray
+
+    from ptl_rl.recovery.in_place.finish import outcome_of
+    from ptl_rl.recovery.in_place.shapes import Shapes, checkpoints_of, verl_settings, with_shapes
+
+    while (outcome := outcome_of(context, checkpoints_of(context))) is None:
+        before = Shapes.load(context.spec.work)
+        _train(with_shapes(context), records, follower, verl_settings(context))
+        if Shapes.load(context.spec.work) == before:
+            outcome = outcome_of(context, checkpoints_of(context))
+            assert outcome is not None
+            break
+        ray.shutdown()  # with this process's job ends all that verl has started for training
+        context.report(-1, -1)
+        follower = MetricsFollower(context, follower.path, _select)
+    return follower, outcome
+
+
 def recover(context: StageContext) -> dict:
     """Train ``spec.steps`` GRPO steps from ``spec.source``; ``spec.out`` becomes the recovered checkpoint.
 
@@ -144,17 +170,14 @@ def recover(context: StageContext) -> dict:
     spec = context.spec
     records, metrics_path = _prepare(context)
     follower = MetricsFollower(context, metrics_path, _select)
-    checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
     facts: dict[str, Any] = {"notes": [], "steps": spec.steps}
     if is_in_place(context.config, spec):
-        from ptl_rl.recovery.in_place.finish import outcome_of, slice_trained
+        from ptl_rl.recovery.in_place.finish import slice_trained
 
-        if outcome_of(context, checkpoints) is None:
-            _train(context, records, follower)
-        outcome = outcome_of(context, checkpoints)
-        assert outcome is not None
+        follower, outcome = _train_in_place(context, records, follower)
         facts = facts | slice_trained(context, outcome)
     else:
+        checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
         if not checkpoints.are_finished() and Outcome.load(spec.work) is None:
             _train(context, records, follower)
         if (ended := Outcome.load(spec.work)) is not None:

@@ -100,9 +100,9 @@ def recovery_curves(run: RunData, width: float = WIDE) -> str | None:
                 continue
             axis.plot([start + step for step in steps], values, color=f"C{number}", label=label, linewidth=1.3)
             start += max(steps)
-        for step, channels in run.cuts_in_place():
+        for step, left in run.cuts_in_place():
             axis.axvline(step + 0.5, color=GREY, linewidth=1.0, zorder=0)
-            axis.annotate(f"{channels}", (step + 0.5, 1.01), xycoords=("data", "axes fraction"), fontsize=7)
+            axis.annotate(left, (step + 0.5, 1.01), xycoords=("data", "axes fraction"), fontsize=7)
         axis.set_ylabel(kind.replace("_", " "))
         axis.set_xlabel("recovery steps, one cycle after the other")
         axis.grid(alpha=0.3)

@@ -109,8 +109,9 @@ class LiveDisplay:
 
     def cut_made(self, entry: Entry) -> None:
         m = entry.metrics
+        blocks = f"{m['num_hidden_layers']} layers x " if "num_hidden_layers" in m else ""
         self.note(
-            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {m['intermediate_size']} "
+            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {blocks}{m['intermediate_size']} "
             f"channels left, loss {m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
         )
 

@@ -195,11 +195,12 @@ class RunData:
         lines = {entry.part: entry for entry in self.entries if entry.stage == "cut"}
         return {part: entry for part, entry in lines.items() if not kept or part < kept[-1]}
 
-    def cuts_in_place(self) -> list[tuple[int, int]]:
-        """Step after which each cut within a training was made, and the channels that it left."""
+    def cuts_in_place(self) -> list[tuple[int, str]]:
+        """Step after which each cut within a training was made, and what it left (:func:`summary.left_by`)."""
         recoveries = [entry for entry in self.entries if entry.stage == "recover"]
         made = [cut for entry in recoveries for cut in entry.metrics.get("cuts", [])]
-        return [(cut["after_step"], cut["intermediate_size"]) for cut in made]
+        labels = summary.left_by(made, self.rows[0].layers)
+        return [(cut["after_step"], label) for cut, label in zip(made, labels, strict=True)]
 
     def stage_seconds(self) -> list[tuple[int, str, float]]:
         """Cycle, stage and duration of everything that took time."""

@@ -132,14 +132,29 @@ def write(folder: Path) -> list[Entry]:
     return entries
 
 
+def left_by(cuts: list[dict[str, Any]], layers: int) -> list[str]:
+    """What each cut within a training left: channels of every block, and before them the blocks, if any went.
+
+    Args:
+        cuts: as a recovery journals them.
+        layers: blocks of the original.
+    """
+    blocks = [cut.get("num_hidden_layers", layers) for cut in cuts]
+    widths = [str(cut["intermediate_size"]) for cut in cuts]
+    if set(blocks) <= {layers}:
+        return widths
+    return [f"{count} x {width}" for count, width in zip(blocks, widths, strict=True)]
+
+
 def _cuts_in_place(entries: list[Entry]) -> dict[int, str]:
     """For a cycle with cuts within its training, what they left."""
     found = {}
     for entry in entries:
-        if widths := [str(cut["intermediate_size"]) for cut in entry.metrics.get("cuts", [])]:
-            told = widths if len(widths) < 5 else [*widths[:2], "...", widths[-1]]
-            times = "once" if len(widths) == 1 else f"{len(widths)} times"
-            found[entry.cycle] = f"cut {times} within one training,\nto {', '.join(told)} channels"
+        if left := left_by(entry.metrics.get("cuts", []), entries[0].metrics.get("num_hidden_layers", 0)):
+            told = left if len(left) < 5 else [*left[:2], "...", left[-1]]
+            times = "once" if len(left) == 1 else f"{len(left)} times"
+            unit = "layers x channels" if " x " in left[0] else "channels"
+            found[entry.cycle] = f"cut {times} within one training,\nto {', '.join(told)} {unit}"
     return found
 
 

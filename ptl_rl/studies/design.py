@@ -70,7 +70,7 @@ def cuts_of(config: RunConfig) -> int:
     """How many cuts the recipe plans, each of which reads ``calibration.sequences``; of a governed pace that is one."""
     schedule = config.schedule
     if schedule.mode == "in_place" and schedule.pace != "governed":
-        return len(schedule.channel_steps)
+        return len(schedule.cuts_in_order)
     return len(planned_cuts(schedule))
 
 

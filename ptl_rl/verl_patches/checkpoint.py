@@ -105,17 +105,29 @@ class ShardedCheckpointManager(FSDPCheckpointManager):
 
     def write_shards(self, folder: Path) -> None:
         """Write the weights, configuration and tokenizer into a folder that exists; called on all ranks."""
-        state: dict[str, Any] = get_model_state_dict(self.model)
+        self._write(get_model_state_dict(self.model), folder)
+        if self.rank == 0 and self._to_register is not None:
+            super().register_checkpoint(*self._to_register)
+            self._to_register = None
+        dist.barrier()
+
+    def write_sliced_weights(self, state: dict[str, Any], folder: Path, changes: dict[str, Any]) -> None:
+        """The same of a smaller model; called on all ranks.
+
+        Args:
+            state: its state dict, sharded as this model's.
+            changes: what is another in its configuration.
+        """
+        self._write(dict(state), folder, **changes)
+        dist.barrier()
+
+    def _write(self, state: dict[str, Any], folder: Path, **changes: Any) -> None:
         drop_tied_target_keys(state, self.model, self.model.config)
         write_weights(state, folder, self.rank, self.world_size)
         # verl writes what transformers makes of the source's files, with the attention of the training.
         if self.rank == 0:
             source = Path(self.model.config.name_or_path or folder)
             source = source if (source / "config.json").is_file() else folder
-            write_config(source, folder, str(next(iter(state.values())).dtype).removeprefix("torch."))
+            write_config(source, folder, str(next(iter(state.values())).dtype).removeprefix("torch."), **changes)
             if source != folder:
                 copy_companions(source, folder)
-            if self._to_register is not None:
-                super().register_checkpoint(*self._to_register)
-                self._to_register = None
-        dist.barrier()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ptl_rl.data.encoding import Sequence
+from ptl_rl.families import Family
 from ptl_rl.pruning.compensate.block_moments import BlockMoments, NormedBlockMoments
 from ptl_rl.pruning.masking import NewWeights, replaced, skipped
 from ptl_rl.pruning.model import PrunableModel
@@ -82,21 +83,25 @@ def absorb(
     waiting = list(predecessors)
     for size in groups(prunable, len(waiting)):
         group, waiting = waiting[:size], waiting[size:]
-        moments = [
-            _moments(prunable, removed, predecessors[removed], place % prunable.ranks, new_weights)
-            for place, removed in enumerate(group)
-        ]
+        moments = []
+        for place, removed in enumerate(group):
+            prunable.fetch(predecessors[removed])
+            moments.append(_moments(prunable, removed, predecessors[removed], place % prunable.ranks, new_weights))
         with without(prunable, gone, new_weights):
             prunable.read(sequences, list(moments))
         while moments:
             side_by_side, moments = moments[: prunable.ranks], moments[prunable.ranks :]
-            new = None
+            new, own = None, None
             for one in side_by_side:
                 one.reduce()
-            for one in side_by_side:
+                prunable.fetch(one.predecessor)
                 if one.owner == prunable.rank:
-                    new = _solved(prunable, one, ridge, new_weights)
-                    one.let_go()
+                    own = one, _projections(prunable, one, new_weights)
+            if own is not None:
+                one, current = own
+                new = _solved(prunable.family, one, ridge, current)
+                one.let_go()
+                own = None
             for one in side_by_side:
                 yield Absorbed(one.removed, _told(prunable, one, new if one.owner == prunable.rank else None))
 
@@ -128,15 +133,22 @@ def _moments(
     return NormedBlockMoments(removed, predecessor, norm_H, float(eps), owner)
 
 
+def _projections(
+    prunable: PrunableModel, moments: BlockMoments | NormedBlockMoments, new_weights: NewWeights
+) -> dict[str, torch.Tensor]:
+    """The predecessor's weights that are to take over, as they are now."""
+    names = ("down_proj",) if isinstance(moments, NormedBlockMoments) else ("o_proj", "down_proj")
+    return {name: _current(prunable, moments.predecessor, name, new_weights) for name in names}
+
+
 def _solved(
-    prunable: PrunableModel, moments: BlockMoments | NormedBlockMoments, ridge: float, new_weights: NewWeights
+    family: Family, moments: BlockMoments | NormedBlockMoments, ridge: float, current: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The predecessor's new weights by the names of their projections, on the rank that has the sums."""
-    family, predecessor = prunable.family, moments.predecessor
     if isinstance(moments, NormedBlockMoments):
-        down_HC, norm_H = moments.solve(_current(prunable, predecessor, "down_proj", new_weights), ridge)
+        down_HC, norm_H = moments.solve(current["down_proj"], ridge)
         return {"down_proj": down_HC, "output_norm": norm_H - family.norm_offset}
-    o_HA, down_HC = (_current(prunable, predecessor, name, new_weights) for name in ("o_proj", "down_proj"))
+    o_HA, down_HC = current["o_proj"], current["down_proj"]
     gain_HA, gain_HC = moments.solve(o_HA.shape[1], ridge)
     return {"o_proj": o_HA + gain_HA, "down_proj": down_HC + gain_HC}
 

@@ -69,14 +69,18 @@ def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
-def _zero(tensor: torch.Tensor, gone: _Gone) -> None:
+def _own(tensor: torch.Tensor, gone: _Gone) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of a tensor, and which of it goes, as places along ``gone.dim``."""
     local, offset = _local(tensor)
     if gone.ids is None:
-        local.zero_()
-        return
+        return local, torch.arange(local.shape[gone.dim], device=local.device)
     ids = gone.ids - offset[gone.dim]
-    ids = ids[(ids >= 0) & (ids < local.shape[gone.dim])]
-    local.index_fill_(gone.dim, ids.to(local.device), 0)
+    return local, ids[(ids >= 0) & (ids < local.shape[gone.dim])].to(local.device)
+
+
+def _zero(tensor: torch.Tensor, gone: _Gone) -> None:
+    local, places = _own(tensor, gone)
+    local.index_fill_(gone.dim, places, 0)
 
 
 @torch.no_grad()
@@ -105,6 +109,18 @@ def cut_in_place(
         for moment in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
                 _zero(moment, gone)
+
+
+@torch.no_grad()
+def not_zero(model: nn.Module, family: Family, plan: PruningPlan) -> list[str]:
+    """Names of parameters of which this rank holds something that ``plan`` leaves out and that is not zero."""
+    parameters = dict(model.named_parameters())
+    found = []
+    for gone in _gone(family, plan, set(parameters)):
+        local, places = _own(parameters[gone.name], gone)
+        if bool(local.index_select(gone.dim, places).any()):
+            found.append(gone.name)
+    return found
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ class MissingWeightError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One tensor of the output: where it comes from and how it is cut."""
+class Piece:
+    """One tensor of a sliced model: where it comes from and how it is cut."""
 
     name: str
     source_name: str
@@ -40,10 +40,15 @@ class _Piece:
     """``o_proj`` or ``down_proj``, whose weights compensation replaces."""
 
 
-def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | None:
+def piece_of(name: str, family: Family, new_index: dict[int, int]) -> Piece | None:
+    """What becomes of a tensor of the source; None: it goes.
+
+    Args:
+        new_index: from ids of the blocks that stay to those that they then have.
+    """
     match = re.fullmatch(re.escape(family.layers) + r"\.(\d+)\.(.+)", name)
     if match is None:
-        return _Piece(name, name)
+        return Piece(name, name)
     layer, rest = int(match.group(1)), match.group(2)
     if layer not in new_index:
         return None
@@ -55,7 +60,7 @@ def _piece(name: str, family: Family, new_index: dict[int, int]) -> _Piece | Non
         dim, projection = 1, "down_proj"
     elif module == f"{family.attention}.{family.o_proj}" and kind == "weight":
         projection = "o_proj"
-    return _Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer, projection)
+    return Piece(f"{family.layers}.{new_index[layer]}.{rest}", name, dim, layer, projection)
 
 
 def _sizes(source_files: dict[str, Path], stack: ExitStack) -> tuple[dict[str, int], dict[Path, safe_open]]:
@@ -95,7 +100,7 @@ def slice_weights(
         ratio = plan.intermediate_size / plan.source_intermediate_size
         pieces, sizes_after = {}, {}
         for name in sorted(source_files):
-            piece = _piece(name, family, new_index)
+            piece = piece_of(name, family, new_index)
             if piece is not None:
                 pieces[piece.name] = piece
                 sizes_after[piece.name] = int(sizes[name] * (1 if piece.dim is None else ratio))
@@ -141,8 +146,8 @@ def load_new_weight(folder: Path, layer: int, name: str) -> torch.Tensor | None:
     return load_file(path)["weight"] if path.exists() else None
 
 
-def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str, str]) -> None:
-    """Write ``config.json``, the weight index where there are several files, and copy the tokenizer (rank 0's part)."""
+def config_changes(source: Path, plan: PruningPlan) -> dict[str, Any]:
+    """What of the source's ``config.json`` is another in the sliced model."""
     family = read_shape(source).family
     config = AutoConfig.from_pretrained(source)
     changes: dict[str, Any] = {"intermediate_size": plan.intermediate_size, "num_hidden_layers": plan.num_hidden_layers}
@@ -154,7 +159,12 @@ def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str
         first_windowed = getattr(config, "max_window_layers", None)
         if first_windowed is not None:  # Qwen: blocks from this one on attend to a window only
             changes["max_window_layers"] = sum(layer < first_windowed for layer in plan.keep_layers)
-    write_config(source, out, **changes)
+    return changes
+
+
+def write_companions(source: Path, plan: PruningPlan, out: Path, files: dict[str, str]) -> None:
+    """Write ``config.json``, the weight index where there are several files, and copy the tokenizer (rank 0's part)."""
+    write_config(source, out, **config_changes(source, plan))
     copy_companions(source, out)
     write_index(out, files)
 

@@ -31,6 +31,8 @@ class CutRecord(BaseModel):
     after_step: int
     plan: PruningPlan
     """Of the channels that stood before."""
+    sliced: int = 0
+    """So many earlier cuts were sliced off then; the policy had the shapes that these had left."""
     facts: dict[str, Any] = {}
     """What the journal says of it."""
 

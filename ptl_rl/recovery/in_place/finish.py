@@ -10,6 +10,7 @@ from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, as_it_was_cut
+from ptl_rl.recovery.in_place.shapes import Shapes
 from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.stage import AFTER_CUT, StageContext
 
@@ -28,7 +29,11 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
     cuts = Cuts.of(context.config)
     cuts.load(checkpoints.final.parents[1] / IN_CHECKPOINT)
     return Outcome(
-        folder=str(checkpoints.final.relative_to(context.spec.work)), made=cuts.made, steps=context.spec.steps, why=""
+        folder=str(checkpoints.final.relative_to(context.spec.work)),
+        made=cuts.made,
+        sliced=Shapes.load(context.spec.work).cuts,
+        steps=context.spec.steps,
+        why="",
     )
 
 
@@ -44,29 +49,36 @@ def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:
         ExportError: the logits differ by more than float32 rounding.
     """
     spec, trained = context.spec, context.spec.work / outcome.folder
-    plan = whole_plan([record.plan for record in outcome.made]) if outcome.made else nothing_cut(trained)
+    plans = [record.plan for record in outcome.made]
+    left = whole_plan(plans[outcome.sliced :]) if plans[outcome.sliced :] else nothing_cut(trained)
+    plan = whole_plan(plans) if plans else left
     ray.shutdown()  # with this process's job ends all that verl has started for training, and holds GPUs
     context.connect_ray()
     # Tensors that are written are no steps of the training, so that progress is told elsewhere.
     changed = {"source": trained, "progress": spec.work / "slice.progress.jsonl"}
     context.report(-1, -1)  # a sign of life for the watchdog, here and below
     workers = worker_group(replace(context, spec=spec.model_copy(update=changed)))
-    workers.slice(plan)
+    workers.slice(left)
     context.report(-1, -1)
     plan.save(spec.out / "plan.json")
     # Held against the policy as it is, with nothing masked: what was cut must have stayed at zero.
-    everything = [list(range(plan.source_intermediate_size))] * len(plan.keep_channels)
+    layers = list(range(len(left.keep_channels)))
+    everything = {
+        "keep_channels": [list(range(left.source_intermediate_size))] * len(layers),
+        "keep_layers": layers,
+        "layer_order": [],
+    }
     texts = [record.question + "\n" + record.solution for record in context.data.worked_solutions()[:4]]
-    differences = workers.verify(plan.model_copy(update={"keep_channels": everything}), texts)
+    differences = workers.verify(left.model_copy(update=everything), texts)
     for difference in differences:
         check_difference(difference, spec.out)
-    notes = [outcome.why] if outcome.why else []
+    notes = [*Shapes.load(spec.work).why, *([outcome.why] if outcome.why else [])]
     if context.config.evaluation.after_cut and outcome.made:
         context.report(-1, -1)
         as_cut = as_it_was_cut(spec.work, len(outcome.made))
         if as_cut.exists():
             (spec.out / AFTER_CUT).mkdir()
-            workers.slice(plan, as_cut, spec.out / AFTER_CUT)
+            workers.slice(whole_plan(plans[outcome.made[-1].sliced :]), as_cut, spec.out / AFTER_CUT)
         else:
             notes.append(f"the model right after its last cut is gone ({as_cut}), so the evaluation leaves it out")
     return {

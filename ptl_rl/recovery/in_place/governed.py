@@ -109,8 +109,7 @@ class GovernedTrainer(InPlaceTrainer):
         metrics[PATIENCE] = self.governor.patience - (self.global_steps - self.governor.best_step)
         return self.batch
 
-    def on_step_end(self) -> None:
-        super().on_step_end()
+    def govern(self) -> None:
         is_last = self.global_steps >= self.total_training_steps
         dead = self.learnable.why
         if not self.cuts.made and not is_last:
@@ -167,18 +166,20 @@ class GovernedTrainer(InPlaceTrainer):
             self._end(f"{self.governor.patience} steps brought nothing more")
 
     def _cut_as_far_as_it_goes(self, rollouts: list[Sequence], step: int) -> None:
-        self._cut(CutInPlace(self.left, step), rollouts, step, self.context.config.schedule.max_damage)
+        self._cut(CutInPlace(self.left, 0, step), rollouts, step, self.context.config.schedule.max_damage)
         self.governor.has_cut(step)
 
     def _keep(self, accuracy: float) -> None:
         """Write the model that the run would end with now."""
         folder, step = self._written(f"{self.global_steps:06d}"), self.global_steps
-        self.governor.passed = Passed(folder=folder, cuts=len(self.cuts.made), step=step, accuracy=accuracy)
+        self.governor.passed = Passed(
+            folder=folder, cuts=len(self.cuts.made), sliced=self._sliced, step=step, accuracy=accuracy
+        )
         self._tidy()
 
     def _end(self, why: str, learns: bool = True) -> None:
         """Say what the training ends with, and make this step its last."""
-        width, stuck = self.width, self.governor.stuck
+        width, stuck, sliced = self.width, self.governor.stuck, self._sliced
         passed, made = self.governor.passed, self.cuts.made
         if passed is None:
             folder = self._written("last")
@@ -186,12 +187,13 @@ class GovernedTrainer(InPlaceTrainer):
             kept = made
         else:
             reached = "the target" if self.left <= 0 and passed.cuts == len(made) else "the smallest that passed"
-            kept = made[: passed.cuts]
+            kept, sliced = made[: passed.cuts], passed.sliced
             said = f"{reached}, of step {passed.step}, with {passed.accuracy:.1%} on validation"
             if passed.cuts < len(made):
                 said += f"; {width} channels did not get back to {self.governor.share:.0%} of the start's accuracy"
             said += f"; {stuck}" if stuck else ""
             folder = passed.folder
         why = f"{why}; {said}"
-        Outcome(folder=folder, made=kept, steps=self.global_steps, why=why, learns=learns).save(self.work)
+        ended = {"made": kept, "sliced": sliced, "steps": self.global_steps}
+        Outcome(folder=folder, why=why, learns=learns, **ended).save(self.work)
         self._make_last()

@@ -27,6 +27,8 @@ class Passed(BaseModel):
     """Of the weights, relative to the recovery's work folder: a run's folder may be moved."""
     cuts: int
     """That had been made."""
+    sliced: int = 0
+    """Of these, sliced off."""
     step: int
     accuracy: float
 

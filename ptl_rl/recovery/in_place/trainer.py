@@ -5,7 +5,9 @@ a checkpoint of the step holds it with all that was cut so far. Each cut is foll
 driver only then: what the journal names is never made again.
 """
 
+import math
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from ptl_rl.config.recovery import AFTER_CUTS
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
-from ptl_rl.pruning.live import NoCutFits, rollout_sequences
+from ptl_rl.pruning.live import NoCutFits, rollout_sequences, whole_plan
+from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import texts_of
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, as_it_was_cut, publish
+from ptl_rl.recovery.in_place.shapes import Shapes, mark_whole, seconds_saved, with_shapes
 from ptl_rl.recovery.in_place.worker import PruningActor
 from ptl_rl.recovery.rl import FIXED
 from ptl_rl.recovery.rl.watched import WatchedTrainer
@@ -39,9 +43,15 @@ class InPlaceTrainer(WatchedTrainer):
     worker = PruningActor
 
     def __init__(self, config) -> None:
+        self.started = time.monotonic()
         super().__init__(config)
+        self.shapes = Shapes.load(self.work)
+        self.context = with_shapes(self.context)
         self.cuts = Cuts.of(self.context.config)
         self.saved_step: int | None = None
+        self.start_seconds = math.inf
+        """From the start of this trainer to its first step."""
+        self.step_seconds: list[float] = []
 
     @property
     def may_end(self) -> bool:
@@ -51,6 +61,10 @@ class InPlaceTrainer(WatchedTrainer):
     @property
     def _made(self) -> list[CutRecord]:
         return self.cuts.made
+
+    @property
+    def _sliced(self) -> int:
+        return self.shapes.cuts
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -83,8 +97,10 @@ class InPlaceTrainer(WatchedTrainer):
             self.checkpoint_manager.update_weights(self.global_steps)
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
-        width = self.width
+        width, began = self.width, time.monotonic()
+        self.start_seconds = min(self.start_seconds, began - self.started)
         batch = super().step(metrics, timing_raw)
+        self.step_seconds.append(time.monotonic() - began)
         metrics[WIDTH] = width
         if self.cuts.made:
             facts = self.cuts.made[-1].facts
@@ -96,6 +112,60 @@ class InPlaceTrainer(WatchedTrainer):
                 self._save_checkpoint()
             publish(self.context.spec.cuts, self.cuts.made)
         return batch
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        self.govern()
+        if not self.ended and (why := self._why_slice()) is not None:
+            self._go_on_sliced(why)
+
+    def govern(self) -> None:
+        """Decide, at the end of a step, what comes next; here the schedule has decided it."""
+
+    def _why_slice(self) -> str | None:
+        """Why training is to go on with the sliced model; None: it goes on as it is."""
+        when, left = self.context.config.schedule.rematerialise, self.total_training_steps - self.global_steps
+        if when == "never" or left < 1 or len(self.cuts.made) == self._sliced:
+            return None
+        plan, now = self._plan, read_shape(self.context.spec.source)
+        sliced = now.sliced(
+            plan.source_intermediate_size - plan.intermediate_size, len(plan.keep_channels) - plan.num_hidden_layers
+        )
+        saved = seconds_saved(now, sliced, left, statistics.median(self.step_seconds[-5:]))
+        if when == "when_it_pays" and saved <= self.start_seconds:
+            return None
+        return (
+            f"after step {self.global_steps} training went on with {sliced.num_hidden_layers} blocks of "
+            f"{sliced.intermediate_size} channels: {left} steps were to take about {saved:.0f} s less, and its start "
+            f"took {self.start_seconds:.0f} s"
+        )
+
+    @property
+    def _plan(self) -> PruningPlan:
+        """Of all that is zero."""
+        return whole_plan(self.cuts.plans[self._sliced :])
+
+    def _go_on_sliced(self, why: str) -> None:
+        """Leave a sliced model, and a checkpoint of it to go on from, and make this step this trainer's last."""
+        if self.saved_step != self.global_steps:
+            self._save_now()
+        self.checkpoint_manager.sleep_replicas()
+        shapes = Shapes(cuts=len(self.cuts.made), why=[*self.shapes.why, why])
+        old, model = self._step_folder(), self.work / shapes.source
+        new = self.work / shapes.checkpoints / old.name
+        for folder in (model, new / "actor"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.actor_rollout_wg.write_sliced(self.context, self._plan, model, old / "actor", new / "actor")
+        for path in old.iterdir():
+            if path.is_file():
+                shutil.copy2(path, new)
+        mark_whole(new.parent, self.global_steps)
+        shapes.save(self.work)
+        self._make_last()
+
+    def _save_now(self) -> None:
+        self._save_checkpoint()
 
     @property
     def width(self) -> int:
@@ -130,14 +200,16 @@ class InPlaceTrainer(WatchedTrainer):
             texts_of(chosen, context.config.prompt_suffix),
             texts_of(context.data.contrast(), ""),
             self.cuts.plans,
+            self._sliced,
             cut.channels,
+            cut.layers,
             subset_hash(chosen),
             max_damage,
         )[0]
         if plan is None:
             raise NoCutFits(facts["why"])
         facts["cut_seconds"] = time.monotonic() - started
-        self.cuts.made.append(CutRecord(after_step=step, plan=plan, facts=facts))
+        self.cuts.made.append(CutRecord(after_step=step, plan=plan, sliced=self._sliced, facts=facts))
         self.learnable.begin_anew()
         if context.config.evaluation.after_cut:
             self._keep_as_cut()

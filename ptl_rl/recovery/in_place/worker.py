@@ -1,11 +1,14 @@
 """verl's worker of policy and rollouts, which can also cut the policy where it is."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from verl.single_controller.base.decorator import Dispatch, register
 
 from ptl_rl.data.encoding import Sequence, encode_sequences
@@ -14,6 +17,8 @@ from ptl_rl.models import load_tokenizer
 from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import Texts
+from ptl_rl.pruning.slice.slicing import config_changes
+from ptl_rl.pruning.slice.training_state import sliced_state
 from ptl_rl.recovery.rl.worker import PolicyWorker
 from ptl_rl.stage import StageContext
 
@@ -49,15 +54,20 @@ class PruningActor(PolicyWorker):
         rollouts: list[Sequence],
         texts: Texts,
         general: Texts,
-        before: list[PruningPlan],
+        made: list[PruningPlan],
+        sliced: int,
         channels: int,
+        layers: int,
         subset_hash: str,
         max_damage: float | None = None,
     ) -> tuple[PruningPlan | None, dict[str, Any]]:
-        """Score the policy on rollouts and texts, zero ``channels`` of every block, and let the others take over.
+        """Score the policy on rollouts and texts, zero what matters least, and let what stays take over.
 
         Args:
-            before: plans of the cuts that were made before.
+            channels: that every block loses.
+            layers: blocks that go.
+            made: plans of the cuts that were made before.
+            sliced: so many of these are sliced off already, the others are zero.
             max_damage: most that the loss may rise by, in nats a token: as many channels go as stay below it.
 
         Returns:
@@ -86,12 +96,14 @@ class PruningActor(PolicyWorker):
                     engine.optimizer,
                     config.criterion,
                     read,
-                    before,
+                    made[sliced:],
                     remove_channels=channels,
+                    remove_layers=layers,
+                    layers_before=sum(len(plan.layer_order) for plan in made[:sliced]),
                     alignment=spec.alignment,
                     general=encode_sequences(tokenizer, general.questions, general.solutions, longest, general.weights),
                     sensitivity=config.calibration.token_weights == "sensitivity",
-                    seed=context.seed + len(before),
+                    seed=context.seed + len(made),
                     subset_hash=subset_hash,
                     max_damage=max_damage,
                 )
@@ -99,6 +111,7 @@ class PruningActor(PolicyWorker):
                 return None, {"why": str(error)}
         return found.plan, {
             "intermediate_size": found.plan.intermediate_size,
+            "num_hidden_layers": found.plan.num_hidden_layers,
             "loss_before": found.loss_before,
             "loss_after": found.loss,
             "output_error_plain": found.losses.channels_plain,
@@ -111,6 +124,26 @@ class PruningActor(PolicyWorker):
             "compensate_seconds": found.compensate_seconds,
             "notes": found.plan.notes,
         }
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_sliced(self, context: StageContext, plan: PruningPlan, folder: Path, old: Path, new: Path) -> None:
+        """Write the sliced policy, and a checkpoint of it from which verl goes on where this training stands.
+
+        Args:
+            plan: of the shapes that the policy has; what it leaves out is zero.
+            folder: of the model as an ordinary Hugging Face checkpoint; exists and is empty.
+            old: verl's checkpoint of this step, of which schedule and random state are taken.
+            new: folder of the sliced one; exists and is empty.
+        """
+        engine, source = self.actor.engine, context.spec.source
+        with engine.eval_mode():
+            family = read_shape(source).family
+            state = sliced_state(engine.module, engine.optimizer, family, plan, torch.device(context.spec.device))
+            manager, suffix = engine.checkpoint_manager, f"world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
+            torch.save(state.model, new / f"model_{suffix}")
+            torch.save(state.optimizer, new / f"optim_{suffix}")
+            shutil.copy2(old / f"extra_state_{suffix}", new)
+            manager.write_sliced_weights(state.model, folder, config_changes(source, plan))
 
     def _sign_of_life(self, context: StageContext) -> Callable[[], None]:
         """For the driver's watchdog: a cut takes longer than a step, and makes none. Rank 0 tells it now and then."""

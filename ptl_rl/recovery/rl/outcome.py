@@ -19,6 +19,8 @@ class Outcome(BaseModel):
     """Of the weights, with the shapes that training had; relative to the recovery's work folder."""
     made: list[CutRecord]
     """The cuts that are in these weights."""
+    sliced: int = 0
+    """So many of them are sliced off there; the others are zero."""
     steps: int
     """Optimizer steps of the whole training."""
     why: str

@@ -79,7 +79,8 @@ class WatchedTrainer(PPOTrainerSync):
         """Make this step the last, and leave the policy and the reason for what comes after the training."""
         said = f"ended after step {self.global_steps} of {self.total_training_steps}: {why}"
         last = self._written("last")
-        Outcome(folder=last, made=self._made, steps=self.global_steps, why=said, learns=False).save(self.work)
+        ended = {"made": self._made, "sliced": self._sliced, "steps": self.global_steps}
+        Outcome(folder=last, why=said, learns=False, **ended).save(self.work)
         self._make_last()
 
     def _make_last(self) -> None:
@@ -89,6 +90,11 @@ class WatchedTrainer(PPOTrainerSync):
     def _made(self) -> list:
         """Cuts that are in the policy."""
         return []
+
+    @property
+    def _sliced(self) -> int:
+        """Of these, sliced off."""
+        return 0
 
     def _written(self, name: str) -> str:
         """Write the policy into a folder of its own; gives the folder, relative to the work folder."""

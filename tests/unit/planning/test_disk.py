@@ -71,6 +71,15 @@ def test_what_a_training_in_place_writes_beside_its_checkpoints(changes, as_cut,
     assert found.peak == (2 * 12 + 4 * beside) * QWEN.parameters + found.kept
 
 
+def test_a_training_that_is_sliced_on_the_way_writes_that_model_beside_the_one_before():
+    schedule = {"mode": "in_place", "channels_per_cycle": [1024, 1024]}
+    plain, sliced = (
+        disk_use(parse_config({"schedule": {**schedule, "rematerialise": when}}), QWEN, 2)
+        for when in ("never", "when_it_pays")
+    )
+    assert sliced.peak == plain.peak + (12 + 4) * QWEN.sliced(channels=1024).parameters and sliced.kept == plain.kept
+
+
 def test_a_recovery_only_writes_no_sliced_checkpoint():
     config = parse_config({"schedule": {"recover_only": True}, "gate": {"max_extensions": 0}})
     found = disk_use(config, QWEN, 2)

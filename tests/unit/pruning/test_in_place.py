@@ -12,10 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ptl_rl.checkpoints.companions import write_config
 from ptl_rl.families import FAMILIES
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.slice.in_place import CannotCutInPlace, cut_in_place, own_rows, put_rows
-from ptl_rl.pruning.slice.slicing import slice_checkpoint
+from ptl_rl.pruning.slice.slicing import config_changes, slice_checkpoint
+from ptl_rl.pruning.slice.training_state import NotCut, UnknownOptimizer, sliced_state
 
 STEPS = 4
 
@@ -68,14 +70,7 @@ def gone_of(model: nn.Module, family, plan: PruningPlan, name: str, tensor: torc
 def check(rank: int, ranks: int, folder: Path, family_name: str, out: Path) -> None:
     family = FAMILIES[family_name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    if ranks > 1:
-        mesh = init_device_mesh("cpu", (ranks,))
-        for block in model.get_submodule(family.layers):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model, optimizer = sharded(folder, family_name, ranks)
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(0, 290, (4, 17), generator=generator)
     with torch.no_grad():
@@ -118,9 +113,97 @@ def test_what_is_cut_stays_zero_and_is_the_sliced_model(family, make_checkpoint,
     check(0, 1, make_checkpoint(family), family, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_on_two_ranks(family, make_checkpoint, tmp_path):
-    run_ranks(check, 2, make_checkpoint(family), family, tmp_path)
+def check_all(rank: int, ranks: int, folders: dict[str, Path], out: Path) -> None:
+    for family, folder in folders.items():
+        own = out / family
+        own.mkdir(exist_ok=True)
+        check(rank, ranks, folder, family, own)
+        go_on(rank, ranks, folder, family, own)
+
+
+def test_every_family_on_two_ranks(make_checkpoint, tmp_path):
+    run_ranks(check_all, 2, {family: make_checkpoint(family) for family in FAMILIES}, tmp_path)
+
+
+def sharded(folder: Path, family_name: str, ranks: int) -> tuple:
+    """A model in training, of this folder's shapes, and its optimizer."""
+    family = FAMILIES[family_name]
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in model.get_submodule(family.layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def go_on(rank: int, ranks: int, folder: Path, family_name: str, out: Path) -> None:
+    """Sliced with its optimizer in the middle of a training, a model goes on as it would have unsliced."""
+    family = FAMILIES[family_name]
+    torch.manual_seed(0)
+    model, optimizer = sharded(folder, family_name, ranks)
+    ids_BT = torch.randint(0, 290, (4, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before_BTV = model(input_ids=ids_BT).logits.float()
+    train(model, optimizer, ids_BT, before_BTV)
+    plan = plan_of(3, 48, 19, [0, 2])
+    with pytest.raises(NotCut, match="is to lose what is not zero"):
+        sliced_state(model, optimizer, family, plan, torch.device("cpu"))
+    cut_in_place(model, family, plan, optimizer)
+    train(model, optimizer, ids_BT, before_BTV)
+    state = sliced_state(model, optimizer, family, plan, torch.device("cpu"))
+    names = [name for name, _ in model.named_parameters()]
+    moments = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    expected = [name for name in names if not name.startswith(f"{family.layers}.1.")]
+    assert list(state.optimizer["state"]) == list(range(len(expected)))
+    for place, name in enumerate(expected):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            kept = whole(moments[name][key])
+            if key != "step" and family.layers in name:
+                layer = int(name.removeprefix(f"{family.layers}.").partition(".")[0])
+                if "gate_proj" in name or "up_proj" in name:
+                    kept = kept[plan.keep_channels[layer]]
+                elif "down_proj.weight" in name:
+                    kept = kept[:, plan.keep_channels[layer]]
+            found = state.optimizer["state"][place][key]
+            assert torch.equal(whole(found), kept), (name, key)
+            assert not isinstance(found, DTensor) or found.to_local().untyped_storage().nbytes() <= kept.nbytes
+    if rank == 0:
+        (out / "small").mkdir()
+        write_config(folder, out / "small", **config_changes(folder, plan))
+        # Any weights do: all that counts is loaded from the state.
+        config = AutoConfig.from_pretrained(out / "small")
+        AutoModelForCausalLM.from_config(config).save_pretrained(out / "small")
+        write_config(folder, out / "small", **config_changes(folder, plan))
+    if ranks > 1:
+        torch.distributed.barrier()
+    small, small_optimizer = sharded(out / "small", family_name, ranks)
+    small.load_state_dict(state.model)
+    small_optimizer.load_state_dict(state.optimizer)
+    with torch.no_grad():
+        logits_BTV = model(input_ids=ids_BT).logits
+        assert torch.allclose(small(input_ids=ids_BT).logits, logits_BTV, atol=1e-5 * float(logits_BTV.abs().max()))
+    train(model, optimizer, ids_BT, before_BTV)
+    train(small, small_optimizer, ids_BT, before_BTV)
+    with torch.no_grad():
+        found_BTV, expected_BTV = small(input_ids=ids_BT).logits, model(input_ids=ids_BT).logits
+    assert torch.allclose(found_BTV, expected_BTV, atol=1e-3 * float(expected_BTV.abs().max()))
+    assert not torch.allclose(found_BTV, logits_BTV, atol=2e-2 * float(expected_BTV.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_goes_on_sliced_as_it_would_have_gone_on(family, make_checkpoint, tmp_path):
+    go_on(0, 1, make_checkpoint(family), family, tmp_path)
+
+
+def test_an_optimizer_that_keeps_its_parameters_otherwise_is_refused(make_checkpoint):
+    model, plan = AutoModelForCausalLM.from_pretrained(make_checkpoint("llama")), plan_of(3, 48, 20, [0, 1, 2])
+    cut_in_place(model, FAMILIES["llama"], plan)
+    first, *others = model.parameters()
+    for groups in ([{"params": [first]}, {"params": others}], [*others, first], others):
+        with pytest.raises(UnknownOptimizer, match=r"only one can be sliced|in the model's order"):
+            sliced_state(model, torch.optim.AdamW(groups, lr=1e-2), FAMILIES["llama"], plan, torch.device("cpu"))
 
 
 def put(rank: int, ranks: int) -> None:

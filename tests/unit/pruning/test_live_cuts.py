@@ -17,15 +17,23 @@ from ptl_rl.families import FAMILIES
 from ptl_rl.pruning import engine
 from ptl_rl.pruning import live as live_cuts
 from ptl_rl.pruning.choose.choice import make_plan
-from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live, rollout_sequences, standing_after, whole_plan
+from ptl_rl.pruning.live import (
+    LiveModel,
+    NoCutFits,
+    blocks_after,
+    cut_live,
+    rollout_sequences,
+    standing_after,
+    whole_plan,
+)
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.pruning.score.streaming import inputs_of, negative_log_likelihood
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 CPU = torch.device("cpu")
-CUTS = (18, 11)
-"""Channels of 48, one cut after the other."""
+CUTS = ((18, 1), (11, 0))
+"""Channels of 48 and blocks of 3 that go, one cut after the other."""
 
 
 def sequences(seed: int) -> list[Sequence]:
@@ -38,15 +46,19 @@ def criterion_of(channels: str) -> CriterionConfig:
     return CriterionConfig(channels=channels)
 
 
-def by_stages(folder: Path, family: str, channels: str, sensitivity: bool, out: Path) -> tuple[list, Path]:
-    """What two cycles without recovery make: the channels that each keeps, and the checkpoint."""
+def kept_by(plans: list[PruningPlan]) -> list[tuple]:
+    return [(plan.keep_channels, plan.keep_layers, plan.layer_order) for plan in plans]
+
+
+def by_stages(folder: Path, family: str, channels: str, sensitivity: bool, out: Path, cuts: tuple) -> tuple[list, Path]:
+    """What cycles without recovery make: the channels and blocks that each keeps, and the checkpoint."""
     plans: list[PruningPlan] = []
-    for number, remove in enumerate(CUTS):
+    for number, (remove, layers) in enumerate(cuts):
         model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
         prunable = engine.PrunableModel(model, FAMILIES[family], folder, CPU, 2, 0, 0.3)
         criterion, read = criterion_of(channels), sequences(number)
         scores = engine.score(
-            prunable, criterion, engine.Removal(remove, 0), read, general=[], sensitivity=sensitivity, seed=number
+            prunable, criterion, engine.Removal(remove, layers), read, general=[], sensitivity=sensitivity, seed=number
         )
         plan = make_plan(scores, criterion, remove_channels=remove, alignment=1, subset_hash="", source=folder)
         new_weights = out / f"new-{number}"
@@ -54,11 +66,19 @@ def by_stages(folder: Path, family: str, channels: str, sensitivity: bool, out: 
         slice_checkpoint(folder, plan, out / f"sliced-{number}", new_weights=new_weights)
         plans.append(plan)
         folder = out / f"sliced-{number}"
-    return [plan.keep_channels for plan in plans], folder
+    return kept_by(plans), folder
 
 
 def check(
-    rank: int, ranks: int, folder: Path, family: str, channels: str, sensitivity: bool, out: Path, expected: tuple
+    rank: int,
+    ranks: int,
+    folder: Path,
+    family: str,
+    channels: str,
+    sensitivity: bool,
+    out: Path,
+    cuts: tuple,
+    expected: tuple,
 ) -> None:
     kept, sliced = expected
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -70,7 +90,7 @@ def check(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     model.eval()
     plans: list[PruningPlan] = []
-    for number, remove in enumerate(CUTS):
+    for number, (remove, layers) in enumerate(cuts):
         live = LiveModel(model, FAMILIES[family], folder, CPU, 2, 0, 0.3)
         found = cut_live(
             live,
@@ -79,11 +99,12 @@ def check(
             sequences(number),
             plans,
             remove_channels=remove,
+            remove_layers=layers,
             alignment=1,
             sensitivity=sensitivity,
             seed=number,
         )
-        assert found.loss_before > 0 and found.loss > 0 and found.losses.channels is not None
+        assert found.loss_before > 0 and found.loss > 0 and found.losses.stream is not None
         assert found.score_seconds > 0 and found.compensate_seconds > 0
         assert all(parameter.grad is None for parameter in model.parameters())
         plans.append(found.plan)
@@ -91,7 +112,7 @@ def check(
     state = get_model_state_dict(model, options=options) if ranks > 1 else model.state_dict()
     if rank:
         return
-    assert [plan.keep_channels for plan in plans] == kept
+    assert kept_by(plans) == kept
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.load_state_dict(state)
     model.save_pretrained(out / "zeroed")
@@ -108,17 +129,25 @@ def check(
     assert not torch.allclose(logits[3], logits[0], atol=1e-2 * scale)
 
 
-def compare(folder: Path, family: str, channels: str, sensitivity: bool, out: Path, ranks: int = 1) -> None:
-    expected = by_stages(folder, family, channels, sensitivity, out / "stages")
+def compare(
+    folder: Path, family: str, channels: str, sensitivity: bool, out: Path, ranks: int = 1, cuts: tuple = CUTS
+) -> None:
+    expected = by_stages(folder, family, channels, sensitivity, out / "stages", cuts)
     if ranks == 1:
-        check(0, 1, folder, family, channels, sensitivity, out, expected)
+        check(0, 1, folder, family, channels, sensitivity, out, cuts, expected)
     else:
-        run_ranks(check, ranks, folder, family, channels, sensitivity, out, expected)
+        run_ranks(check, ranks, folder, family, channels, sensitivity, out, cuts, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_cuts_are_two_cycles(family, make_checkpoint, tmp_path):
     compare(make_checkpoint(family), family, "obs", False, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen2", 1), ("gemma2", 1), ("gemma2", 2), ("llama", 4)])
+def test_blocks_go_from_a_model_that_has_lost_channels_and_a_block(family, ranks, make_checkpoint, tmp_path):
+    """Each is tried out, and the others take over, where some channels and a block are zero already."""
+    compare(make_checkpoint(family), family, "obs", False, tmp_path, ranks, cuts=((18, 0), (0, 1), (0, 1)))
 
 
 def test_by_another_criterion(make_checkpoint, tmp_path):
@@ -286,6 +315,33 @@ def test_plans_that_follow_each_other():
     assert standing_after(plans).tolist() == [[2, 5], [1, 2]]
     together = whole_plan(plans)
     assert (together.keep_channels, together.source_intermediate_size) == ([[2, 5], [1, 2]], 6)
+    assert (together.keep_layers, together.layer_order) == ([0, 1], [])
+
+
+def test_plans_that_follow_each_other_and_take_blocks():
+    def plan_of(width: int, keep: list[list[int]], gone: list[int]) -> PruningPlan:
+        return PruningPlan(
+            keep_channels=keep,
+            keep_layers=[layer for layer in range(len(keep)) if layer not in gone],
+            layer_order=gone,
+            source_intermediate_size=width,
+            alignment=1,
+            channel_criterion="obs",
+            layer_criterion="leave_one_out",
+            subset_hash="",
+            source="",
+        )
+
+    plans = [
+        plan_of(6, [[0, 1, 2], [3, 4, 5], [1, 3, 5], [0, 2, 4]], [1]),
+        plan_of(3, [[0, 1], [1, 2], [0, 2]], [2, 0]),
+    ]
+    assert blocks_after(plans) == [2] and blocks_after(plans[:1]) == [0, 2, 3]
+    assert standing_after(plans).tolist() == [[3, 5]]
+    assert standing_after(plans[:1]).tolist() == [[0, 1, 2], [1, 3, 5], [0, 2, 4]]
+    together = whole_plan(plans)
+    assert together.keep_channels[2] == [3, 5]
+    assert (together.keep_layers, together.layer_order) == ([2], [1, 3, 0])
 
 
 def test_rollouts_that_were_cut_off_or_earned_nothing_are_left_out():

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +51,10 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("schedule.layers_total=1", "mode is in_place, which cuts channels only, but layers_total is 1; use restart"),
+        (
+            "schedule={mode: in_place, pace: governed, channels_total: 64, layers_total: 1}",
+            "pace governed finds widths only, but layers_total is 1; use pace fixed or geometric",
+        ),
         ("recovery=[{cpt: {}}]", "in_place cuts within one recovery by grpo or distill, but recovery is cpt"),
         ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery .* but recovery is grpo, grpo"),
         ("recovery_of_cycle={1: [{grpo: {}}]}", "in_place has one training, but recovery_of_cycle names several"),
@@ -75,10 +78,35 @@ def test_what_cannot_be_in_place_is_refused(change, message):
 
 def test_every_cut_comes_before_its_steps():
     config = config_of("schedule.channels_per_cycle=[256,64,64]", "recovery.steps=[4,24]")
-    assert cuts_in_place(config) == [CutInPlace(256, 0), CutInPlace(64, 4), CutInPlace(64, 28)]
+    assert cuts_in_place(config) == [CutInPlace(256, 0, 0), CutInPlace(64, 0, 4), CutInPlace(64, 0, 28)]
     assert [(cut.channels, cut.layers) for cut in planned_cuts(config.schedule)] == [(384, 0)]
     assert recovery_steps(config, 0) == 52 and methods_and_steps(config, 0) == [("grpo", 52)]
     assert recovery_steps(config, 0, round_=1) == 24  # those of the last cut, where the gate asks for more
+
+
+@pytest.mark.parametrize(
+    ("order", "cuts"),
+    [
+        ("channels_then_layers", [(256, 0, 0), (128, 0, 4), (0, 1, 28)]),
+        ("together", [(256, 1, 0), (128, 0, 4)]),
+        ("alternating", [(256, 0, 0), (0, 1, 4), (128, 0, 28)]),
+    ],
+)
+def test_blocks_go_in_the_order_that_cycles_have(order, cuts):
+    config = config_of("schedule.layers_total=1", f"schedule.order={order}", "recovery.steps=[4,24]")
+    assert cuts_in_place(config) == [CutInPlace(*cut) for cut in cuts]
+    assert [(cut.channels, cut.layers) for cut in planned_cuts(config.schedule)] == [(384, 1)]
+    assert recovery_steps(config, 0) == 4 + 24 * (len(cuts) - 1)
+
+
+def test_blocks_with_biases_that_would_go_on_learning_are_refused_before_the_run():
+    shape = read_shape(DEMO.parents[1] / "ptl_rl/testbed/checkpoints/qwen2")
+    config = config_of("schedule.layers_total=1")
+    check_cuts(config, shape)
+    for field in ("attention_bias", "mlp_bias"):
+        with pytest.raises(ConfigError, match=r"removes blocks in place, .* biases .* set schedule.mode to restart"):
+            check_cuts(config, replace(shape, **{field: True}))
+        check_cuts(config_of(), replace(shape, **{field: True}))
 
 
 def test_a_cut_in_the_middle_must_leave_an_aligned_width():
@@ -104,10 +132,10 @@ def test_a_run_is_one_cycle_that_neither_scores_nor_slices():
 
 def test_cuts_are_due_once(tmp_path):
     cuts = Cuts.of(config_of())
-    assert cuts.due(0) == CutInPlace(256, 0)
+    assert cuts.due(0) == CutInPlace(256, 0, 0)
     cuts.made.append(CutRecord(after_step=0, plan=plan_of(6, [0, 2, 3, 5])))
-    assert cuts.due(0) is None and cuts.due(3) is None and cuts.due(4) == CutInPlace(128, 4)
-    assert cuts.due(7) == CutInPlace(128, 4)  # of a training that was resumed with other steps
+    assert cuts.due(0) is None and cuts.due(3) is None and cuts.due(4) == CutInPlace(128, 0, 4)
+    assert cuts.due(7) == CutInPlace(128, 0, 4)  # of a training that was resumed with other steps
     cuts.made.append(CutRecord(after_step=4, plan=plan_of(4, [1, 3]), facts={"loss": 0.5}))
     assert cuts.due(100) is None
     cuts.save(tmp_path / "global_step_4/cuts.json")
