@@ -179,8 +179,10 @@ def go_on(rank: int, ranks: int, folder: Path, family_name: str, out: Path) -> N
     if ranks > 1:
         torch.distributed.barrier()
     small, small_optimizer = sharded(out / "small", family_name, ranks)
-    small.load_state_dict(state.model)
-    small_optimizer.load_state_dict(state.optimizer)
+    torch.save((state.model, state.optimizer), out / f"{rank}.pt")  # as verl does, so that nothing is shared
+    weights, moments = torch.load(out / f"{rank}.pt", weights_only=False)
+    small.load_state_dict(weights)
+    small_optimizer.load_state_dict(moments)
     with torch.no_grad():
         logits_BTV = model(input_ids=ids_BT).logits
         assert torch.allclose(small(input_ids=ids_BT).logits, logits_BTV, atol=1e-5 * float(logits_BTV.abs().max()))

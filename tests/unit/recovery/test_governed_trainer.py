@@ -11,6 +11,7 @@ from ptl_rl.pruning.live import NoCutFits
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost
 from ptl_rl.recovery.in_place.governor import Governor, NothingToKeep
+from ptl_rl.recovery.in_place.shapes import Shapes
 from ptl_rl.recovery.rl.learnable import Learnable
 from ptl_rl.recovery.rl.outcome import Outcome
 
@@ -53,6 +54,7 @@ def trainer_class(monkeypatch):
             work = folder / ".recovered.work"
             (work / "checkpoints").mkdir(parents=True, exist_ok=True)
             schedule = SimpleNamespace(validate_every=2, channels_sum=TARGET, max_damage=0.1, patience=6, recovered=0.9)
+            schedule.rematerialise = "never"
             spec = SimpleNamespace(work=work, cuts=folder / "cuts", source=folder)
             config = SimpleNamespace(schedule=schedule, calibration=SimpleNamespace(source="both"))
             recovery = SimpleNamespace(learning_rate_schedule="constant")
@@ -62,6 +64,7 @@ def trainer_class(monkeypatch):
             self.checkpoint_manager, self.actor_rollout_wg = nothing, Workers()
             self.governor, self.cuts = Governor(share=0.9, patience=6), Cuts([], [])
             self.batch, self.save_asked, self.saved, self.saved_step = None, False, None, None
+            self.shapes = Shapes.load(work)
             self.timing_raw: dict = {}
             self.learnable, self.ended = Learnable(0.1, 2), False
             self.total_training_steps, self.accuracies = steps, iter(accuracies)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DEMO, MODEL = ROOT / "recipes/demo_grpo_cpu.yaml", ROOT / "ptl_rl/testbed/checkpoints/qwen2"
 
 
-def plan_of(width: int, keep: int, layers: int = 5) -> PruningPlan:
+def plan_of(width: int, keep: int, layers: int = 4) -> PruningPlan:
     return PruningPlan(
         keep_channels=[list(range(keep))] * layers,
         keep_layers=list(range(layers)),
@@ -121,7 +121,7 @@ def test_where_the_steps_that_are_left_save_more_than_a_start_the_policy_is_slic
     """12 steps of 10 s with two fifths of the FLOPs gone save 40 s and more, the last step alone does not."""
     early = Trained(tmp_path, "when_it_pays", step=4, made=2)
     why = early.trainer._why_slice()
-    assert why is not None and why.startswith("after step 4 training went on with 5 blocks of 256 channels: 12 steps")
+    assert why is not None and why.startswith("after step 4 training went on with 4 blocks of 256 channels: 12 steps")
     assert Trained(tmp_path, "when_it_pays", step=15, made=2).trainer._why_slice() is None
     assert Trained(tmp_path, "after_every_cut", step=15, made=2).trainer._why_slice() is not None
     assert Trained(tmp_path, "after_every_cut", step=16, made=2).trainer._why_slice() is None  # nothing is left to do
