@@ -177,7 +177,7 @@ class ScheduleConfig(Section):
 
     mode: Literal["restart", "in_place"] = Field(
         "restart",
-        description="restart: a cycle slices the model and starts a training of its own; in_place: one RL training, in "
+        description="restart: a cycle slices the model and starts a training of its own; in_place: one training in "
         "which what every cut takes is zeroed between two steps, and which ends with the sliced model.",
     )
     channels_per_cycle: int | list[int] = Field(

@@ -169,9 +169,11 @@ class RunConfig(Section):
         what = None
         if self.recovery_of_cycle:
             what = "has one training, but recovery_of_cycle names several"
-        elif len(self.recovery) != 1 or not isinstance(self.recovery[0], GrpoConfig):
+        elif len(self.recovery) != 1:
             methods = ", ".join(recovery.method for recovery in self.recovery)
-            what = f"cuts within one recovery by grpo or distill, but recovery is {methods}"
+            what = f"cuts within one recovery, but recovery is {methods}"
+        elif self.schedule.pace == "governed" and not isinstance(self.recovery[0], GrpoConfig):
+            what = f"with pace governed judges by the policy's own answers, but recovery is {self.recovery[0].method}"
         elif self.schedule.pace == "governed" and self.recovery[0].learning_rate_schedule == AFTER_CUTS:
             what = "with pace governed does not know its last cut; set recovery.learning_rate_schedule to constant"
         elif self.schedule.pace == "governed" and isinstance(self.recovery[0].steps, list):

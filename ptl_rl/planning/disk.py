@@ -102,7 +102,7 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
         for part, recovery in enumerate(config.recoveries(cut.planned)):
             steps = recovery_steps(config, cut.planned, part)
             rollouts = rollout_bytes(config, recovery, steps)
-            written = models_beside(config) * WEIGHT_BYTES * trained.parameters
+            written = float(models_beside(config) * WEIGHT_BYTES * trained.parameters)
             as_cut = in_place and not cut.is_empty and config.evaluation.after_cut
             left = WEIGHT_BYTES * shape.parameters * (1 + as_cut)
             if in_place:  # what is left is sliced from what training has written

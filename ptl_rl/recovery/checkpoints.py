@@ -41,9 +41,14 @@ class Checkpoints:
     """Folder of a checkpoint in which the policy is."""
 
     @property
+    def last(self) -> Path:
+        """Folder of the last step's checkpoint."""
+        return self.folder / f"global_step_{self.steps}"
+
+    @property
     def final(self) -> Path:
         """The finished weights with configuration and tokenizer, an ordinary Hugging Face checkpoint."""
-        return self.folder / f"global_step_{self.steps}" / self.part / "huggingface"
+        return self.last / self.part / "huggingface"
 
     def are_finished(self) -> bool:
         """Whether the last step's weights are there, whole.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.sequences import Counts, write_sequences
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
-from ptl_rl.stage import StageContext
+from ptl_rl.stage import StageContext, is_in_place
 
 METRICS = {
     "loss": "train/loss",
@@ -72,7 +73,7 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
     from transformers import AutoTokenizer
 
     config, spec = context.config, context.spec
-    if not recovery.save_every_steps:
+    if not recovery.save_every_steps and not is_in_place(config, spec):
         shutil.rmtree(spec.work, ignore_errors=True)
     spec.work.mkdir(parents=True, exist_ok=True)
     records = partition(context.data.worked_solutions(), spec.subsets)[spec.subset]
@@ -89,15 +90,24 @@ def _prepare(context: StageContext, recovery: CptConfig) -> tuple[Path, Counts, 
     return path, counts, subset_hash(records)
 
 
-def _train(context: StageContext, recovery: CptConfig, sequences: Path, batch: int, follower: MetricsFollower) -> None:
+def _train(sequences: Path, batch: int, context: StageContext, follower: MetricsFollower, more: dict[str, Any]) -> None:
+    """Have verl train; ``more`` are verl keys beside those of the stage."""
+    recovery = context.recovery
+    assert isinstance(recovery, CptConfig)
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
-    verl_config = compose_sft(render_sft(context.config, recovery, context.spec, sequences, batch))
-    from ptl_rl.recovery.trainer import SequenceTrainer
-
+    verl_config = compose_sft({**render_sft(context.config, recovery, context.spec, sequences, batch), **more})
+    loss = _parent_loss(context, recovery) if recovery.parent_kl else None
     follower.start()
     try:
-        SequenceTrainer(verl_config, _parent_loss(context, recovery) if recovery.parent_kl else None).fit()
+        if is_in_place(context.config, context.spec):
+            from ptl_rl.recovery.in_place.supervised import CuttingSequenceTrainer
+
+            CuttingSequenceTrainer(verl_config, context, loss).fit()
+        else:
+            from ptl_rl.recovery.trainer import SequenceTrainer
+
+            SequenceTrainer(verl_config, loss).fit()
     finally:
         follower.finish()
 
@@ -114,14 +124,22 @@ def recover(context: StageContext) -> dict:
     rows = 1 if spec.attention == FLASH else padded
     batch = batch_sequences(recovery, counts, config.resources.workers, rows)
     follower = MetricsFollower(context, spec.work / "metrics.jsonl", _select, timed=True)
-    checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps)
-    if not checkpoints.are_finished():
-        _train(context, recovery, path, batch, follower)
-    checkpoints.hand_over(spec.out)
+    train = partial(_train, path, batch)
+    facts: dict[str, Any] = {"notes": []}
+    if is_in_place(config, spec):
+        from ptl_rl.recovery.in_place.finish import slice_trained, train_in_place
+
+        follower, outcome = train_in_place(context, follower, train)
+        facts = slice_trained(context, outcome)
+    else:
+        checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps)
+        if not checkpoints.are_finished():
+            train(context, follower, {})
+        checkpoints.hand_over(spec.out)
     follower.save(spec.out / "verl_metrics.jsonl")
     curve = follower.curve
     notes = [f"{counts.cut} of {counts.documents} solutions were cut at max_tokens"] if counts.cut else []
-    notes += follower.gap()
+    notes += [*follower.gap(), *facts["notes"]]
     return {
         "method": recovery.method,
         "steps": spec.steps,
@@ -133,5 +151,6 @@ def recover(context: StageContext) -> dict:
         "loss_first": curve[0].get("loss") if curve else None,
         "loss_last": curve[-1].get("loss") if curve else None,
         "curve": curve,
+        **facts,
         "notes": notes,
     }

@@ -37,6 +37,12 @@ class MetricsFollower(threading.Thread):
         self._earlier = path.with_name(f"earlier-{path.name}")
         self._keep_earlier()
 
+    def again(self) -> "MetricsFollower":
+        """Of the next attempt in the same stage, with all that this one has seen."""
+        found = MetricsFollower(self.context, self.path, self.select, self.timed)
+        found.steps = {**found.steps, **self.steps}  # seconds that were measured here stand in no line
+        return found
+
     def _keep_earlier(self) -> None:
         """verl empties its file when it goes on from a checkpoint, so what a killed attempt logged is put aside."""
         if self.path.exists():

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,14 @@ def _keep_rollouts(context: StageContext, records: Sequence[Record]) -> None:
     rollouts.save(kept, spec.out)
 
 
-def _train(
-    context: StageContext, records: Sequence[Record], follower: MetricsFollower, more: dict[str, Any] | None = None
-) -> None:
+def _train(records: Sequence[Record], context: StageContext, follower: MetricsFollower, more: dict[str, Any]) -> None:
     """Have verl train; ``more`` are verl keys beside those of the stage."""
     os.environ["VERL_FILE_LOGGER_PATH"] = str(follower.path)
     context.connect_ray()
     keys, shape = _user_keys(context, records[0]), read_shape(context.spec.source)
     opened = opens_thinking(load_tokenizer(context.spec.source, context.config.model.trust_remote_code))
     settings = render(context.config, context.spec, keys, shape, opened)
-    verl_config = compose({**settings, **(more or {})})
+    verl_config = compose({**settings, **more})
     from verl.trainer.main_ppo import run_ppo
 
     from ptl_rl.recovery.rl.runner import Runner
@@ -138,28 +137,6 @@ def _train(
         run_ppo(verl_config, task_runner_class=Runner)
     finally:
         follower.finish()
-
-
-def _train_in_place(
-    context: StageContext, records: Sequence[Record], follower: MetricsFollower
-) -> tuple[MetricsFollower, Outcome]:
-    """Train to the end: in one go, or, where the policy is sliced on the way, once more each time."""
-    import ray
-
-    from ptl_rl.recovery.in_place.finish import outcome_of
-    from ptl_rl.recovery.in_place.shapes import Shapes, checkpoints_of, verl_settings, with_shapes
-
-    while (outcome := outcome_of(context, checkpoints_of(context))) is None:
-        before = Shapes.load(context.spec.work)
-        _train(with_shapes(context), records, follower, verl_settings(context))
-        if Shapes.load(context.spec.work) == before:
-            outcome = outcome_of(context, checkpoints_of(context))
-            assert outcome is not None
-            break
-        ray.shutdown()  # with this process's job ends all that verl has started for training
-        context.report(-1, -1)
-        follower = MetricsFollower(context, follower.path, _select)
-    return follower, outcome
 
 
 def recover(context: StageContext) -> dict:
@@ -172,14 +149,14 @@ def recover(context: StageContext) -> dict:
     follower = MetricsFollower(context, metrics_path, _select)
     facts: dict[str, Any] = {"notes": [], "steps": spec.steps}
     if is_in_place(context.config, spec):
-        from ptl_rl.recovery.in_place.finish import slice_trained
+        from ptl_rl.recovery.in_place.finish import slice_trained, train_in_place
 
-        follower, outcome = _train_in_place(context, records, follower)
+        follower, outcome = train_in_place(context, follower, partial(_train, records))
         facts = facts | slice_trained(context, outcome)
     else:
         checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")
         if not checkpoints.are_finished() and Outcome.load(spec.work) is None:
-            _train(context, records, follower)
+            _train(records, context, follower, {})
         if (ended := Outcome.load(spec.work)) is not None:
             hand_over(spec.work / ended.folder, spec.out)
             facts |= {"steps": ended.steps, "notes": [ended.why], "learns": ended.learns}

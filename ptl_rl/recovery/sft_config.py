@@ -6,10 +6,10 @@ from typing import Any
 from ptl_rl.attention import FLASH
 from ptl_rl.config import CptConfig, RunConfig
 from ptl_rl.config.recovery import micro_batch
-from ptl_rl.config.verl_keys import settings_of
+from ptl_rl.config.verl_keys import SAVE_ALL, settings_of
 from ptl_rl.cpu.checks import float32_engine
 from ptl_rl.recovery.verl_config import common_settings, composed
-from ptl_rl.stage import StageSpec, stage_seed
+from ptl_rl.stage import StageSpec, is_in_place, stage_seed
 from ptl_rl.verl_patches import ENGINE_LIBRARY
 
 
@@ -41,6 +41,9 @@ def render_sft(
         "trainer.max_ckpt_to_keep": 2,
         "trainer.seed": stage_seed(config, spec) % (1 << 31),
     }
+    if is_in_place(config, spec):  # saved after every cut, and goes on from there
+        settings |= {"trainer.resume_mode": "auto", "checkpoint.save_contents": SAVE_ALL}
+        settings |= {"checkpoint.load_contents": SAVE_ALL[1:]}
     if spec.device == "cpu":
         from ptl_rl.cpu.checks import verl_sft_cpu_overrides
 

@@ -17,6 +17,8 @@ from ptl_rl.stage import AFTER_CUT
 
 IN_CHECKPOINT = "cuts.json"
 """Beside what verl writes of a step."""
+GOVERNOR = "governor.json"
+"""Likewise, of a training that finds its own pace: what it has seen."""
 
 
 class CutsLost(UserError, RuntimeError):

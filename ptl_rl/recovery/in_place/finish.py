@@ -1,5 +1,6 @@
 """From the trained policy, whose cut channels are zero, to the sliced checkpoint that a cycle ends with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ from ptl_rl.pruning.live import nothing_cut, whole_plan
 from ptl_rl.pruning.slice.verify import check_difference
 from ptl_rl.pruning.stages import worker_group
 from ptl_rl.recovery.checkpoints import Checkpoints
+from ptl_rl.recovery.follow import MetricsFollower
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, as_it_was_cut
-from ptl_rl.recovery.in_place.shapes import Shapes
+from ptl_rl.recovery.in_place.shapes import Shapes, checkpoints_of, verl_settings, with_shapes
 from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.stage import AFTER_CUT, StageContext
 
@@ -27,7 +29,7 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
     if not finished or context.config.schedule.pace == "governed":
         return None
     cuts = Cuts.of(context.config)
-    cuts.load(checkpoints.final.parents[1] / IN_CHECKPOINT)
+    cuts.load(checkpoints.last / IN_CHECKPOINT)
     return Outcome(
         folder=str(checkpoints.final.relative_to(context.spec.work)),
         made=cuts.made,
@@ -35,6 +37,31 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
         steps=context.spec.steps,
         why="",
     )
+
+
+def train_in_place(
+    context: StageContext, follower: MetricsFollower, train: Callable[[StageContext, MetricsFollower, dict], None]
+) -> tuple[MetricsFollower, Outcome]:
+    """Train to the end: in one go, or, where the policy is sliced on the way, once more each time.
+
+    Args:
+        follower: not yet started.
+        train: is given the stage with the model to go on with, a follower, and verl keys beside those of the stage.
+
+    Returns:
+        The follower that has seen all of it, and what training has ended with.
+    """
+    while (outcome := outcome_of(context, checkpoints_of(context))) is None:
+        before = Shapes.load(context.spec.work)
+        train(with_shapes(context), follower, verl_settings(context))
+        if Shapes.load(context.spec.work) == before:
+            outcome = outcome_of(context, checkpoints_of(context))
+            assert outcome is not None
+            break
+        ray.shutdown()  # with this process's job ends all that verl has started for training
+        context.report(-1, -1)
+        follower = follower.again()
+    return follower, outcome
 
 
 def slice_trained(context: StageContext, outcome: Outcome) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from verl.utils.debug import marked_timer
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.live import NoCutFits
-from ptl_rl.recovery.in_place.cuts import CutsLost, publish
+from ptl_rl.recovery.in_place.cuts import GOVERNOR, CutsLost, publish
 from ptl_rl.recovery.in_place.governor import Governor, Passed
 from ptl_rl.recovery.in_place.trainer import InPlaceTrainer
 from ptl_rl.recovery.rl import GOVERNED
@@ -55,7 +55,7 @@ class GovernedTrainer(InPlaceTrainer):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         if self.global_steps:
-            path = self._step_folder() / "governor.json"
+            path = self._step_folder() / GOVERNOR
             try:
                 self.governor = Governor.model_validate_json(path.read_text())
             except (OSError, ValueError) as error:
@@ -67,7 +67,7 @@ class GovernedTrainer(InPlaceTrainer):
 
     def _write_state(self) -> None:
         super()._write_state()
-        (self._step_folder() / "governor.json").write_text(self.governor.model_dump_json())
+        (self._step_folder() / GOVERNOR).write_text(self.governor.model_dump_json())
 
     def _save_checkpoint(self) -> None:
         """verl asks for it before this step's cut: it waits until that is made, as no checkpoint is written over."""

@@ -75,7 +75,8 @@ def checkpoints_of(context: StageContext) -> Checkpoints:
     for path in (*work.glob(f"{CHECKPOINTS}*"), *work.glob(f"{SLICED}/*")):
         if path.name not in kept:
             shutil.rmtree(path)
-    return Checkpoints(work / shapes.checkpoints, context.spec.steps, "actor")
+    part = "actor" if isinstance(context.recovery, GrpoConfig) else ""
+    return Checkpoints(work / shapes.checkpoints, context.spec.steps, part)
 
 
 def verl_settings(context: StageContext) -> dict[str, Any]:
@@ -83,12 +84,11 @@ def verl_settings(context: StageContext) -> dict[str, Any]:
     shapes, recovery = Shapes.load(context.spec.work), context.recovery
     if not shapes.cuts:
         return {}
-    settings = {
-        "trainer.default_local_dir": str(context.spec.work / shapes.checkpoints),
-        "trainer.val_before_train": False,
-    }
-    if isinstance(recovery, GrpoConfig) and recovery.kl_loss and recovery.kl_to == "start":
-        settings[PARENT] = str(context.spec.source)  # what the training began with
+    settings: dict[str, Any] = {"trainer.default_local_dir": str(context.spec.work / shapes.checkpoints)}
+    if isinstance(recovery, GrpoConfig):
+        settings["trainer.val_before_train"] = False
+        if recovery.kl_loss and recovery.kl_to == "start":
+            settings[PARENT] = str(context.spec.source)  # what the training began with
     return settings
 
 

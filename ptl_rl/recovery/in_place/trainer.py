@@ -5,9 +5,6 @@ a checkpoint of the step holds it with all that was cut so far. Each cut is foll
 driver only then: what the journal names is never made again.
 """
 
-import math
-import shutil
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +16,9 @@ from verl.utils.debug import marked_timer
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.config.recovery import AFTER_CUTS
 from ptl_rl.data.encoding import Sequence
-from ptl_rl.data.partition import subset_hash
-from ptl_rl.families import read_shape
-from ptl_rl.pruning.live import NoCutFits, rollout_sequences, whole_plan
-from ptl_rl.pruning.plan import PruningPlan
-from ptl_rl.pruning.score.texts import texts_of
-from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, Cuts, as_it_was_cut, publish
-from ptl_rl.recovery.in_place.shapes import Shapes, mark_whole, seconds_saved, with_shapes
+from ptl_rl.pruning.live import rollout_sequences
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, publish
+from ptl_rl.recovery.in_place.making import MakesCuts
 from ptl_rl.recovery.in_place.worker import PruningActor
 from ptl_rl.recovery.rl import FIXED
 from ptl_rl.recovery.rl.watched import WatchedTrainer
@@ -37,21 +30,25 @@ DAMAGE = "pruning/damage"
 
 
 @register_trainer(FIXED)
-class InPlaceTrainer(WatchedTrainer):
+class InPlaceTrainer(MakesCuts, WatchedTrainer):
     """One training with the cuts of ``schedule``."""
 
     worker = PruningActor
+    part = "actor"
 
     def __init__(self, config) -> None:
-        self.started = time.monotonic()
+        started = time.monotonic()
         super().__init__(config)
-        self.shapes = Shapes.load(self.work)
-        self.context = with_shapes(self.context)
-        self.cuts = Cuts.of(self.context.config)
+        self.begin_with(self.context, started)
         self.saved_step: int | None = None
-        self.start_seconds = math.inf
-        """From the start of this trainer to its first step."""
-        self.step_seconds: list[float] = []
+
+    @property
+    def pruner(self) -> Any:
+        return self.actor_rollout_wg
+
+    @property
+    def steps_done(self) -> int:
+        return self.global_steps
 
     @property
     def may_end(self) -> bool:
@@ -61,10 +58,6 @@ class InPlaceTrainer(WatchedTrainer):
     @property
     def _made(self) -> list[CutRecord]:
         return self.cuts.made
-
-    @property
-    def _sliced(self) -> int:
-        return self.shapes.cuts
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -119,59 +112,19 @@ class InPlaceTrainer(WatchedTrainer):
         if not self.ended and (why := self._why_slice()) is not None:
             self._go_on_sliced(why)
 
-    def govern(self) -> None:
-        """Decide, at the end of a step, what comes next; here the schedule has decided it."""
-
-    def _why_slice(self) -> str | None:
-        """Why training is to go on with the sliced model; None: it goes on as it is."""
-        when, left = self.context.config.schedule.rematerialise, self.total_training_steps - self.global_steps
-        if when == "never" or left < 1 or len(self.cuts.made) == self._sliced:
-            return None
-        plan, now = self._plan, read_shape(self.context.spec.source)
-        sliced = now.sliced(
-            plan.source_intermediate_size - plan.intermediate_size, len(plan.keep_channels) - plan.num_hidden_layers
-        )
-        saved = seconds_saved(now, sliced, left, statistics.median(self.step_seconds[-5:]))
-        if when == "when_it_pays" and saved <= self.start_seconds:
-            return None
-        return (
-            f"after step {self.global_steps} training went on with {sliced.num_hidden_layers} blocks of "
-            f"{sliced.intermediate_size} channels: {left} steps were to take about {saved:.0f} s less, and its start "
-            f"took {self.start_seconds:.0f} s"
-        )
-
-    @property
-    def _plan(self) -> PruningPlan:
-        """Of all that is zero."""
-        return whole_plan(self.cuts.plans[self._sliced :])
-
     def _go_on_sliced(self, why: str) -> None:
         """Leave a sliced model, and a checkpoint of it to go on from, and make this step this trainer's last."""
         if self.saved_step != self.global_steps:
             self._save_now()
         self.checkpoint_manager.sleep_replicas()
-        shapes = Shapes(cuts=len(self.cuts.made), why=[*self.shapes.why, why])
-        old, model = self._step_folder(), self.work / shapes.source
-        new = self.work / shapes.checkpoints / old.name
-        for folder in (model, new / "actor"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self.actor_rollout_wg.write_sliced(self.context, self._plan, model, old / "actor", new / "actor")
-        for path in old.iterdir():
-            if path.is_file():
-                shutil.copy2(path, new)
-        mark_whole(new.parent, self.global_steps)
-        shapes.save(self.work)
+        self._leave_sliced(why)
         self._make_last()
+
+    def govern(self) -> None:
+        """Decide, at the end of a step, what comes next; here the schedule has decided it."""
 
     def _save_now(self) -> None:
         self._save_checkpoint()
-
-    @property
-    def width(self) -> int:
-        """Channels of every block that stand."""
-        plans = self.cuts.plans
-        return plans[-1].intermediate_size if plans else read_shape(self.context.spec.source).intermediate_size
 
     def _rollouts(self, batch) -> list[Sequence]:
         """Of the step that was just made, those that are worth scoring on; none where the recipe wants none."""
@@ -188,38 +141,5 @@ class InPlaceTrainer(WatchedTrainer):
         return rollout_sequences(prompts, responses, rewards, config.data.max_response_tokens, wanted)
 
     def _cut(self, cut: CutInPlace, rollouts: list[Sequence], step: int, max_damage: float | None = None) -> None:
-        context, started = self.context, time.monotonic()
-        records = context.data.worked_solutions()
-        short = context.config.calibration.sequences - len(rollouts)
-        # Each cut reads solutions of its own, as far as there are enough.
-        first = len(self.cuts.made) * context.config.calibration.sequences % max(1, len(records) - short + 1)
-        chosen = records[first : first + short]
-        plan, facts = self.actor_rollout_wg.cut(
-            context,
-            rollouts,
-            texts_of(chosen, context.config.prompt_suffix),
-            texts_of(context.data.contrast(), ""),
-            self.cuts.plans,
-            self._sliced,
-            cut.channels,
-            cut.layers,
-            subset_hash(chosen),
-            max_damage,
-        )[0]
-        if plan is None:
-            raise NoCutFits(facts["why"])
-        facts["cut_seconds"] = time.monotonic() - started
-        self.cuts.made.append(CutRecord(after_step=step, plan=plan, sliced=self._sliced, facts=facts))
+        super()._cut(cut, rollouts, step, max_damage)
         self.learnable.begin_anew()
-        if context.config.evaluation.after_cut:
-            self._keep_as_cut()
-
-    def _keep_as_cut(self) -> None:
-        """Write the policy as this cut leaves it, for the evaluation.
-
-        A run ends with what its last cut has left, or the one before it. From an older checkpoint it may end with one
-        before that.
-        """
-        number = len(self.cuts.made)
-        shutil.rmtree(as_it_was_cut(self.work, number - 3), ignore_errors=True)
-        self._write(as_it_was_cut(self.work, number))

@@ -1,4 +1,4 @@
-"""verl's worker of policy and rollouts, which can also cut the policy where it is."""
+"""verl's workers, that of policy and rollouts and that of supervised training, which can cut the policy where it is."""
 
 import math
 import shutil
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import TrainingWorker
 
 from ptl_rl.data.encoding import Sequence, encode_sequences
 from ptl_rl.families import read_shape
@@ -38,14 +39,20 @@ def falling_after(step: int, steps: int, before: Callable[[int], float]) -> Call
     return factor
 
 
-class PruningActor(PolicyWorker):
-    """Runs on every rank; :meth:`cut` is collective."""
+class Cutting:
+    """What both have; runs on every rank, and its methods are collective."""
+
+    rank: int
+
+    @property
+    def policy(self) -> Any:
+        """verl's engine of what is trained."""
+        raise NotImplementedError
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def decay_after(self, step: int, steps: int) -> None:
-        """Let the learning rate fall to 0 from after so many optimizer steps to the last of them."""
-        scheduler = self.actor.engine.lr_scheduler
-        scheduler.lr_lambdas = [falling_after(step, steps, before) for before in scheduler.lr_lambdas]
+    def write_weights(self, folder: Path) -> None:
+        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
+        self.policy.checkpoint_manager.write_shards(folder)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def cut(
@@ -73,7 +80,7 @@ class PruningActor(PolicyWorker):
         Returns:
             The cut's plan, and what the journal is to say of it; no plan and why, where no cut does so little damage.
         """
-        config, spec, engine = context.config, context.spec, self.actor.engine
+        config, spec, engine = context.config, context.spec, self.policy
         tokenizer = load_tokenizer(spec.source, config.model.trust_remote_code)
         longest = config.calibration.max_tokens
         read = [Sequence(s.ids[:longest], min(s.prompt_tokens, longest), s.weight) for s in rollouts]
@@ -135,7 +142,7 @@ class PruningActor(PolicyWorker):
             old: verl's checkpoint of this step, of which schedule and random state are taken.
             new: folder of the sliced one; exists and is empty.
         """
-        engine, source = self.actor.engine, context.spec.source
+        engine, source = self.policy, context.spec.source
         with engine.eval_mode():
             family = read_shape(source).family
             state = sliced_state(engine.module, engine.optimizer, family, plan, torch.device(context.spec.device))
@@ -156,3 +163,25 @@ class PruningActor(PolicyWorker):
                 context.report(-1, -1)
 
         return tell
+
+
+class PruningActor(Cutting, PolicyWorker):
+    """verl's worker of policy and rollouts."""
+
+    @property
+    def policy(self) -> Any:
+        return self.actor.engine
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def decay_after(self, step: int, steps: int) -> None:
+        """Let the learning rate fall to 0 from after so many optimizer steps to the last of them."""
+        scheduler = self.actor.engine.lr_scheduler
+        scheduler.lr_lambdas = [falling_after(step, steps, before) for before in scheduler.lr_lambdas]
+
+
+class PruningTrainer(Cutting, TrainingWorker):
+    """verl's worker of supervised training."""
+
+    @property
+    def policy(self) -> Any:
+        return self.engine

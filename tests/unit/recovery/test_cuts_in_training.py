@@ -55,8 +55,7 @@ def plan_of(width: int, keep: list[int]) -> PruningPlan:
             "schedule={mode: in_place, pace: governed, channels_total: 64, layers_total: 1}",
             "pace governed finds widths only, but layers_total is 1; use pace fixed or geometric",
         ),
-        ("recovery=[{cpt: {}}]", "in_place cuts within one recovery by grpo or distill, but recovery is cpt"),
-        ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery .* but recovery is grpo, grpo"),
+        ("recovery=[{grpo: {}}, {grpo: {}}]", "in_place cuts within one recovery, but recovery is grpo, grpo"),
         ("recovery_of_cycle={1: [{grpo: {}}]}", "in_place has one training, but recovery_of_cycle names several"),
         ("schedule={mode: in_place, recover_only: true}", "recover_only cuts nothing, but mode is in_place"),
         (
@@ -74,6 +73,13 @@ def test_what_cannot_be_in_place_is_refused(change, message):
     falls = ["recovery.learning_rate_schedule=cosine_after_cuts"] if "rate" in message else []
     with pytest.raises(ConfigError, match=message):
         config_of(change, *falls)
+
+
+def test_cpt_is_cut_in_place_at_a_fixed_pace_only():
+    found = config_of("recovery=[{cpt: {steps: [3, 5]}}]")
+    assert recovery_steps(found, 0) == 8 and [cut.after_step for cut in cuts_in_place(found)] == [0, 3]
+    with pytest.raises(ConfigError, match="pace governed judges by the policy's own answers, but recovery is cpt"):
+        config_of("schedule={mode: in_place, pace: governed, channels_total: 64}", "recovery=[{cpt: {}}]")
 
 
 def test_every_cut_comes_before_its_steps():
