@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from process_ranks import run_ranks
+from sft_runs import LONGER, PROBLEM, sft_config
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, CptConfig
-from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.corpora import Record
 from ptl_rl.recovery.cpt import batch_sequences
 from ptl_rl.recovery.sequences import Counts, SequenceFile, document_ids, write_sequences
-from ptl_rl.recovery.sft_config import compose_sft, render_sft
-from ptl_rl.stage import StageSpec
 
-PROBLEM = Record("Ann has 3 marbles and buys 4. How many?", "3 + 4 = 7. \\boxed{7}", "7", "s", "1")
-LONGER = Record("Ben has 3 bags with 4 marbles each. How many?", "3 * 4 = 12, so \\boxed{12}", "12", "s", "2")
 TEXT = Record("", "The train leaves at noon. " * 8, "", "s", "3")
 
 
@@ -83,25 +79,6 @@ def test_the_batch_in_tokens_becomes_sequences():
     assert batch_sequences(CptConfig(tokens_per_step=1010), counts, workers=4, rows=8) == 20  # fewer than the rows
     with pytest.raises(ConfigError, match="a step reads 128 sequences, but this cycle's subset has 100"):
         batch_sequences(CptConfig(sequences_per_step=128), counts, workers=4)
-
-
-def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recovery):
-    config = parse_config(
-        {
-            "model": {"path": str(model), "dtype": "float32"},
-            "schedule": {"channels_per_cycle": [16], "alignment": 16},
-            "recovery": [{"cpt": {"steps": 3, "learning_rate": 1e-3, "max_tokens": 64, "gradient_checkpointing": False}
-                          | {"micro_batch_tokens": 64, "sequences_per_step": 8} | recovery}],
-            "resources": {"workers_per_node": workers},
-        }
-    )  # fmt: skip
-    names = ("source", "parent", "out", "work", "progress", "result", "data")
-    spec = StageSpec(
-        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0,
-        subsets=1, remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
-        **{name: model if name in ("source", "parent") else folder / name for name in names},
-    )  # fmt: skip
-    return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
 
 
 def test_what_is_asked_for_reaches_verl(tmp_path, make_checkpoint):

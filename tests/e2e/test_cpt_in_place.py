@@ -1,0 +1,107 @@
+"""Continued pre-training with cuts in it on the real stack: the stage alone, killed after a cut and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from real_runs import wait_for
+from transformers import AutoModelForCausalLM
+
+from ptl_rl.config.recipe import load_config
+from ptl_rl.cpu.checks import cpu_env_vars
+from ptl_rl.data.frozen import freeze
+from ptl_rl.driver.processes import end_processes
+from ptl_rl.driver.ray_session import RaySession
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.recovery.in_place.shapes import Shapes
+from ptl_rl.stage import StageSpec
+
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="these runs are sized for CPUs"),
+]
+CPT = {
+    "steps": [3, 2, 2],
+    "sequences_per_step": 8,
+    "max_tokens": 96,
+    "micro_batch_tokens": 384,
+    "learning_rate": 1e-3,
+    "gradient_checkpointing": False,
+    "parent_kl": 0.5,
+    "save_every_steps": 3,  # the second cut comes after the step at which verl wants to save, too
+}
+
+
+def started(spec: StageSpec) -> subprocess.Popen:
+    stage = {"PTL_RUN_ID": "run", "PTL_STAGE_ID": spec.stage_id, "RAY_ADDRESS": spec.ray_address}
+    with (spec.work.parent / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ptl_rl.driver.stage_main", str(spec.file)],
+            env={**os.environ, **stage, **cpu_env_vars(1)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.timeout(900)
+def test_killed_after_its_second_cut_it_ends_as_planned(repository, tmp_path):
+    config = load_config(
+        repository / "recipes/demo_cpt_llama_cpu.yaml",
+        [
+            "schedule.mode=in_place",
+            "schedule.rematerialise=after_every_cut",
+            "data.train.rows=128",
+            "calibration.sequences=16",
+            f"recovery=[{{cpt: {CPT}}}]",
+        ],
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    data, model = freeze(config, 1, tmp_path / "data"), repository / "ptl_rl/testbed/checkpoints/llama"
+    cycle, logs = tmp_path / "cycles/001", tmp_path / "logs"
+    for folder in (cycle / "out", logs):
+        folder.mkdir(parents=True)
+    with RaySession(config, "cpu") as session:
+        spec = StageSpec(
+            name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address=session.address,
+            stage_id="cpt-in-place", source=model, parent=model, out=cycle / "out", work=cycle / "work",
+            progress=logs / "1.progress.jsonl", result=logs / "result.json", data=data.folder, subset=0, subsets=1,
+            remove_channels=320, remove_layers=1, removed_layers=0, steps=7, alignment=16,
+        )  # fmt: skip
+        spec.file.write_text(spec.model_dump_json())
+        first = started(spec)
+        wait_for(lambda: (spec.cuts / "002/cut.json").exists(), first)
+        first.kill()
+        first.wait()
+        end_processes("PTL_STAGE_ID", spec.stage_id, grace_seconds=0)
+        assert Shapes.load(spec.work).cuts == 1 and not (spec.cuts / "003").exists()
+        again = started(spec)
+        try:
+            assert again.wait(600) == 0, (cycle / "log").read_text()[-3000:]
+        finally:
+            again.kill()
+    check(spec)
+
+
+def check(spec: StageSpec) -> None:
+    found = json.loads(spec.result.read_text())
+    assert [cut["after_step"] for cut in found["cuts"]] == [0, 3, 5]
+    left = [(cut["num_hidden_layers"], cut["intermediate_size"]) for cut in found["cuts"]]
+    assert left == [(6, 576), (6, 448), (5, 448)]
+    assert [row["step"] for row in found["curve"]] == list(range(1, 8))
+    rates = [row["learning_rate"] for row in found["curve"]]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]  # one schedule over all of it
+    assert [note.split(" went on with ")[0] for note in found["notes"][1:]] == [
+        f"after step {step} training" for step in (1, 3, 5)
+    ]
+    assert found["logit_difference"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(spec.out)
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (5, 448)
+    plan, cuts = PruningPlan.load(spec.out / "plan.json"), []
+    for number in (1, 2, 3):
+        cuts.append(PruningPlan.load(spec.cuts / f"{number:03d}/plan.json"))
+    assert plan.keep_layers == cuts[2].keep_layers and plan.source == str(spec.source)
+    kept = [[a[place] for place in b] for a, b in zip(cuts[0].keep_channels, cuts[1].keep_channels, strict=True)]
+    assert [plan.keep_channels[layer] for layer in plan.keep_layers] == [kept[layer] for layer in plan.keep_layers]

@@ -1,0 +1,30 @@
+"""Continued pre-training of tiny models: two problems to read, and the configuration of verl's trainer."""
+
+from pathlib import Path
+
+from ptl_rl.config.recipe import parse_config
+from ptl_rl.data.corpora import Record
+from ptl_rl.recovery.sft_config import compose_sft, render_sft
+from ptl_rl.stage import StageSpec
+
+PROBLEM = Record("Ann has 3 marbles and buys 4. How many?", "3 + 4 = 7. \\boxed{7}", "7", "s", "1")
+LONGER = Record("Ben has 3 bags with 4 marbles each. How many?", "3 * 4 = 12, so \\boxed{12}", "12", "s", "2")
+
+
+def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recovery):
+    config = parse_config(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "schedule": {"channels_per_cycle": [16], "alignment": 16},
+            "recovery": [{"cpt": {"steps": 3, "learning_rate": 1e-3, "max_tokens": 64, "gradient_checkpointing": False}
+                          | {"micro_batch_tokens": 64, "sequences_per_step": 8} | recovery}],
+            "resources": {"workers_per_node": workers},
+        }
+    )  # fmt: skip
+    names = ("source", "parent", "out", "work", "progress", "result", "data")
+    spec = StageSpec(
+        name="recover", cycle=1, round=0, device="cpu", attention="sdpa", ray_address="", stage_id="x", subset=0,
+        subsets=1, remove_channels=16, remove_layers=0, removed_layers=0, steps=3, alignment=16,
+        **{name: model if name in ("source", "parent") else folder / name for name in names},
+    )  # fmt: skip
+    return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))

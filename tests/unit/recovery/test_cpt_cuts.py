@@ -1,0 +1,175 @@
+"""Cuts within continued pre-training: verl's own loop, with stand-ins for its workers that note what they are asked."""
+
+import inspect
+import json
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sft_runs import LONGER, PROBLEM, sft_config
+
+from ptl_rl.config.in_place import CutInPlace
+from ptl_rl.pruning.plan import PruningPlan
+from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, CutsLost
+from ptl_rl.recovery.in_place.shapes import Shapes
+from ptl_rl.recovery.sequences import write_sequences
+
+WIDTHS = [48, 32, 16, 8]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
+    """Factory: a trainer of three cuts, before step 1 and after steps 2 and 4, and what was asked of its workers."""
+    supervised = pytest.importorskip("ptl_rl.recovery.in_place.supervised")
+    from verl.trainer import sft_trainer_ray
+    from verl.utils import tensordict_utils as tu
+
+    path, model = tmp_path / "s.arrow", make_checkpoint("llama")
+    write_sequences([PROBLEM, LONGER] * 16, tokenizer, path, suffix="", max_tokens=64, response_only=False)
+    monkeypatch.setattr(sft_trainer_ray.Tracking, "log", lambda self, data, step: None)
+
+    def make(rematerialise: str = "never", save_every: int = 0, steps: int = 6, dies_after: int = 99):
+        told: list = []
+        work = tmp_path / "work"
+        verl = sft_config(tmp_path, model, path, 1, steps=steps)
+        verl.trainer.total_training_steps, verl.trainer.save_freq, verl.trainer.logger = steps, save_every or steps, []
+        verl.trainer.resume_mode = "auto"
+        verl.trainer.default_local_dir = str(work / Shapes.load(work).checkpoints)
+
+        class Client:
+            def train_batch(self, data):
+                told.append(f"step {len([t for t in told if t.startswith('step')]) + 1}")
+                if len(told) > dies_after:
+                    raise KeyboardInterrupt
+                metrics = {name: torch.tensor(0.0) for name in ("loss", "grad_norm", "lr", "mfu")}
+                return types.SimpleNamespace(get=lambda: tu.get_tensordict({}, {"metrics": metrics}))
+
+            def _query_dispatch_info(self, name):
+                return [0]
+
+            def save_checkpoint(self, local_path, global_step, max_ckpt_to_keep):
+                told.append(f"save {global_step}")
+
+            def load_checkpoint(self, path):
+                told.append(f"load {Path(path).name}")
+
+            def cut(self, context, rollouts, texts, general, made, sliced, channels, layers, subset, max_damage):
+                assert (
+                    not rollouts
+                    and max_damage is None
+                    and context.spec.source.name == (f"{sliced:03d}" if sliced else model.name)
+                )
+                told.append(f"cut {len(made)}")
+                before, after = WIDTHS[len(made) : len(made) + 2]
+                plan = PruningPlan(
+                    keep_channels=[list(range(after))] * 3, keep_layers=[0, 1, 2], layer_order=[],
+                    source_intermediate_size=before, alignment=1, channel_criterion="obs", layer_criterion="cosine",
+                    subset_hash="", source="",
+                )  # fmt: skip
+                return [(plan, {})]
+
+            def write_sliced(self, context, plan, folder, old, new):
+                told.append(f"slice {plan.source_intermediate_size} to {plan.intermediate_size}")
+                (folder / "config.json").write_text((model / "config.json").read_text())
+
+        monkeypatch.setattr(
+            supervised.CuttingSequenceTrainer, "_build_engine", lambda s: setattr(s, "training_client", Client())
+        )
+        config = SimpleNamespace(
+            schedule=SimpleNamespace(rematerialise=rematerialise),
+            calibration=SimpleNamespace(sequences=4),
+            evaluation=SimpleNamespace(after_cut=False),
+            prompt_suffix="",
+        )
+        planned = [CutInPlace(16, 0, 0), CutInPlace(16, 0, 2), CutInPlace(8, 0, 4)]
+        monkeypatch.setattr(Cuts, "of", classmethod(lambda cls, _: cls(planned, [])))
+        data = SimpleNamespace(worked_solutions=lambda: [PROBLEM] * 8, contrast=lambda: [])
+        spec = SimpleNamespace(work=work, cuts=tmp_path / "cuts", source=model)
+        spec.model_copy = lambda update: SimpleNamespace(**{**vars(spec), **update})
+        monkeypatch.setattr("ptl_rl.recovery.in_place.shapes.StageContext", lambda config, spec: context_of(spec))
+
+        def context_of(spec):
+            return SimpleNamespace(config=config, spec=spec, data=data)
+
+        return supervised.CuttingSequenceTrainer(verl, context_of(spec)), told
+
+    return make
+
+
+def test_every_cut_comes_between_its_steps_and_is_saved_and_told_after_it(make_trainer, tmp_path):
+    trainer, told = make_trainer()
+    trainer.fit()
+    assert told == [
+        *("cut 0", "step 1", "step 2", "cut 1", "save 2", "step 3", "step 4", "cut 2", "save 4", "step 5", "step 6"),
+        "save 6",
+    ]
+    assert sorted(path.name for path in (tmp_path / "cuts").iterdir()) == ["001", "002", "003"]
+    made = [
+        len(json.loads((tmp_path / f"work/checkpoints/global_step_{n}" / IN_CHECKPOINT).read_text())) for n in (2, 4, 6)
+    ]
+    assert made == [2, 3, 3]
+
+
+def test_a_checkpoint_that_verl_wants_before_a_cut_waits_for_it(make_trainer):
+    trainer, told = make_trainer(save_every=1)
+    trainer.fit()
+    assert [line for line in told if "step" not in line] == [
+        *("cut 0", "save 1", "cut 1", "save 2", "save 3", "cut 2", "save 4", "save 5", "save 6")
+    ]
+
+
+def test_killed_it_goes_on_with_the_cuts_of_its_checkpoint(make_trainer, tmp_path):
+    trainer, told = make_trainer(dies_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert told[-2:] == ["save 2", "step 3"]
+    trainer, told = make_trainer()
+    trainer.fit()
+    assert told == ["load global_step_2", "step 1", "step 2", "cut 2", "save 4", "step 3", "step 4", "save 6"]
+    (tmp_path / "work/checkpoints/global_step_6" / IN_CHECKPOINT).unlink()
+    with pytest.raises(CutsLost, match="cannot go on without knowing what it has cut"):
+        make_trainer()
+
+
+def test_it_goes_on_with_the_sliced_model_from_the_step_where_it_stood(make_trainer, tmp_path):
+    trainer, told = make_trainer("after_every_cut")
+    trainer.fit()
+    assert told == ["cut 0", "step 1", "save 1", "slice 48 to 32"] and trainer.ended
+    trainer, told = make_trainer("after_every_cut")
+    trainer.fit()
+    assert told == ["load global_step_1", "step 1", "cut 1", "save 2", "slice 32 to 16"]
+    trainer, told = make_trainer("after_every_cut")
+    trainer.fit()
+    assert told == ["load global_step_2", "step 1", "step 2", "cut 2", "save 4", "slice 16 to 8"]
+    trainer, told = make_trainer("after_every_cut")
+    trainer.fit()
+    assert told == ["load global_step_4", "step 1", "step 2", "save 6"] and not trainer.ended
+    assert [record.sliced for record in trainer.cuts.made] == [0, 1, 2] and Shapes.load(tmp_path / "work").cuts == 3
+
+
+def test_verls_worker_is_ours_while_it_is_named_and_verls_again_after(monkeypatch):
+    supervised = pytest.importorskip("ptl_rl.recovery.in_place.supervised")
+    from verl.trainer import sft_trainer_ray
+
+    from ptl_rl.recovery.trainer import SequenceTrainer
+
+    stock, seen = sft_trainer_ray.TrainingWorker, []
+
+    def build(self) -> None:
+        seen.append(sft_trainer_ray.TrainingWorker)
+        raise OSError
+
+    monkeypatch.setattr(SequenceTrainer, "_build_engine", build)
+    with pytest.raises(OSError):
+        object.__new__(supervised.CuttingSequenceTrainer)._build_engine()
+    assert seen == [supervised.PruningTrainer] and sft_trainer_ray.TrainingWorker is stock
+
+
+@pytest.mark.canary
+def test_verls_supervised_trainer_still_names_its_worker_itself():
+    """If this fails, `CuttingSequenceTrainer._build_engine` can ask verl for another worker."""
+    from verl.trainer.sft_trainer_ray import SFTTrainer
+
+    assert "ray.remote(TrainingWorker)" in inspect.getsource(SFTTrainer._build_engine)
