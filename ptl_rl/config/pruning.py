@@ -175,10 +175,12 @@ class TargetConfig(Section):
 class ScheduleConfig(Section):
     """What is removed, cycle by cycle. Every layer loses the same number of channels."""
 
-    mode: Literal["restart", "in_place"] = Field(
+    mode: Literal["restart", "in_place", "auto"] = Field(
         "restart",
         description="restart: a cycle slices the model and starts a training of its own; in_place: one training in "
-        "which what every cut takes is zeroed between two steps, and which ends with the sliced model.",
+        "which what every cut takes is zeroed between two steps, and which ends with the sliced model; auto: in_place "
+        "with rematerialise when_it_pays where the recipe can be made so and takes no cycle back (gate.max_retries), "
+        "else restart.",
     )
     channels_per_cycle: int | list[int] = Field(
         0, description="Channels each layer loses in a cycle, or a list with one number per cycle."
@@ -230,7 +232,7 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         steps = self.channels_per_cycle
-        if self.rematerialise != "never" and self.mode != "in_place":
+        if self.rematerialise != "never" and self.mode == "restart":
             raise ValueError(
                 f"rematerialise is {self.rematerialise}, but mode is restart, which slices before every training anyway"
             )
@@ -255,7 +257,7 @@ class ScheduleConfig(Section):
         total = self.channels_total or self.target
         if (self.pace == "geometric") != (self.cuts is not None):
             raise ValueError(f"pace is {self.pace} and cuts is {self.cuts}; geometric needs their number, and only it")
-        if self.pace == "governed" and self.mode != "in_place":
+        if self.pace == "governed" and self.mode == "restart":
             raise ValueError("pace governed needs mode in_place")
         if self.pace != "fixed":
             if steps != 0 or not total:

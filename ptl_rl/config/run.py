@@ -165,6 +165,23 @@ class RunConfig(Section):
         """Of verl, that the recipe sets itself."""
         return {**self.verl, **{key: value for entry in self.all_recoveries for key, value in entry.verl.items()}}
 
+    def _settle_mode(self) -> None:
+        """Put a mode in the place of ``auto``."""
+        found = self.schedule.model_dump()
+        when = "when_it_pays" if self.schedule.rematerialise == "never" else self.schedule.rematerialise
+        try:
+            object.__setattr__(
+                self, "schedule", ScheduleConfig(**(found | {"mode": "in_place", "rematerialise": when}))
+            )
+            self._check_in_place()
+            possible = not self.gate.max_retries
+        except ValueError:
+            possible = False
+        if not possible and found["pace"] != "governed":  # whose own error says what is in its way
+            object.__setattr__(
+                self, "schedule", ScheduleConfig(**(found | {"mode": "restart", "rematerialise": "never"}))
+            )
+
     def _check_in_place(self) -> None:
         what = None
         if self.recovery_of_cycle:
@@ -221,6 +238,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
+        if self.schedule.mode == "auto":
+            self._settle_mode()
         if self.schedule.mode == "in_place":
             self._check_in_place()
         elif any(recovery.learning_rate_schedule == AFTER_CUTS for recovery in self.all_recoveries):

@@ -75,6 +75,29 @@ def test_what_cannot_be_in_place_is_refused(change, message):
         config_of(change, *falls)
 
 
+@pytest.mark.parametrize(
+    ("changes", "mode", "rematerialise"),
+    [
+        ([], "in_place", "when_it_pays"),
+        (["schedule.rematerialise=after_every_cut"], "in_place", "after_every_cut"),
+        (["recovery=[{cpt: {}}]"], "in_place", "when_it_pays"),
+        (["gate.max_retries=1"], "restart", "never"),  # a cycle may be taken back
+        (["recovery=[{cpt: {}}, {grpo: {}}]"], "restart", "never"),
+        (["recovery_of_cycle={1: [{grpo: {}}]}"], "restart", "never"),
+        (["schedule={mode: auto, recover_only: true}"], "restart", "never"),
+        (["schedule={mode: auto, pace: governed, channels_total: 64}", "recovery.steps=9"], "in_place", "when_it_pays"),
+    ],
+)
+def test_auto_is_in_place_where_the_recipe_can_be(changes, mode, rematerialise):
+    schedule = config_of("schedule.mode=auto", *changes).schedule
+    assert (schedule.mode, schedule.rematerialise) == (mode, rematerialise)
+
+
+def test_auto_with_a_pace_that_only_one_mode_has_says_what_is_in_its_way():
+    with pytest.raises(ConfigError, match="pace governed judges by the policy's own answers, but recovery is cpt"):
+        config_of("schedule={mode: auto, pace: governed, channels_total: 64}", "recovery=[{cpt: {}}]")
+
+
 def test_cpt_is_cut_in_place_at_a_fixed_pace_only():
     found = config_of("recovery=[{cpt: {steps: [3, 5]}}]")
     assert recovery_steps(found, 0) == 8 and [cut.after_step for cut in cuts_in_place(found)] == [0, 3]
