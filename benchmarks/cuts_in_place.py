@@ -144,12 +144,14 @@ def kill(tag: str) -> int:
 def kills(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")],
     count: Annotated[int, typer.Option(help="Runs, each killed once.")] = 20,
+    sliced: Annotated[bool, typer.Option(help="Have training go on with the sliced model after every cut.")] = False,
     seed: Annotated[int, typer.Option(help="Of the instants.")] = 0,
 ) -> None:
     """Kill runs at instants spread over what a whole run takes, resume them, and check what they end with."""
     cuts, small = 4, {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
     settings, recipe = settings_of(cuts, 96, **small), "demo_grpo_cpu"
     settings |= {"calibration.sequences": 32, "evaluation.after_cut": True}
+    settings |= {"schedule.rematerialise": "after_every_cut" if sliced else "never"}
     out.mkdir(parents=True, exist_ok=True)
     whole = out / "whole.json"
     if not whole.exists():

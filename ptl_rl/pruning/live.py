@@ -248,7 +248,7 @@ class _Cutter:
         for (layer, name), own in trial.rows.items():
             columns = own_plan.keep_channels[layer] if name == "down_proj" else None
             put_rows(self._parameter(layer, name), own, columns)
-        self.live.model.zero_grad()  # scoring by sensitivity went backwards
+        self.live.model.zero_grad()  # of training, if any wait
         cut_in_place(self.live.model, self.live.family, own_plan, optimizer)
 
 

@@ -108,6 +108,7 @@ class _Taps:
         self.weight_N = torch.zeros(0)
         self.last_B = torch.zeros(0, dtype=torch.long)
         self.hidden: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.embedded_BTH = torch.zeros(0)
 
     def begin(self, batch: Batch) -> None:
         """Get ready for a batch's forward pass."""
@@ -156,6 +157,15 @@ class _Taps:
         for listener in self.listeners:
             listener.on_channels(layer, hidden_NC, normed_weight_N if listener.by_normed_output else weight_N)
 
+    def on_embeddings(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        """Where parameters are frozen, gradients flow only if the embedded tokens ask for them."""
+        self.embedded_BTH = output.requires_grad_()
+
+    def go_backward(self, loss: torch.Tensor) -> None:
+        """Have the hooks see their gradients; those of weights, which nobody reads, are not computed."""
+        torch.autograd.grad(loss, self.embedded_BTH)
+        self.embedded_BTH = torch.zeros(0)
+
     @torch.no_grad()
     def on_o_proj(self, layer: int, inputs: tuple) -> None:
         for listener in self.listeners:
@@ -196,9 +206,8 @@ class _Taps:
                     )
                 )
         if self.sensitivity or self.for_gradient:
-            # The parameters are frozen, so gradients flow only if the embedded tokens ask for them.
             embeddings = model.get_submodule(family.embeddings)
-            handles.append(embeddings.register_forward_hook(lambda _m, _args, output: output.requires_grad_()))
+            handles.append(embeddings.register_forward_hook(self.on_embeddings))
         with hooked(handles):
             yield
 
@@ -239,7 +248,7 @@ def stream(
     """One pass over ``batches`` that feeds ``listeners``.
 
     Args:
-        model: with frozen parameters if gradients are needed.
+        model: whose parameters may be frozen or not; they get no gradients.
         sensitivity: weigh a position's channels by the norm of the gradient that reaches the block's FFN output there,
             instead of by ``weight_BT``.
 
@@ -260,7 +269,7 @@ def stream(
                     loss = (
                         _surprise(logits_BTV, batch) if sensitivity else negative_log_likelihood(logits_BTV, batch)[0]
                     )
-                    loss.backward()
+                    taps.go_backward(loss)
             else:
                 with torch.no_grad(), without_head(model):
                     model(**inputs_of(batch))

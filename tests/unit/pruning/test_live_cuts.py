@@ -158,6 +158,26 @@ def test_with_sensitivity(make_checkpoint, tmp_path):
     compare(make_checkpoint("qwen2"), "qwen2", "obs", True, tmp_path)
 
 
+def score_without_gradients(rank: int, ranks: int, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in model.get_submodule(FAMILIES["llama"].layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    live = LiveModel(model, FAMILIES["llama"], folder, CPU, 2, 0, 0.3)
+    for channels, sensitivity in (("obs", True), ("taylor", False)):
+        criterion = criterion_of(channels)
+        engine.score(live, criterion, engine.Removal(9, 0), sequences(0), general=[], sensitivity=sensitivity)
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_scoring_by_gradients_gives_the_weights_none(ranks, make_checkpoint):
+    """Of a model in training they would take as much memory as its weights, and a third of the time."""
+    run_ranks(score_without_gradients, ranks, make_checkpoint("llama"))
+
+
 @pytest.mark.parametrize(("family", "ranks"), [("gemma2", 2), ("llama", 4)])
 def test_on_several_ranks(family, ranks, make_checkpoint, tmp_path):
     compare(make_checkpoint(family), family, "obs", ranks == 2, tmp_path, ranks)
