@@ -49,6 +49,8 @@ class StageSpec(BaseModel):
     """Which of the cycle's recoveries this is, from 0."""
     planned: int = 0
     """Which of the planned cuts the cycle makes, from 0."""
+    unlearnable: bool = False
+    """Whether the recovery is one of those that follow where rewards taught nothing."""
     device: Literal["cpu", "cuda"]
     attention: str
     """What ``model.attention`` comes to, as transformers' ``attn_implementation`` takes it."""
@@ -134,7 +136,7 @@ class StageContext:
     @property
     def recovery(self) -> AnyRecovery:
         """What the recipe says of this recovery."""
-        return self.config.recoveries(self.spec.planned)[self.spec.part]
+        return self.config.recoveries(self.spec.planned, self.spec.unlearnable)[self.spec.part]
 
     @property
     def data(self) -> FrozenData:

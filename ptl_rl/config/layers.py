@@ -13,7 +13,7 @@ from ptl_rl.errors import expanded
 
 Values = dict[str, Any]
 Location = tuple[int | str, ...]
-WHOLE = ("recovery", "recovery_of_cycle")
+WHOLE = ("recovery", "recovery_of_cycle", "recovery_if_unlearnable")
 """Sections that a recipe takes from its base as they are or not at all: another method has other settings."""
 
 

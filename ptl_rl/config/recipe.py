@@ -166,6 +166,8 @@ def as_recipe(config: RunConfig) -> str:
             values[section] = named(config.recovery)
         elif section == "recovery_of_cycle" and config.recovery_of_cycle:
             values[section] = {cycle: named(entries) for cycle, entries in config.recovery_of_cycle.items()}
+        elif section == "recovery_if_unlearnable" and config.recovery_if_unlearnable:
+            values[section] = named(config.recovery_if_unlearnable)
         elif section in told:
             values[section] = told[section]
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

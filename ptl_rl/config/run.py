@@ -112,6 +112,11 @@ class RunConfig(Section):
     recovery_of_cycle: dict[int, list[AnyRecovery]] = Field(
         {}, description="Takes the place of recovery in these planned cycles, from 1."
     )
+    recovery_if_unlearnable: list[AnyRecovery] = Field(
+        [],
+        description="Made once in a cycle whose recovery ended as rewards taught nothing (min_learnable_fraction), "
+        "where the gate finds too little accuracy; it comes before anything else that the gate may do.",
+    )
     reward: RewardConfig = Field(RewardConfig(), description="What RL is paid for.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="How a cycle's accuracy is measured.")
     gate: GateConfig = Field(GateConfig(), description="What follows when a cycle loses too much accuracy.")
@@ -119,7 +124,7 @@ class RunConfig(Section):
     watchdog: WatchdogConfig = Field(WatchdogConfig(), description="When a stage counts as hanging.")
     verl: VerlKeys = Field({}, description="verl keys, dotted, verbatim, for all its RL trainers (not cpt).")
 
-    @field_validator("recovery", mode="before")
+    @field_validator("recovery", "recovery_if_unlearnable", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         entries = value if isinstance(value, list) else [value]
@@ -130,14 +135,17 @@ class RunConfig(Section):
     def _as_lists(cls, value: Any) -> Any:
         return {cycle: cls._as_list(entry) for cycle, entry in value.items()} if isinstance(value, dict) else value
 
-    def recoveries(self, planned: int) -> list[AnyRecovery]:
-        """What follows the ``planned``-th cut, from 0."""
+    def recoveries(self, planned: int, unlearnable: bool = False) -> list[AnyRecovery]:
+        """What follows the ``planned``-th cut, from 0; ``unlearnable``: once rewards have taught nothing there."""
+        if unlearnable:
+            return self.recovery_if_unlearnable
         return self.recovery_of_cycle.get(planned + 1, self.recovery)
 
     @property
     def all_recoveries(self) -> list[AnyRecovery]:
         """Every recovery that the recipe names."""
-        return [*self.recovery, *(entry for entries in self.recovery_of_cycle.values() for entry in entries)]
+        of_cycles = (entry for entries in self.recovery_of_cycle.values() for entry in entries)
+        return [*self.recovery, *of_cycles, *self.recovery_if_unlearnable]
 
     @property
     def needs_answers(self) -> bool:
@@ -249,6 +257,16 @@ class RunConfig(Section):
             )
         filtered = [key for key, value in self._verl_keys().items() if key == FILTER and value]
         watched = [entry for entry in self.all_recoveries if isinstance(entry, GrpoConfig) and entry.is_watched]
+        if self.recovery_if_unlearnable and not watched:
+            raise ValueError(
+                "recovery_if_unlearnable waits for a recovery that ends as rewards teach nothing; set its "
+                "min_learnable_fraction"
+            )
+        if self.recovery_if_unlearnable and not self.gate.min_accuracy_ratio:
+            raise ValueError(
+                "recovery_if_unlearnable follows where the gate finds too little accuracy, but gate.min_accuracy_ratio "
+                "is 0; raise it"
+            )
         if watched and TRAINER_MODE in self._verl_keys():
             raise ValueError(
                 f"recovery.min_learnable_fraction needs this project's own trainer, but verl's {TRAINER_MODE} names "

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from ptl_rl.config import GateConfig, RunConfig
 
-Decision = Literal["accept", "extend", "retry", "accept_below", "stop"]
-"""``extend``: recover again; ``retry``: take the cycle back and halve the cut; ``accept_below``: go on all the same."""
+Decision = Literal["accept", "rescue", "extend", "retry", "accept_below", "stop"]
+"""``rescue``: recover by what is for dead rewards; ``extend``: recover again; ``retry``: take the cycle back and halve
+the cut; ``accept_below``: go on all the same."""
 
 
 def decide(
@@ -19,6 +20,7 @@ def decide(
     retries: int,
     divisible: bool,
     learns: bool = True,
+    rescue: bool = False,
 ) -> Decision:
     """The gate's decision.
 
@@ -28,11 +30,14 @@ def decide(
         rounds: recovery rounds that this cycle has had, at least 1.
         retries: cycles that this run has taken back so far.
         divisible: whether the cut can be halved.
+        rescue: whether there is a way for dead rewards that this cycle has not gone yet.
         learns: whether more steps of the same may bring more; false where a training ended as they would not.
     """
     # Equality counts, whatever the rounding of the product.
     if accuracy >= gate.min_accuracy_ratio * baseline - 1e-9:
         return "accept"
+    if not learns and rescue:
+        return "rescue"
     if learns and rounds <= gate.max_extensions:
         return "extend"
     if retries < gate.max_retries and divisible:

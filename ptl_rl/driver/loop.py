@@ -136,10 +136,11 @@ class Driver:
             self.config.gate,
             accuracy=state.accuracy,
             baseline=state.baseline,
-            rounds=state.round + 1,
+            rounds=state.rounds,
             retries=state.retries,
             divisible=not state.in_place and halved(state.cuts[0], state.alignment) is not None,
             learns=state.learns,
+            rescue=bool(self.config.recovery_if_unlearnable) and state.rescue_round is None,
         )
         ratio = state.accuracy / state.baseline if state.baseline else 0.0
         metrics = {
@@ -182,7 +183,8 @@ class Driver:
             remove_layers=cut.layers,
             removed_layers=state.removed_layers,
             planned=cut.planned,
-            steps=recovery_steps(self.config, cut.planned, stage.part, stage.round),
+            unlearnable=state.is_rescuing,
+            steps=recovery_steps(self.config, cut.planned, stage.part, stage.round, state.is_rescuing),
             alignment=state.alignment,
             scores=folder.artefact(Stage(stage.cycle, "score")) if stage.name == "slice" else None,
             after_cut=self._as_cut(stage, state, source),

@@ -49,8 +49,8 @@ class State:
     cuts: list[Cut]
     """Cuts still to be made, the current cycle's first."""
     alignment: int
-    parts_of: Callable[[int], int] = lambda planned: 1
-    """How many recoveries follow a planned cut."""
+    parts_of: Callable[[int, bool], int] = lambda planned, unlearnable: 1
+    """How many recoveries follow a planned cut, and, where rewards taught nothing, once more."""
     cycle: int = 0
     """The cycle in progress, or the last one."""
     round: int = 0
@@ -67,12 +67,26 @@ class State:
     """Whether the recovery cuts, too."""
     learns: bool = True
     """Whether another round of the cycle's last recovery might bring more."""
+    rescue_round: int | None = None
+    """Of the cycle in progress, the round whose recoveries are those for dead rewards."""
     stopped: bool = False
+
+    @property
+    def is_rescuing(self) -> bool:
+        """Whether the round in progress is that one."""
+        return self.rescue_round == self.round
+
+    @property
+    def rounds(self) -> int:
+        """Of recovery that the cycle in progress has had or is having, the one for dead rewards apart."""
+        return self.round + 1 - (self.rescue_round is not None)
 
 
 def _apply_gate(state: State, decision: str) -> None:
-    if decision == "extend":
+    if decision in ("extend", "rescue"):
         state.round += 1
+        if decision == "rescue":
+            state.rescue_round = state.round
         return
     cut = state.cuts.pop(0)
     if decision in ("accept", "accept_below"):
@@ -84,7 +98,7 @@ def _apply_gate(state: State, decision: str) -> None:
     else:
         state.stopped = True
     state.cycle += 1
-    state.round, state.done, state.recovered = 0, set(), None
+    state.round, state.done, state.recovered, state.rescue_round = 0, set(), None, None
 
 
 def fold(config: RunConfig, entries: list[Entry]) -> State:
@@ -92,7 +106,7 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
     alignment = config.schedule.alignment * config.resources.tensor_parallel_size
     state = State(cuts=planned_cuts(config.schedule), alignment=alignment)
     state.in_place = config.schedule.mode == "in_place"
-    state.parts_of = lambda planned: len(config.recoveries(planned))
+    state.parts_of = lambda planned, unlearnable: len(config.recoveries(planned, unlearnable))
     for entry in entries:
         state.done.add(stage_of(entry))
         if entry.stage == "recover":
@@ -116,7 +130,8 @@ def next_stage(state: State) -> Stage | None:
         return None
     for name in CYCLE_STAGES[2 * (state.cuts[0].is_empty or state.in_place) :]:
         round_ = state.round if name in ("recover", "evaluate", "gate") else 0
-        for part in range(state.parts_of(state.cuts[0].planned) if name == "recover" else 1):
+        parts = state.parts_of(state.cuts[0].planned, state.is_rescuing) if name == "recover" else 1
+        for part in range(parts):
             stage = Stage(state.cycle, name, round_, part)
             if stage not in state.done:
                 return stage

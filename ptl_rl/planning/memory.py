@@ -153,7 +153,7 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
             yield from _pruning(planned, shape, cut, number)
         before, shape = shape, shape.sliced(cut.channels, cut.layers)
         trained = before if planned.config.schedule.mode == "in_place" else shape
-        for recovery in planned.config.recoveries(cut.planned):
+        for recovery in (*planned.config.recoveries(cut.planned), *planned.config.recovery_if_unlearnable):
             if isinstance(recovery, CptConfig):
                 yield _cpt(planned, trained, original, recovery, number)
             else:

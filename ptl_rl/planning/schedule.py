@@ -23,13 +23,15 @@ class Cut:
         return not self.channels and not self.layers
 
 
-def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0) -> int:
+def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int = 0, unlearnable: bool = False) -> int:
     """Optimizer steps of one of the recoveries that follow a planned cut.
 
     In place they are those of the whole training, and, where the gate asks for more, those that follow its last cut; of
     a training that finds its own pace so many as it would have waited for.
     """
-    recovery = config.recoveries(planned)[part]
+    recovery = config.recoveries(planned, unlearnable)[part]
+    if unlearnable:
+        return recovery.steps_of(planned)
     if config.schedule.pace == "governed" and round_:
         return config.schedule.patience
     if config.schedule.mode == "in_place":
@@ -38,10 +40,12 @@ def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int =
     return recovery.steps_of(planned)
 
 
-def methods_and_steps(config: RunConfig, planned: int) -> list[tuple[str, int]]:
+def methods_and_steps(config: RunConfig, planned: int, unlearnable: bool = False) -> list[tuple[str, int]]:
     """Method and optimizer steps of every recovery that follows a planned cut."""
-    recoveries = config.recoveries(planned)
-    return [(recovery.method, recovery_steps(config, planned, part)) for part, recovery in enumerate(recoveries)]
+    return [
+        (recovery.method, recovery_steps(config, planned, part, unlearnable=unlearnable))
+        for part, recovery in enumerate(config.recoveries(planned, unlearnable))
+    ]
 
 
 def planned_cuts(schedule: ScheduleConfig) -> list[Cut]:

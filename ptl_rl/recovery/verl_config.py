@@ -190,7 +190,7 @@ def render(
         shape: of the model in ``spec.source``; None for one of the test bed's size.
         think_opened: whether its chat template ends prompts with ``<think>``.
     """
-    recovery = config.recoveries(spec.planned)[spec.part]
+    recovery = config.recoveries(spec.planned, spec.unlearnable)[spec.part]
     assert isinstance(recovery, GrpoConfig)
     settings = {
         **settings_of(config, recovery),

@@ -44,17 +44,19 @@ def remaining_seconds(
     state: State,
     stage: Stage,
     now: StageProgress,
-    recoveries: Callable[[int], list[tuple[str, int]]],
+    recoveries: Callable[[int, bool], list[tuple[str, int]]],
 ) -> float | None:
     """Estimate for the whole run, gates that ask for more apart; None until every kind of stage has been seen.
 
     Args:
-        recoveries: method and training steps of every recovery that follows a planned cut.
+        recoveries: method and training steps of every recovery that follows a planned cut, and, where rewards taught
+            nothing, once more.
     """
     if stage.cycle == 0:
         return None
     fixed, cut = _fixed_seconds(entries), state.cuts[0]
-    at_work = recoveries(cut.planned)[stage.part][0] if stage.name == "recover" else None
+    own = recoveries(cut.planned, state.is_rescuing)
+    at_work = own[stage.part][0] if stage.name == "recover" else None
 
     def seconds(name: str, recovery: tuple[str, int] | None = None) -> float:
         if recovery is None:
@@ -67,24 +69,28 @@ def remaining_seconds(
             raise _Unknown
         return pace[0] + steps * pace[1]
 
-    def from_stage(first: str, part: int, planned: int) -> list[float]:
+    def from_stage(first: str, part: int, recovery_list: list[tuple[str, int]]) -> list[float]:
         """Of all stages of a cycle from this one on."""
         found = []
         for name in CYCLE_STAGES[CYCLE_STAGES.index(first) :]:
             if name == "recover":
                 skip = part if first == "recover" else 0
-                found += [seconds(name, recovery) for recovery in recoveries(planned)[skip:]]
+                found += [seconds(name, recovery) for recovery in recovery_list[skip:]]
             else:
                 found.append(seconds(name))
         return found
 
     try:
-        this, *rest = from_stage(stage.name, stage.part, cut.planned)
-        later = [took for following in state.cuts[1:] for took in from_stage("score", 0, following.planned)]
+        this, *rest = from_stage(stage.name, stage.part, own)
+        later = [
+            took
+            for following in state.cuts[1:]
+            for took in from_stage("score", 0, recoveries(following.planned, False))
+        ]
     except _Unknown:
         return None
     if stage.name == "recover" and now.step_seconds:
-        method, steps = recoveries(cut.planned)[stage.part]
+        method, steps = own[stage.part]
         pace = _pace(entries, method, now)
         assert pace is not None
         left = (steps - len(now.step_seconds)) * pace[1]

@@ -49,8 +49,8 @@ def _time(seconds: float) -> str:
 class LiveDisplay:
     """The driver's :class:`~ptl_rl.driver.display.Display`; knows nothing of processes."""
 
-    def __init__(self, console: Console, title: str, recoveries: Callable[[int], list[tuple[str, int]]]) -> None:
-        """``recoveries`` gives method and steps of every recovery that follows a planned cut."""
+    def __init__(self, console: Console, title: str, recoveries: Callable[[int, bool], list[tuple[str, int]]]) -> None:
+        """``recoveries`` gives method and steps of what follows a planned cut, also where rewards taught nothing."""
         self.console, self.title, self.recoveries = console, title, recoveries
         self.entries: list[Entry] = []
         self.state: State | None = None
@@ -124,13 +124,19 @@ class LiveDisplay:
             self.note(f"cycle {entry.cycle}: {text}")
         self._refresh()
 
+    def _recovering(self, stage: Stage) -> str:
+        """The method at work."""
+        assert self.state
+        method, _ = self.recoveries(self.state.cuts[0].planned, self.state.is_rescuing)[stage.part]
+        return method.upper()
+
     def _where(self, stage: Stage) -> str:
         if stage.cycle == 0:
             return "original model: evaluating"
         total = stage.cycle - 1 + len(self.state.cuts) if self.state else stage.cycle
         extra = ""
         if stage.name == "recover" and self.state:
-            extra = f" ({self.recoveries(self.state.cuts[0].planned)[stage.part][0].upper()})"
+            extra = f" ({self._recovering(stage)})"
         extra += f", round {stage.round + 1}" if stage.round else ""
         return f"cycle {stage.cycle}/{total}: {VERBS[stage.name]}{extra}"
 

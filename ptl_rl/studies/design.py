@@ -60,6 +60,7 @@ def _values(config: RunConfig) -> Values:
     values = config.model_dump(mode="json")
     # A comparison on equal steps: the gate may judge, and may not act.
     values["gate"] = values["gate"] | {"max_extensions": 0, "max_retries": 0, "on_failure": "continue"}
+    values["recovery_if_unlearnable"] = []
     for entry in values["recovery"]:
         if "min_learnable_fraction" in entry:
             entry["min_learnable_fraction"] = 0.0

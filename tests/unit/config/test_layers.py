@@ -191,10 +191,12 @@ def test_what_a_recipe_resolves_to_keeps_what_is_not_a_default(tmp_path):
         },
         "recovery": [{"grpo": {}}, {"cpt": {"warmup_ratio": None, "learning_rate": 1e-6, "verl": {"optim.lr": 2e-5}}}],
         "recovery_of_cycle": {2: [{"distill": {"topk": 8}}]},
+        "recovery_if_unlearnable": [{"cpt": {"steps": 9}}],
     }
+    values["recovery"][0]["grpo"]["min_learnable_fraction"] = 0.1
     config = parse_config(values)
     text = as_recipe(config)
-    assert "- grpo: {}" in text and "method" not in text and "watchdog" not in text
+    assert "- grpo: {min_learnable_fraction: 0.1}" in text and "method" not in text and "watchdog" not in text
     (tmp_path / "one.yaml").write_text(text)
     assert load_config(tmp_path / "one.yaml") == config
 

@@ -10,7 +10,7 @@ from ptl_rl.config import ConfigError, WatchdogConfig
 from ptl_rl.driver import loop, ray_session
 from ptl_rl.driver.loop import Driver, StageFailed
 from ptl_rl.driver.run_folder import MissingArtefact, RunFolder
-from ptl_rl.stage import StageContext
+from ptl_rl.stage import StageContext, load_context
 
 TWO_CYCLES = {"schedule": {"channels_per_cycle": [256, 128], "alignment": 16}, "recovery": {"grpo": {"steps": [3, 5]}}}
 
@@ -72,6 +72,21 @@ def test_several_recoveries_go_on_from_one_another(make_driven):
     assert (first.source.name, second.source.name) == ("sliced", "recovered")
     assert (first.part, first.steps, second.part, second.steps) == (0, 2, 1, 3)
     assert (run.path / "best").resolve() == run.path / "cycles/001/recovered-part2"
+
+
+def test_where_rewards_are_dead_what_is_for_that_recovers(make_driven):
+    run = make_driven(
+        recovery=[{"grpo": {"steps": 2, "min_learnable_fraction": 0.1}}],
+        recovery_if_unlearnable=[{"cpt": {"steps": 3}}, {"grpo": {"steps": 4}}],
+    )
+    run.act({"001-recover": "dead rewards", "001-evaluate": 0.1})
+    run.drive()
+    specs = run.specs()
+    found = [(label, spec.unlearnable, spec.steps) for label, spec in specs.items() if spec.name == "recover"]
+    assert found == [("001-recover.1", False, 2), ("001-recover-1.1", True, 3), ("001-recover-1-part2.1", True, 4)]
+    methods = [load_context(spec.file).recovery.method for spec in specs.values() if spec.name == "recover"]
+    assert methods == ["grpo", "cpt", "grpo"]
+    assert run.decisions() == ["rescue", "accept"]
 
 
 def test_a_cycle_is_extended_then_halved_then_accepted_below(make_driven):

@@ -2,11 +2,12 @@
 
 import pytest
 
+from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.driver.gate import decide, low_baseline
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import ORIGINAL, data_subsets, fold, next_stage, stage_of
-from ptl_rl.planning.schedule import halved, planned_cuts
+from ptl_rl.planning.schedule import halved, methods_and_steps, planned_cuts, recovery_steps
 
 
 def config(recovery=None, **gate):
@@ -14,8 +15,12 @@ def config(recovery=None, **gate):
     return parse_config({"schedule": schedule, "gate": gate, **(recovery or {})})
 
 
-def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list[Entry]:
-    """Follow ``next_stage`` to the end; ``accuracies`` are those of successive evaluations after the first."""
+def simulate(run_config, accuracies: list[float], baseline: float = 0.8, dead: tuple[str, ...] = ()) -> list[Entry]:
+    """Follow ``next_stage`` to the end; ``accuracies`` are those of successive evaluations after the first.
+
+    Args:
+        dead: labels of recoveries whose rewards taught nothing.
+    """
     entries: list[Entry] = []
     remaining = iter(accuracies)
     for _ in range(200):
@@ -24,6 +29,8 @@ def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list
         if stage is None:
             return entries
         metrics: dict = {}
+        if stage.label in dead:
+            metrics = {"learns": False}
         if stage.name == "evaluate":
             metrics = {"accuracy": baseline if stage.cycle == 0 else next(remaining)}
         elif stage.name == "gate":
@@ -31,9 +38,11 @@ def simulate(run_config, accuracies: list[float], baseline: float = 0.8) -> list
                 run_config.gate,
                 accuracy=state.accuracy,
                 baseline=state.baseline,
-                rounds=state.round + 1,
+                rounds=state.rounds,
                 retries=state.retries,
                 divisible=state.cuts[0].channels >= 64,
+                learns=state.learns,
+                rescue=bool(run_config.recovery_if_unlearnable) and state.rescue_round is None,
             )
             metrics = {"decision": decision}
         entries.append(
@@ -120,6 +129,54 @@ def test_extension_recovers_the_recovered_checkpoint():
     assert before_second.source == ORIGINAL
 
 
+RESCUED = {
+    "recovery": [{"grpo": {"min_learnable_fraction": 0.1}}],
+    "recovery_if_unlearnable": [{"cpt": {"steps": [3, 5]}}, {"grpo": {"steps": 7}}],
+}
+
+
+def test_where_rewards_taught_nothing_a_cycle_recovers_once_by_what_the_recipe_has_for_that():
+    run_config = config(RESCUED, max_extensions=1)
+    entries = simulate(run_config, [0.2, 0.5, 0.79, 0.79], dead=("001-recover",))
+    decisions = [e.metrics["decision"] for e in entries if e.stage == "gate"]
+    assert decisions == ["rescue", "extend", "accept", "accept"]
+    recoveries = [(e.cycle, e.round, e.part) for e in entries if e.stage == "recover"]
+    assert recoveries == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 2, 0), (2, 0, 0)]
+    for length, entry in enumerate(entries):
+        state = fold(run_config, entries[:length])
+        assert next_stage(state) == stage_of(entry)
+        assert state.is_rescuing == ((entry.cycle, entry.round) == (1, 1))
+    assert recovery_steps(run_config, 1, part=0, unlearnable=True) == 5
+    assert methods_and_steps(run_config, 0, True) == [("cpt", 3), ("grpo", 7)]
+
+
+def test_rewards_that_stay_dead_are_left_to_the_gate():
+    run_config = config(RESCUED, max_extensions=1, on_failure="stop")
+    entries = simulate(run_config, [0.2, 0.2], dead=("001-recover", "001-recover-1-part2"))
+    assert [e.metrics["decision"] for e in entries if e.stage == "gate"] == ["rescue", "stop"]
+    good = simulate(run_config, [0.79, 0.79], dead=("001-recover",))  # dead, as everything is right
+    assert [e.metrics["decision"] for e in good if e.stage == "gate"] == ["accept", "accept"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"recovery": [{"grpo": {}}]},
+            "waits for a recovery that ends as rewards teach nothing; set its min_learnable",
+        ),
+        (
+            {"gate": {"min_accuracy_ratio": 0}},
+            "follows where the gate finds too little accuracy, but gate.min_accuracy",
+        ),
+    ],
+)
+def test_what_would_never_follow_is_refused(changes, message):
+    schedule = {"channels_per_cycle": 128, "channels_total": 256, "alignment": 32}
+    with pytest.raises(ConfigError, match=f"recovery_if_unlearnable {message}"):
+        parse_config({"schedule": schedule, **RESCUED, **changes})
+
+
 def test_stop_keeps_the_last_accepted():
     run_config = config(max_extensions=0, on_failure="stop")
     entries = simulate(run_config, [0.79, 0.1])
@@ -133,6 +190,9 @@ def test_gate_decisions():
     assert decide(gate, accuracy=0.72, **base) == "accept"
     assert decide(gate, accuracy=0.71, **base) == "extend"
     assert decide(gate, accuracy=0.71, **base, learns=False) == "retry"  # the same again would bring nothing
+    assert decide(gate, accuracy=0.71, **base, learns=False, rescue=True) == "rescue"
+    assert decide(gate, accuracy=0.71, **base, rescue=True) == "extend"
+    assert decide(gate, accuracy=0.72, **base, learns=False, rescue=True) == "accept"
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2}) == "retry"
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "divisible": False}) == "stop"
     assert decide(gate, accuracy=0.71, **{**base, "rounds": 2, "retries": 1}) == "stop"

@@ -29,7 +29,7 @@ START_UP, PER_STEP, REST = 40, 10, 7 + 6 + 9
 def remaining(entries, cuts, stage, elapsed=0.0, steps=()) -> float | None:
     state = State(cuts=list(cuts), alignment=16, cycle=stage.cycle)
     return remaining_seconds(
-        entries, state, stage, StageProgress(elapsed, list(steps)), lambda planned: [("grpo", STEPS[planned])]
+        entries, state, stage, StageProgress(elapsed, list(steps)), lambda planned, _: [("grpo", STEPS[planned])]
     )
 
 
@@ -67,7 +67,8 @@ def test_each_way_of_recovery_has_its_own_pace():
     state = State(cuts=cuts, alignment=16, cycle=2)
 
     def seconds(stage, now, grpo_steps=5):
-        return remaining_seconds(entries, state, stage, now, lambda planned: [("cpt", 10), ("grpo", grpo_steps)])
+        ways = [("cpt", 10), ("grpo", grpo_steps)]
+        return remaining_seconds(entries, state, stage, now, lambda planned, unlearnable: ways)
 
     whole = 7 + 6 + (21 + 10 * 2) + (START_UP + 5 * PER_STEP) + 9
     assert seconds(Stage(2, "score"), StageProgress()) == whole
