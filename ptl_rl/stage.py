@@ -158,6 +158,25 @@ class StageContext:
             logging_level="WARNING",
         )
 
+    def wait_for_workers(self, seconds: float = 120) -> None:
+        """Wait until a former job of this stage has let go of its GPUs, which Ray takes back a little later.
+
+        Raises:
+            TimeoutError: it has not.
+        """
+        import ray
+
+        self.connect_ray()
+        try:
+            wanted, until = ray.cluster_resources().get("GPU", 0.0), time.monotonic() + seconds
+            wanted = min(wanted, float(self.config.resources.workers))
+            while (free := ray.available_resources().get("GPU", 0.0)) < wanted:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{free:g} of {wanted:g} GPUs are free {seconds:g} s after a training has ended")
+                time.sleep(0.5)
+        finally:
+            ray.shutdown()
+
     def worker_env(self) -> dict[str, str]:
         """Environment of this stage's Ray workers."""
         from ptl_rl.cpu.checks import cuda_env_vars, evaluation_env, ray_runtime_env

@@ -224,9 +224,9 @@ class ScheduleConfig(Section):
     validate_every: int = Field(4, ge=1, description="governed: steps from one validation to the next.")
     rematerialise: Literal["never", "when_it_pays", "after_every_cut"] = Field(
         "never",
-        description="in_place: slice the policy and its optimizer within the training, and start trainer and vLLM anew "
-        "with the smaller shapes; when_it_pays: where that saves more time in the steps that are left than a start "
-        "takes.",
+        description="in_place: slice the policy and its optimizer within the training, and start the trainer (and "
+        "vLLM) anew with the smaller shapes; when_it_pays: where that saves more time in the steps that are left than "
+        "a start takes.",
     )
 
     @model_validator(mode="after")

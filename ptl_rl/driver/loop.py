@@ -218,7 +218,7 @@ class Driver:
         raise AssertionError("unreachable")
 
     def _limits(self, spec: StageSpec) -> WatchdogConfig:
-        """How long the stage may be silent: longer where a second vLLM starts in the middle of it."""
+        """How long the stage may be silent: longer where a second vLLM, or a training, starts in the middle of it."""
         limits = self.config.watchdog
         starts_again = is_in_place(self.config, spec) and self.config.schedule.rematerialise != "never"
         if spec.after_cut is None and not starts_again:

@@ -148,7 +148,7 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
     original = shape
     for number, cut in enumerate(cuts, 1):
         if not cut.is_empty and planned.config.schedule.mode == "in_place":
-            yield from _cut_in_place(planned, shape, cut, number)
+            yield from _cut_in_place(planned, shape, original, cut, number)
         elif not cut.is_empty:
             yield from _pruning(planned, shape, cut, number)
         before, shape = shape, shape.sliced(cut.channels, cut.layers)
@@ -191,7 +191,7 @@ def _pruning(planned: Planned, shape: ModelShape, cut: Cut, number: int) -> Iter
     yield Phase("slice: check", number, _with_runtime(planned, check, "pruning"), host + one_file)
 
 
-def _cut_in_place(planned: Planned, shape: ModelShape, cut: Cut, number: int) -> Iterator[Phase]:
+def _cut_in_place(planned: Planned, shape: ModelShape, original: ModelShape, cut: Cut, number: int) -> Iterator[Phase]:
     """As the stages, beside what is trained: its shards in float32, gradients and moments, and the cut's own copies.
 
     These are a rank's rows of the new weights and, where damage decides, of the old ones and of a second trial.
@@ -200,10 +200,21 @@ def _cut_in_place(planned: Planned, shape: ModelShape, cut: Cut, number: int) ->
     state = planned.trainer(shape, recovery).state() if not recovery.offload else {}
     trials = 3 if planned.config.schedule.pace == "governed" else 1
     copies = trials * 4.0 * (shape.parameters - shape.embedding_parameters) / planned.trainers(recovery)
+    trained = {"optimizer": sum(state.values())}
+    if isinstance(recovery, CptConfig) and recovery.parent_kl:  # it was loaded for the first step, and stays
+        root = original.embedding_parameters * (1 if original.tied else 2)
+        trained["parent"] = planned.value_bytes * (original.parameters / planned.trainers(recovery) + root)
     for phase in _pruning(planned, shape, cut, number):
         if phase.name != "slice: check":
-            phase = replace(phase, parts={**phase.parts, "optimizer": sum(state.values()) + copies})
+            parts = {**phase.parts, **trained, "optimizer": trained["optimizer"] + copies}
+            phase = replace(phase, parts=parts)
         yield phase
+    if planned.config.schedule.rematerialise != "never":
+        # Sliced weights and moments beside those that they are sliced from, and one projection whole.
+        sliced = 12.0 * (shape.parameters - shape.embedding_parameters) / planned.trainers(recovery)
+        parts = {**trained, "sliced": 0.0 if recovery.offload else sliced}
+        parts["projection"] = 2 * 4.0 * shape.hidden_size * shape.intermediate_size
+        yield Phase("slice in place", number, _with_runtime(planned, parts))
 
 
 def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: ModelShape | None) -> float:

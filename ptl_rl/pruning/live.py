@@ -239,7 +239,6 @@ class _Cutter:
         names = ("gate_proj", "up_proj", "down_proj", "o_proj")
         family, live = self.live.family, self.live
         prefixes = [family.projection(layer, name) for layer in range(live.layers) for name in names]
-        prefixes += [f"{family.layer_prefix(layer)}{family.attention}.v_proj" for layer in range(live.layers)]
         found = [prefix + kind for prefix in prefixes for kind in (".weight", ".bias")]
         return {name: shard_of(live.parameters[name]) for name in found if name in live.parameters}
 
@@ -331,7 +330,10 @@ def cut_live(
     kept = blocks_after(before) if before else list(range(live.layers))
     removal = engine.Removal(remove_channels, remove_layers, layers_before + live.layers - len(kept))
     live.standing_LK = standing_after(before) if before else None
+    if live.standing_LK is not None and live.width == live.channels:  # blocks went, and no channels
+        live.standing_LK = None
     with only_blocks(live.model, live.family, kept):
+        live.reshard()  # or the names would be of gathered parameters, which a look at the model has left
         live.name_parameters()
         options: dict[str, Any] = {"general": list(general), "sensitivity": sensitivity, "seed": seed}
         started = time.monotonic()

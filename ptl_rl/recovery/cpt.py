@@ -12,6 +12,7 @@ from ptl_rl.data.partition import partition, subset_hash
 from ptl_rl.families import read_config_json
 from ptl_rl.recovery.checkpoints import Checkpoints
 from ptl_rl.recovery.follow import MetricsFollower
+from ptl_rl.recovery.in_place.cuts import steps_with_cuts
 from ptl_rl.recovery.sequences import Counts, write_sequences
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.stage import StageContext, is_in_place
@@ -123,10 +124,12 @@ def recover(context: StageContext) -> dict:
     padded = max(1, recovery.micro_batch_tokens // recovery.max_tokens)
     rows = 1 if spec.attention == FLASH else padded
     batch = batch_sequences(recovery, counts, config.resources.workers, rows)
-    follower = MetricsFollower(context, spec.work / "metrics.jsonl", _select, timed=True)
+    in_place = is_in_place(config, spec)
+    counts_alone = (lambda step: step - 1 not in steps_with_cuts(spec.cuts)) if in_place else (lambda step: True)
+    follower = MetricsFollower(context, spec.work / "metrics.jsonl", _select, timed=True, counts=counts_alone)
     train = partial(_train, path, batch)
     facts: dict[str, Any] = {"notes": []}
-    if is_in_place(config, spec):
+    if in_place:
         from ptl_rl.recovery.in_place.finish import slice_trained, train_in_place
 
         follower, outcome = train_in_place(context, follower, train)

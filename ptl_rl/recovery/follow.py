@@ -18,6 +18,7 @@ class MetricsFollower(threading.Thread):
     Args:
         select: from what verl logs at a step to metrics under our names.
         timed: add the seconds since the line before, where verl does not measure a step.
+        counts: whether a step's seconds are its own; not where a cut came before it, say.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class MetricsFollower(threading.Thread):
         path: Path,
         select: Callable[[dict[str, Any]], dict[str, float]],
         timed: bool = False,
+        counts: Callable[[int], bool] = lambda step: True,
     ) -> None:
         super().__init__(daemon=True)
         self.context, self.path, self.select, self.timed = context, path, select, timed
+        self.counts = counts
         self.steps: dict[int, dict[str, float]] = {}
         self._seen: set[int] = set()
         self._last: float | None = None
@@ -39,7 +42,7 @@ class MetricsFollower(threading.Thread):
 
     def again(self) -> "MetricsFollower":
         """Of the next attempt in the same stage, with all that this one has seen."""
-        found = MetricsFollower(self.context, self.path, self.select, self.timed)
+        found = MetricsFollower(self.context, self.path, self.select, self.timed, self.counts)
         found.steps = {**found.steps, **self.steps}  # seconds that were measured here stand in no line
         return found
 
@@ -62,16 +65,16 @@ class MetricsFollower(threading.Thread):
         for row in self._new.read():
             step, metrics = int(row["step"]), self.select(row["data"])
             if self.timed:
-                self._time(metrics)
+                self._time(step, metrics)
             if step not in self._seen:  # what a killed attempt has logged of it is not this attempt's
                 self._seen.add(step)
                 self.steps[step] = {}
             self.steps[step].update(metrics)
             self.context.report(step, self.context.spec.steps, **metrics)
 
-    def _time(self, metrics: dict[str, float]) -> None:
+    def _time(self, step: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        if self._last is not None:  # the first step's includes the start
+        if self._last is not None and self.counts(step):  # the first step's includes the start
             metrics["step_seconds"] = now - self._last
             if "tokens" in metrics and now > self._last:
                 metrics["tokens_per_second"] = metrics["tokens"] / (now - self._last)

@@ -151,7 +151,7 @@ def recover(context: StageContext) -> dict:
     if is_in_place(context.config, spec):
         from ptl_rl.recovery.in_place.finish import slice_trained, train_in_place
 
-        follower, outcome = train_in_place(context, follower, partial(_train, records))
+        follower, outcome = train_in_place(context, follower, partial(_train, records), "actor")
         facts = facts | slice_trained(context, outcome)
     else:
         checkpoints = Checkpoints(spec.work / "checkpoints", spec.steps, "actor")

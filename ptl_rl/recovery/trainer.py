@@ -20,11 +20,17 @@ class SequenceTrainer(SFTTrainer):
         super().__init__(config)
         # verl counts a step's tokens on this device, in the stage's own process: on a head node without GPUs, too.
         self.device_name = "cpu"
+        if self.resume_global_step and self.resume_global_step % self.steps_per_epoch == 0:
+            # The state that was loaded is at its epoch's end, from where verl would read the next one: nothing at all.
+            self.train_dataloader = self.ckpt_handler.train_dataloader = self._loader()
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()
         self.train_sampler.seed = self.config.trainer.seed
-        self.train_dataloader = StatefulDataLoader(
+        self.train_dataloader = self._loader()
+
+    def _loader(self) -> StatefulDataLoader:
+        return StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=self.train_batch_size_per_dp,
             sampler=self.train_sampler,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ptl_rl.driver.journal import Entry
 from ptl_rl.driver.state import Stage, State
 from ptl_rl.reporting.eta import StageProgress, remaining_seconds
-from ptl_rl.reporting.summary import rows, table
+from ptl_rl.reporting.summary import left_by, rows, table
 
 VERBS = {
     "score": "scoring",
@@ -109,10 +109,11 @@ class LiveDisplay:
 
     def cut_made(self, entry: Entry) -> None:
         m = entry.metrics
-        blocks = f"{m['num_hidden_layers']} layers x " if "num_hidden_layers" in m else ""
+        layers = next((e.metrics["num_hidden_layers"] for e in self.entries if e.stage == "evaluate"), 0)
+        (left,) = left_by([m], layers)
         self.note(
-            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {blocks}{m['intermediate_size']} "
-            f"channels left, loss {m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
+            f"cycle {entry.cycle}, cut {entry.part + 1} after step {m['after_step']}: {left} channels left, loss "
+            f"{m['loss_before']:.3f}, then {m['loss_after']:.3f} ({_time(m['cut_seconds'])})"
         )
 
     def stage_finished(self, entry: Entry, state: State) -> None:

@@ -143,7 +143,7 @@ def left_by(cuts: list[dict[str, Any]], layers: int) -> list[str]:
     widths = [str(cut["intermediate_size"]) for cut in cuts]
     if set(blocks) <= {layers}:
         return widths
-    return [f"{count} x {width}" for count, width in zip(blocks, widths, strict=True)]
+    return [f"{count} blocks x {width}" for count, width in zip(blocks, widths, strict=True)]
 
 
 def _cuts_in_place(entries: list[Entry]) -> dict[int, str]:
@@ -153,8 +153,7 @@ def _cuts_in_place(entries: list[Entry]) -> dict[int, str]:
         if left := left_by(entry.metrics.get("cuts", []), entries[0].metrics.get("num_hidden_layers", 0)):
             told = left if len(left) < 5 else [*left[:2], "...", left[-1]]
             times = "once" if len(left) == 1 else f"{len(left)} times"
-            unit = "layers x channels" if " x " in left[0] else "channels"
-            found[entry.cycle] = f"cut {times} within one training,\nto {', '.join(told)} {unit}"
+            found[entry.cycle] = f"cut {times} within one training,\nto {', '.join(told)} channels"
     return found
 
 

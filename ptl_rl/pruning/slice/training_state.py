@@ -4,7 +4,6 @@ What is dropped was cut in place before: it is zero, and so are its moments. The
 and AdamW's next step changes what stays as it would have changed it in the larger one.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +51,11 @@ def _shared_out(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor sharded as another one, each rank with a copy of its own part alone; nothing is sent."""
     if not isinstance(like, DTensor):
         return whole.to(like.device)
-    shared = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    local = shared.to_local().to(like.to_local().device, copy=True).contiguous()
-    return DTensor.from_local(
+    local = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local().clone()
+    placed = DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+    return placed.to(like.to_local().device)  # `from_local` moves to the mesh's device what waits in host memory
 
 
 def _sliced(tensor: torch.Tensor, piece: Piece, plan: PruningPlan, device: torch.device) -> torch.Tensor:
@@ -67,15 +66,21 @@ def _sliced(tensor: torch.Tensor, piece: Piece, plan: PruningPlan, device: torch
     return _shared_out(whole.index_select(piece.dim, kept.to(whole.device)), tensor)
 
 
-def _in_order(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of the optimizer's parameters, in its order, which must be the model's."""
-    groups = optimizer.param_groups
-    names = {id(parameter): name for name, parameter in parameters}
+def names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, in its order, which must be the model's.
+
+    Raises:
+        UnknownOptimizer: it has others, or keeps them otherwise.
+    """
+    groups, remedy = optimizer.param_groups, "set schedule.rematerialise to never"
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     if len(groups) != 1:
-        raise UnknownOptimizer(f"the optimizer has {len(groups)} groups of parameters, and only one can be sliced")
+        raise UnknownOptimizer(
+            f"the optimizer has {len(groups)} groups of parameters, and only one can be sliced; {remedy}"
+        )
     found = [names.get(id(parameter)) for parameter in groups[0]["params"]]
     if found != list(names.values()):
-        raise UnknownOptimizer("the optimizer's parameters are not all of the model's, in the model's order")
+        raise UnknownOptimizer(f"the optimizer's parameters are not all of the model's, in the model's order; {remedy}")
     return list(names.values())
 
 
@@ -105,7 +110,7 @@ def sliced_state(
         if (piece := piece_of(name, family, new_index)) is not None:
             weights[piece.name] = _sliced(tensor, piece, plan, device)
     saved, parameters = optimizer.state_dict(), dict(model.named_parameters())
-    for place, name in enumerate(_in_order(optimizer, parameters.items())):
+    for place, name in enumerate(names_in_order(model, optimizer)):
         if (piece := piece_of(name, family, new_index)) is None:
             continue
         found = moments[len(moments)] = dict(saved["state"].get(place, {}))

@@ -88,6 +88,11 @@ def folder_of(cuts: Path, number: int) -> Path:
     return cuts / f"{number:03d}"
 
 
+def steps_with_cuts(cuts: Path) -> set[int]:
+    """Steps after which the cuts that have a folder were made."""
+    return {json.loads(path.read_text())["after_step"] for path in cuts.glob("[0-9]*/cut.json")}
+
+
 def publish(cuts: Path, records: Sequence[CutRecord]) -> None:
     """Give every cut that has none its folder, with ``plan.json`` and ``cut.json``, whole or not at all."""
     for number, record in enumerate(records, 1):

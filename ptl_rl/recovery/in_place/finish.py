@@ -40,26 +40,37 @@ def outcome_of(context: StageContext, checkpoints: Checkpoints) -> Outcome | Non
 
 
 def train_in_place(
-    context: StageContext, follower: MetricsFollower, train: Callable[[StageContext, MetricsFollower, dict], None]
+    context: StageContext,
+    follower: MetricsFollower,
+    train: Callable[[StageContext, MetricsFollower, dict], None],
+    part: str = "",
 ) -> tuple[MetricsFollower, Outcome]:
     """Train to the end: in one go, or, where the policy is sliced on the way, once more each time.
 
     Args:
         follower: not yet started.
         train: is given the stage with the model to go on with, a follower, and verl keys beside those of the stage.
+        part: folder of a checkpoint of verl's in which the policy is.
 
     Returns:
         The follower that has seen all of it, and what training has ended with.
+
+    Raises:
+        RuntimeError: verl came back without having finished.
     """
-    while (outcome := outcome_of(context, checkpoints_of(context))) is None:
+    while (outcome := outcome_of(context, checkpoints_of(context, part))) is None:
         before = Shapes.load(context.spec.work)
         train(with_shapes(context), follower, verl_settings(context))
         if Shapes.load(context.spec.work) == before:
-            outcome = outcome_of(context, checkpoints_of(context))
-            assert outcome is not None
+            outcome = outcome_of(context, checkpoints_of(context, part))
+            if outcome is None:
+                raise RuntimeError(
+                    f"{context.spec.work}: verl's trainer ended without making all of {context.spec.steps} steps"
+                )
             break
         ray.shutdown()  # with this process's job ends all that verl has started for training
         context.report(-1, -1)
+        context.wait_for_workers()
         follower = follower.again()
     return follower, outcome
 

@@ -27,7 +27,7 @@ class MakesCuts:
 
     context: StageContext
     total_training_steps: int
-    part = ""
+    part: str
     """Folder of a checkpoint of verl's in which the policy is."""
 
     def begin_with(self, context: StageContext, started: float) -> None:
@@ -42,7 +42,9 @@ class MakesCuts:
         self.context = with_shapes(context)
         self.cuts = Cuts.of(context.config)
         self.start_seconds = math.inf
-        """From the start of this trainer to its first step."""
+        """From the start of this trainer to its first step, without what a later start has not: see ``aside``."""
+        self.aside = 0.0
+        """Seconds of cuts and validations so far."""
         self.step_seconds: list[float] = []
         """Of the steps that this trainer has made, without what comes between them."""
 
@@ -67,6 +69,16 @@ class MakesCuts:
     def _sliced(self) -> int:
         """How many of the cuts are sliced off; the others are zero."""
         return self.shapes.cuts
+
+    def _step_begins(self) -> None:
+        """Told before every step; the first time says how long a start takes."""
+        if self.start_seconds == math.inf:
+            self.start_seconds = time.monotonic() - self.started - self.aside
+
+    def _check_can_slice(self) -> None:
+        """Refuse before the first step what could be sliced at no later one."""
+        if self.context.config.schedule.rematerialise != "never":
+            self.pruner.check_can_slice()
 
     @property
     def width(self) -> int:
@@ -96,6 +108,7 @@ class MakesCuts:
         if plan is None:
             raise NoCutFits(facts["why"])
         facts["cut_seconds"] = time.monotonic() - started
+        self.aside += facts["cut_seconds"]
         self.cuts.made.append(CutRecord(after_step=step, plan=plan, sliced=self._sliced, facts=facts))
         if context.config.evaluation.after_cut:
             self._keep_as_cut()

@@ -68,14 +68,17 @@ def with_shapes(context: StageContext) -> StageContext:
     return StageContext(context.config, spec)
 
 
-def checkpoints_of(context: StageContext) -> Checkpoints:
-    """verl's checkpoints of the shapes that the training has now; those of earlier ones are deleted."""
+def checkpoints_of(context: StageContext, part: str) -> Checkpoints:
+    """verl's checkpoints of the shapes that the training has now; those of earlier ones are deleted.
+
+    Args:
+        part: folder of a checkpoint in which the policy is.
+    """
     work, shapes = context.spec.work, Shapes.load(context.spec.work)
     kept = {shapes.checkpoints, Path(shapes.source).name}
     for path in (*work.glob(f"{CHECKPOINTS}*"), *work.glob(f"{SLICED}/*")):
         if path.name not in kept:
             shutil.rmtree(path)
-    part = "actor" if isinstance(context.recovery, GrpoConfig) else ""
     return Checkpoints(work / shapes.checkpoints, context.spec.steps, part)
 
 
@@ -87,7 +90,7 @@ def verl_settings(context: StageContext) -> dict[str, Any]:
     settings: dict[str, Any] = {"trainer.default_local_dir": str(context.spec.work / shapes.checkpoints)}
     if isinstance(recovery, GrpoConfig):
         settings["trainer.val_before_train"] = False
-        if recovery.kl_loss and recovery.kl_to == "start":
+        if recovery.kl_to == "start":  # by keys of verl's, too, where kl_loss is 0
             settings[PARENT] = str(context.spec.source)  # what the training began with
     return settings
 

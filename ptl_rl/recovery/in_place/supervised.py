@@ -52,11 +52,15 @@ class CuttingSequenceTrainer(MakesCuts, SequenceTrainer):
         parent_loss: takes the place of verl's loss.
     """
 
+    part = ""
+
     def __init__(self, config, context: StageContext, parent_loss: ParentLoss | None = None) -> None:
         self.begin_with(context, time.monotonic())
         super().__init__(config, parent_loss)
-        self.done, self.ended, self.saved_step = self.resume_global_step, False, self.resume_global_step
+        self.done, self.ended = self.resume_global_step, False
+        self.saved_step: int | None = self.resume_global_step
         self.began: float | None = None
+        self._check_can_slice()
         if self.done:
             self.cuts.load(self._step_folder() / IN_CHECKPOINT)
             publish(self.context.spec.cuts, self.cuts.made)
@@ -100,6 +104,7 @@ class CuttingSequenceTrainer(MakesCuts, SequenceTrainer):
             return False
         if (cut := self.cuts.due(self.done)) is not None:
             self._cut(cut, [], self.done)
+            self.saved_step = None  # what stands on disk has not this cut
             if self.done:
                 self.ckpt_handler.save_checkpoint(step=self.done)
             publish(self.context.spec.cuts, self.cuts.made)
@@ -109,7 +114,7 @@ class CuttingSequenceTrainer(MakesCuts, SequenceTrainer):
             self.ended = True
             return False
         self.began = time.monotonic()
-        self.start_seconds = min(self.start_seconds, self.began - self.started)
+        self._step_begins()
         return True
 
     def _after_step(self) -> None:

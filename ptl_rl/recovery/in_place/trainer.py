@@ -81,6 +81,7 @@ class InPlaceTrainer(MakesCuts, WatchedTrainer):
     def on_train_begin(self) -> None:
         """Make the first cut, which no step comes before: on worked solutions, as there are no rollouts yet."""
         super().on_train_begin()
+        self._check_can_slice()
         if self.context.recovery.learning_rate_schedule == AFTER_CUTS:
             self.actor_rollout_wg.decay_after(self.cuts.planned[-1].after_step, self.total_training_steps)
         if (cut := self.cuts.due(self.global_steps - 1)) is not None:
@@ -89,9 +90,15 @@ class InPlaceTrainer(MakesCuts, WatchedTrainer):
             publish(self.context.spec.cuts, self.cuts.made)
             self.checkpoint_manager.update_weights(self.global_steps)
 
+    def _validate(self) -> dict[str, float]:
+        began = time.monotonic()
+        found = super()._validate()
+        self.aside += time.monotonic() - began
+        return found
+
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         width, began = self.width, time.monotonic()
-        self.start_seconds = min(self.start_seconds, began - self.started)
+        self._step_begins()
         batch = super().step(metrics, timing_raw)
         self.step_seconds.append(time.monotonic() - began)
         metrics[WIDTH] = width

@@ -19,8 +19,8 @@ from ptl_rl.pruning.live import LiveModel, NoCutFits, cut_live
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.texts import Texts
 from ptl_rl.pruning.slice.slicing import config_changes
-from ptl_rl.pruning.slice.training_state import sliced_state
-from ptl_rl.recovery.rl.worker import PolicyWorker
+from ptl_rl.pruning.slice.training_state import names_in_order, sliced_state
+from ptl_rl.recovery.rl.worker import PolicyWorker, WritesPolicy
 from ptl_rl.stage import StageContext
 
 SIGN_SECONDS = 5
@@ -39,20 +39,15 @@ def falling_after(step: int, steps: int, before: Callable[[int], float]) -> Call
     return factor
 
 
-class Cutting:
+class Cutting(WritesPolicy):
     """What both have; runs on every rank, and its methods are collective."""
 
     rank: int
 
-    @property
-    def policy(self) -> Any:
-        """verl's engine of what is trained."""
-        raise NotImplementedError
-
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def write_weights(self, folder: Path) -> None:
-        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
-        self.policy.checkpoint_manager.write_shards(folder)
+    def check_can_slice(self) -> None:
+        """Raise :class:`ptl_rl.pruning.slice.training_state.UnknownOptimizer` where :meth:`write_sliced` would."""
+        names_in_order(self.policy.module, self.policy.optimizer)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def cut(
@@ -167,10 +162,6 @@ class Cutting:
 
 class PruningActor(Cutting, PolicyWorker):
     """verl's worker of policy and rollouts."""
-
-    @property
-    def policy(self) -> Any:
-        return self.actor.engine
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def decay_after(self, step: int, steps: int) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from verl.single_controller.base.decorator import Dispatch, register
@@ -18,8 +19,26 @@ def _reference(model: HFModelConfig, config: TrainingWorkerConfig) -> TrainingWo
     return TrainingWorker(config=replace(config, model_config=model))
 
 
-class PolicyWorker(ActorRolloutRefWorker):
+class WritesPolicy:
+    """For a worker of verl's that trains; its methods run on every rank, and are collective."""
+
+    @property
+    def policy(self) -> Any:
+        """verl's engine of what is trained."""
+        raise NotImplementedError
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_weights(self, folder: Path) -> None:
+        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
+        self.policy.checkpoint_manager.write_shards(folder)
+
+
+class PolicyWorker(WritesPolicy, ActorRolloutRefWorker):
     """Runs on every rank."""
+
+    @property
+    def policy(self) -> Any:
+        return self.actor.engine
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -29,8 +48,3 @@ class PolicyWorker(ActorRolloutRefWorker):
             model.mtp = MtpConfig(enable=False)  # as verl has it for a reference
             self.ref_worker_cls = partial(_reference, model)
         super().init_model()
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def write_weights(self, folder: Path) -> None:
-        """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
-        self.actor.engine.checkpoint_manager.write_shards(folder)

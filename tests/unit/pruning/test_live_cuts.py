@@ -26,9 +26,11 @@ from ptl_rl.pruning.live import (
     standing_after,
     whole_plan,
 )
+from ptl_rl.pruning.masking import only_blocks
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.score.calibration import batches_for_rank
 from ptl_rl.pruning.score.streaming import inputs_of, negative_log_likelihood
+from ptl_rl.pruning.slice.in_place import cut_in_place
 from ptl_rl.pruning.slice.slicing import slice_checkpoint
 
 CPU = torch.device("cpu")
@@ -148,6 +150,91 @@ def test_two_cuts_are_two_cycles(family, make_checkpoint, tmp_path):
 def test_blocks_go_from_a_model_that_has_lost_channels_and_a_block(family, ranks, make_checkpoint, tmp_path):
     """Each is tried out, and the others take over, where some channels and a block are zero already."""
     compare(make_checkpoint(family), family, "obs", False, tmp_path, ranks, cuts=((18, 0), (0, 1), (0, 1)))
+
+
+def test_blocks_alone_go_one_after_the_other(make_checkpoint, tmp_path):
+    compare(make_checkpoint("llama"), "llama", "obs", False, tmp_path, cuts=((0, 1), (0, 1)))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_blocks_keep_their_windows_when_they_are_numbered_anew(family, make_checkpoint):
+    """Every other block reads four tokens back only; the first one adds nothing, and is left out."""
+    model = AutoModelForCausalLM.from_pretrained(
+        make_checkpoint(
+            family, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        )
+    ).eval()
+    cut_in_place(model, FAMILIES[family], plan_without(0))
+    ids_BT = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        with only_blocks(model, FAMILIES[family], [1, 2]):
+            assert len(model.get_submodule(FAMILIES[family].layers)) == 2
+            found_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        model.config.layer_types = model.config.layer_types[::-1][:1] + model.config.layer_types[:2]
+        others_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    assert torch.allclose(found_BTV, expected_BTV, atol=1e-5 * float(expected_BTV.abs().max()))
+    assert not torch.allclose(others_BTV, expected_BTV, atol=1e-3 * float(expected_BTV.abs().max()))
+
+
+def plan_without(layer: int) -> PruningPlan:
+    return PruningPlan(
+        keep_channels=[list(range(48))] * 3,
+        keep_layers=[other for other in range(3) if other != layer],
+        layer_order=[layer],
+        source_intermediate_size=48,
+        alignment=1,
+        channel_criterion="obs",
+        layer_criterion="explicit",
+        subset_hash="",
+        source="",
+    )
+
+
+def test_blocks_that_the_recipe_names_go_whatever_went_before(make_checkpoint, tmp_path):
+    """By ids of the original: 0, then 2, which is 1 in what is left; so, too, once the first cut is sliced off."""
+    folder, criterion = make_checkpoint("llama"), CriterionConfig(layers="explicit", layer_ids=[0, 2])
+    options = {"remove_channels": 0, "remove_layers": 1, "alignment": 1}
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    live, plans = LiveModel(model, FAMILIES["llama"], folder, CPU, 2, 0, 0.3), list[PruningPlan]()
+    for number in range(2):
+        plans.append(cut_live(live, None, criterion, sequences(number), plans, **options).plan)
+    assert [plan.layer_order for plan in plans] == [[0], [1]] and blocks_after(plans) == [1]
+    slice_checkpoint(folder, plans[0], tmp_path)
+    sliced = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    live = LiveModel(sliced, FAMILIES["llama"], tmp_path, CPU, 2, 0, 0.3)
+    assert cut_live(live, None, criterion, sequences(1), [], **options, layers_before=1).plan.layer_order == [1]
+
+
+def cut_kept_whole(rank: int, ranks: int, folder: Path, out: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mesh = init_device_mesh("cpu", (ranks,))
+    for block in model.get_submodule(FAMILIES["llama"].layers):
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    plans: list[PruningPlan] = []
+    for number, (channels, layers) in enumerate(((0, 1), (18, 0))):
+        live = LiveModel(model, FAMILIES["llama"], folder, CPU, 2, 0, 0.3)
+        options = {"remove_channels": channels, "remove_layers": layers, "alignment": 1}
+        plans.append(cut_live(live, None, criterion_of("obs"), sequences(number), plans, **options).plan)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(([plan.model_dump() for plan in plans], dict(state)), out)
+
+
+def test_blocks_that_stay_gathered_between_forward_passes_are_cut_alike(make_checkpoint, tmp_path):
+    """As `reshard_after_forward: false` has them: what is written must reach the shards."""
+    folder = make_checkpoint("llama")
+    for ranks in (1, 2):
+        run_ranks(cut_kept_whole, ranks, folder, tmp_path / f"{ranks}.pt")
+    (plans, state), (plans_of_two, state_of_two) = (
+        torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2)
+    )
+    assert plans == plans_of_two and len(plans[1]["keep_channels"]) == 2
+    changed = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, value in state.items():
+        assert torch.allclose(state_of_two[name], value, atol=1e-4), name
+    assert not torch.equal(state["model.layers.0.mlp.down_proj.weight"], changed["model.layers.0.mlp.down_proj.weight"])
 
 
 def test_by_another_criterion(make_checkpoint, tmp_path):

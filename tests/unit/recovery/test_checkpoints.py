@@ -140,3 +140,21 @@ def test_a_step_that_is_made_again_has_nothing_of_the_killed_attempt(tmp_path):
     follower.finish()
     assert follower.curve == [{"step": 1, "reward": 1}, {"step": 2, "reward": 3, "validation": 4}]
     assert follower.gap(2) == []  # of a training that ended before all of its steps
+
+
+def test_seconds_that_were_measured_stay_where_a_stage_trains_twice(tmp_path):
+    """And those of a step that a cut came before are not its own."""
+    path = tmp_path / "metrics.jsonl"
+    context = SimpleNamespace(spec=SimpleNamespace(steps=4), report=lambda *_, **__: None)
+    follower = MetricsFollower(context, path, dict, timed=True, counts=lambda step: step != 3)
+    for step in (1, 2, 3):
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "data": {"tokens": 5.0}}) + "\n")
+        follower._poll()
+    assert [sorted(row) for row in follower.curve] == [
+        ["step", "tokens"],  # the first one's are of the start, too
+        ["step", "step_seconds", "tokens", "tokens_per_second"],
+        ["step", "tokens"],
+    ]
+    again = follower.again()
+    assert again.curve == follower.curve and not again.counts(3)

@@ -2,15 +2,17 @@
 
 import inspect
 import json
+import shutil
 import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sft_runs import LONGER, PROBLEM, sft_config
+from sft_runs import PROBLEM, sft_config
 
 from ptl_rl.config.in_place import CutInPlace
+from ptl_rl.data.corpora import Record
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, CutsLost
 from ptl_rl.recovery.in_place.shapes import Shapes
@@ -26,8 +28,9 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
     from verl.trainer import sft_trainer_ray
     from verl.utils import tensordict_utils as tu
 
-    path, model = tmp_path / "s.arrow", make_checkpoint("llama")
-    write_sequences([PROBLEM, LONGER] * 16, tokenizer, path, suffix="", max_tokens=64, response_only=False)
+    path, model, read = tmp_path / "s.arrow", make_checkpoint("llama"), []
+    records = [Record(f"How much is {n} + {n * 7}?", f"\\boxed{{{n * 8}}}", str(n * 8), "s", str(n)) for n in range(32)]
+    write_sequences(records, tokenizer, path, suffix="", max_tokens=64, response_only=False)  # four steps an epoch
     monkeypatch.setattr(sft_trainer_ray.Tracking, "log", lambda self, data, step: None)
 
     def make(rematerialise: str = "never", save_every: int = 0, steps: int = 6, dies_after: int = 99):
@@ -40,6 +43,7 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
 
         class Client:
             def train_batch(self, data):
+                read.append(sorted(tuple(ids.tolist()) for ids in data["input_ids"].unbind()))
                 told.append(f"step {len([t for t in told if t.startswith('step')]) + 1}")
                 if len(told) > dies_after:
                     raise KeyboardInterrupt
@@ -54,6 +58,9 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
 
             def load_checkpoint(self, path):
                 told.append(f"load {Path(path).name}")
+
+            def check_can_slice(self):
+                assert rematerialise != "never"
 
             def cut(self, context, rollouts, texts, general, made, sliced, channels, layers, subset, max_damage):
                 assert (
@@ -95,6 +102,7 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
 
         return supervised.CuttingSequenceTrainer(verl, context_of(spec)), told
 
+    make.read = read  # type: ignore[attr-defined]
     return make
 
 
@@ -147,6 +155,31 @@ def test_it_goes_on_with_the_sliced_model_from_the_step_where_it_stood(make_trai
     trainer.fit()
     assert told == ["load global_step_4", "step 1", "step 2", "save 6"] and not trainer.ended
     assert [record.sliced for record in trainer.cuts.made] == [0, 1, 2] and Shapes.load(tmp_path / "work").cuts == 3
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_is_read_is_what_an_undisturbed_training_reads(make_trainer, tmp_path, killed):
+    """Also after the fourth step, with which the sequences have been read once."""
+    trainer, _ = make_trainer(steps=10)
+    trainer.fit()
+    undisturbed, make_trainer.read[:] = list(make_trainer.read), []
+    first, second = (sorted(row for step in undisturbed[n : n + 4] for row in step) for n in (0, 4))
+    assert undisturbed[0] != undisturbed[4] and first == second
+    shutil.rmtree(tmp_path / "work")
+    shutil.rmtree(tmp_path / "cuts")
+    if killed:
+        trainer, _ = make_trainer(steps=10, dies_after=9)  # in the fifth step
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        trainer, told = make_trainer(steps=10)
+        trainer.fit()
+        assert told[0] == "load global_step_4"
+        del make_trainer.read[4]  # by the step that it was killed in
+    else:
+        for _ in range(4):
+            trainer, told = make_trainer("after_every_cut", steps=10)
+            trainer.fit()
+    assert make_trainer.read == undisturbed and told[-1] == "save 10"
 
 
 def test_verls_worker_is_ours_while_it_is_named_and_verls_again_after(monkeypatch):

@@ -269,6 +269,7 @@ def test_the_workers_are_told_when_the_last_cut_comes(falls, monkeypatch):
     config = config_of(f"recovery.learning_rate_schedule={schedule}")
     trainer.context = SimpleNamespace(recovery=config.recovery[0])
     trainer.cuts, trainer.global_steps, trainer.total_training_steps = Cuts.of(config), 9, 16
+    trainer.context.config = config
     trainer.cuts.made = [CutRecord(after_step=step, plan=plan_of(6, [0, 2, 3, 5])) for step in (0, 4)]
     trainer.actor_rollout_wg = SimpleNamespace(decay_after=lambda *steps: told.append(steps))
     trainer.on_train_begin()
@@ -280,10 +281,13 @@ def slice_told(tmp_path, monkeypatch):
     """Factory: ends a training with so many of three cuts; gives what was sliced and what the journal is told."""
     finish = pytest.importorskip("ptl_rl.recovery.in_place.finish")
     sliced: list[tuple[int, str, str]] = []
+    widths: list[int] = []
+    """Of what was sliced."""
 
     class Workers:
         def slice(self, plan, source=None, out=None) -> None:
             sliced.append((plan.intermediate_size, *(path.name if path else "" for path in (source, out))))
+            widths.append(plan.source_intermediate_size)
 
         def verify(self, plan, texts) -> list[float]:
             return [0.0]
@@ -305,14 +309,22 @@ def slice_told(tmp_path, monkeypatch):
         def report(self, *_: int) -> None:
             self.reports += 1
 
-    def told(cuts: int, *, wanted: bool = True):
+    def told(cuts: int, *, wanted: bool = True, off: int = 0, off_before_the_last: int = 0):
+        """``off`` cuts are sliced off of the model, and ``off_before_the_last`` were when the last cut was made."""
         sliced.clear()
+        widths.clear()
         shutil.rmtree(spec.out, ignore_errors=True)
         spec.out.mkdir()
-        made = [CutRecord(after_step=n, plan=plan_of(6 - n, list(range(5 - n)))) for n in range(cuts)]
+        made = [
+            CutRecord(after_step=n, plan=plan_of(6 - n, list(range(5 - n))), sliced=off_before_the_last)
+            for n in range(cuts)
+        ]
         context = Context(spec, SimpleNamespace(evaluation=SimpleNamespace(after_cut=wanted)))
         monkeypatch.setattr(finish, "nothing_cut", lambda source: plan_of(6, list(range(6))))
-        metrics = finish.slice_trained(context, Outcome(folder="passed/8", made=made, steps=8, why="spent"))
+        outcome = Outcome(folder="passed/8", made=made, sliced=off, steps=8, why="spent")
+        metrics = finish.slice_trained(context, outcome)
+        metrics["widths"] = list(widths)
+        metrics["plan"] = PruningPlan.load(spec.out / "plan.json")
         assert context.reports >= 2  # slicing starts workers, and takes as long as it takes
         return list(sliced), metrics
 
@@ -327,6 +339,15 @@ def test_of_the_policies_as_cut_that_of_the_models_own_last_cut_is_sliced(slice_
     assert slice_told(2, wanted=False)[0] == [(4, "", "")]
     assert slice_told(0)[0] == [(6, "", "")]  # there was no cut to make
     assert slice_told(2)[1]["notes"] == ["spent"]
+
+
+def test_what_was_sliced_on_the_way_is_not_sliced_again(slice_told):
+    """The model by what is still zero of it, that right after the last cut by what was zero then, the plan by all."""
+    _, metrics = slice_told(3, off=2, off_before_the_last=1)
+    assert metrics["widths"] == [4, 5] and metrics["intermediate_size"] == 3
+    assert (metrics["plan"].source_intermediate_size, metrics["plan"].intermediate_size) == (6, 3)
+    _, metrics = slice_told(3, off=3, off_before_the_last=2)
+    assert metrics["widths"] == [6, 4]  # nothing is left to slice, of whatever shape (a stand-in says 6 here)
 
 
 def test_a_policy_as_cut_that_is_gone_is_told(slice_told, tmp_path):

@@ -64,7 +64,7 @@ def trainer_class(monkeypatch):
             self.checkpoint_manager, self.actor_rollout_wg = nothing, Workers()
             self.governor, self.cuts = Governor(share=0.9, patience=6), Cuts([], [])
             self.batch, self.save_asked, self.saved, self.saved_step = None, False, None, None
-            self.shapes = Shapes.load(work)
+            self.shapes, self.aside = Shapes.load(work), 0.0
             self.timing_raw: dict = {}
             self.learnable, self.ended = Learnable(0.1, 2), False
             self.total_training_steps, self.accuracies = steps, iter(accuracies)
@@ -209,6 +209,15 @@ def test_a_folder_that_was_moved_keeps_its_models(trainer_class, tmp_path):
     again = trainer_class(tmp_path / "new", [0.1] * 9)
     again.run()
     assert again.outcome().folder == "passed/000002"
+
+
+def test_a_model_of_smaller_shapes_is_kept_with_the_cuts_that_are_sliced_off_of_it(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.76, 0.3, 0.2, 0.1, 0.1])
+    trainer.shapes = Shapes(cuts=1)
+    trainer.run()
+    assert (trainer.outcome().sliced, len(trainer.outcome().made)) == (1, 1)
+    passed = trainer_class(tmp_path, []).governor.passed
+    assert passed is not None and passed.sliced == 1
 
 
 def test_few_models_are_kept_at_a_time(trainer_class, tmp_path):

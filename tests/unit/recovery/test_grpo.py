@@ -38,7 +38,7 @@ def test_the_format_reward_knows_whether_the_chat_template_opens_the_thinking(
     config = load_config(DEMO, ["model.trust_remote_code=true"])
     context = SimpleNamespace(config=config, spec=spec, connect_ray=lambda: None)
     follower = SimpleNamespace(path=tmp_path / "metrics.jsonl", start=lambda: None, finish=lambda: None)
-    grpo._train(context, [SimpleNamespace()], follower)
+    grpo._train([SimpleNamespace()], context, follower, {})
     assert [settings[f"{REWARD}.think_opened"] for settings in trained] == [opened]
     assert asked == [(model, True)]  # as before the run: code that comes with the tokenizer is run
 

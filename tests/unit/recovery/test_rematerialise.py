@@ -1,6 +1,8 @@
 """A training in place that goes on with a sliced model: when, from where, and what a kill in between leaves."""
 
 import json
+import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,11 +51,11 @@ def test_only_a_training_in_place_is_sliced_on_the_way():
 def test_the_shapes_that_a_training_has_outlive_it(tmp_path):
     context = context_of(tmp_path)
     assert Shapes.load(tmp_path).cuts == 0 and with_shapes(context) is context and verl_settings(context) == {}
-    assert checkpoints_of(context).folder == tmp_path / "checkpoints"
+    assert checkpoints_of(context, "actor").folder == tmp_path / "checkpoints"
     Shapes(cuts=1, why=["smaller"]).save(tmp_path)
     Shapes(cuts=2, why=["smaller", "smallest"]).save(tmp_path)
     assert with_shapes(context).spec.source == tmp_path / "sliced/002"
-    assert checkpoints_of(context).folder == tmp_path / "checkpoints-002"
+    assert checkpoints_of(context, "actor").folder == tmp_path / "checkpoints-002"
     settings = verl_settings(context)
     assert settings["trainer.default_local_dir"] == str(tmp_path / "checkpoints-002")
     assert settings["trainer.val_before_train"] is False
@@ -63,12 +65,12 @@ def test_what_a_kill_has_left_half_written_goes_and_what_training_goes_on_from_s
     for name in ("checkpoints", "checkpoints-001", "checkpoints-002", "sliced/001", "sliced/002", "passed/8"):
         (tmp_path / name).mkdir(parents=True)
     Shapes(cuts=1).save(tmp_path)  # killed while the second was written
-    checkpoints_of(context_of(tmp_path))
+    checkpoints_of(context_of(tmp_path), "actor")
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/") if path.name != "sliced")
     assert left == ["checkpoints-001", "passed"] and [path.name for path in (tmp_path / "sliced").iterdir()] == ["001"]
 
 
-@pytest.mark.parametrize(("kl", "to", "held"), [(0.01, "start", True), (0.0, "start", False), (0.01, "parent", False)])
+@pytest.mark.parametrize(("kl", "to", "held"), [(0.01, "start", True), (0.0, "start", True), (0.01, "parent", False)])
 def test_the_policy_stays_held_to_what_its_training_began_with(kl, to, held, tmp_path):
     Shapes(cuts=1).save(tmp_path)
     changes = [f"recovery.kl_loss={kl}", *([f"recovery.kl_to={to}"] if kl else [])]
@@ -100,7 +102,7 @@ class Trained:
         ]
         trainer.shapes, trainer.ended, trainer.total_training_steps = Shapes(cuts=sliced), False, 16
         trainer.global_steps, trainer.saved_step = step, None
-        trainer.step_seconds, trainer.start_seconds = [60.0, 9.0, 10.0, 11.0, 10.0], 40.0
+        trainer.step_seconds, trainer.start_seconds, trainer.aside = [60.0, 9.0, 10.0, 11.0, 10.0], 40.0, 0.0
         trainer.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: self.told.append(("sleep",)))
         trainer.actor_rollout_wg = SimpleNamespace(write_sliced=self.write_sliced)
         trainer._save_checkpoint = self.save
@@ -157,3 +159,20 @@ def test_a_sliced_policy_is_there_whole_before_it_counts(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         later.trainer._go_on_sliced("again")
     assert Shapes.load(tmp_path).cuts == 2 and not later.trainer.ended
+
+
+def test_what_a_later_start_has_not_is_no_part_of_a_start(tmp_path):
+    """The first cut and the first validation come before the first step, and before that step alone."""
+    trainer = Trained(tmp_path, "when_it_pays", step=0, made=1).trainer
+    trainer.started, trainer.start_seconds, trainer.aside = time.monotonic() - 100, math.inf, 70.0
+    trainer._step_begins()
+    assert trainer.start_seconds == pytest.approx(30, abs=1)
+    trainer.aside = 95.0
+    trainer._step_begins()
+    assert trainer.start_seconds == pytest.approx(30, abs=1)
+
+
+def test_a_trainer_that_comes_back_early_without_a_result_is_told_as_that(tmp_path):
+    finish = pytest.importorskip("ptl_rl.recovery.in_place.finish")
+    with pytest.raises(RuntimeError, match="verl's trainer ended without making all of 16 steps"):
+        finish.train_in_place(context_of(tmp_path), None, lambda context, follower, more: None, "actor")

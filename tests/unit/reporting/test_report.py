@@ -79,13 +79,16 @@ def test_of_cuts_in_place_only_those_of_the_finished_model_are_told(run_in_place
 
 def test_where_blocks_went_a_cut_tells_how_many_are_left():
     cuts = [{"intermediate_size": 6, "num_hidden_layers": 3}, {"intermediate_size": 6, "num_hidden_layers": 2}]
-    assert summary.left_by(cuts, 3) == ["3 x 6", "2 x 6"] and summary.left_by(cuts[1:], 3) == ["2 x 6"]
+    assert summary.left_by(cuts, 3) == ["3 blocks x 6", "2 blocks x 6"]
+    assert summary.left_by(cuts[1:], 3) == ["2 blocks x 6"]
     assert summary.left_by(cuts[:1], 3) == ["6"] == summary.left_by([{"intermediate_size": 6}], 3)
     entries = [
         Entry(cycle=0, stage="evaluate", metrics={"num_hidden_layers": 3}),
         Entry(cycle=1, stage="recover", metrics={"cuts": cuts}),
     ]
-    assert summary._cuts_in_place(entries) == {1: "cut 2 times within one training,\nto 3 x 6, 2 x 6 layers x channels"}
+    assert summary._cuts_in_place(entries) == {
+        1: "cut 2 times within one training,\nto 3 blocks x 6, 2 blocks x 6 channels"
+    }
 
 
 def test_a_cycle_that_was_taken_back_removed_nothing(tmp_path):
