@@ -110,8 +110,10 @@ class CptConfig(RecoveryConfig):
 
     method: Literal["cpt"] = Field("cpt", description="The name of the entry, as in `- cpt: {...}`.")
     learning_rate: float = Field(5e-6, gt=0, description="Learning rate of AdamW, after the warm-up.")
-    learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="How the learning rate goes on after the warm-up; cosine: to 0."
+    learning_rate_schedule: Literal["constant", "cosine", "cosine_after_cuts"] = Field(
+        "cosine",
+        description="How the learning rate goes on after the warm-up; cosine: to 0; cosine_after_cuts, with "
+        "schedule.mode in_place only: so after the last cut, and constant until then.",
     )
     warmup_ratio: float | None = Field(
         0.05, ge=0, lt=1, description="Warm-up as a share of the steps; null: warmup_steps."

@@ -214,7 +214,7 @@ class RunConfig(Section):
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
         elif self.recovery[0].learning_rate_schedule == AFTER_CUTS and (
-            own := [k for k in self._verl_keys() if k.endswith((".optim.lr_scheduler_type", ".optim.min_lr_ratio"))]
+            own := [k for k in self._verl_keys() if k.endswith(("optim.lr_scheduler_type", "optim.min_lr_ratio"))]
         ):
             what = f"lets the learning rate fall itself with {AFTER_CUTS}; leave verl's {own[0]} alone"
         if what:

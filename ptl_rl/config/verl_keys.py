@@ -83,6 +83,13 @@ def _loaded(every: int) -> list[str]:
     return SAVE_ALL[1:] if every else []
 
 
+def _schedule(name: str) -> str:
+    return "cosine" if name == AFTER_CUTS else name
+
+
+SCHEDULE_NOTE = f"{AFTER_CUTS}: constant in verl, and multiplied in its worker"
+
+
 def _checkpoint(prefix: str) -> Keys:
     return [
         *_computed("0: steps", "trainer.save_freq"),
@@ -131,13 +138,7 @@ _RL: dict[str, Keys] = {
     "resources.gpu_memory_utilization": [f"{ROLLOUT}.gpu_memory_utilization"],
     "recovery.steps": STEPS,
     "recovery.learning_rate": [f"{ACTOR}.optim.lr"],
-    "recovery.learning_rate_schedule": [
-        Key(
-            f"{ACTOR}.optim.lr_scheduler_type",
-            lambda schedule: "cosine" if schedule == AFTER_CUTS else schedule,
-            f"{AFTER_CUTS}: constant in verl, and multiplied in its worker",
-        )
-    ],
+    "recovery.learning_rate_schedule": [Key(f"{ACTOR}.optim.lr_scheduler_type", _schedule, SCHEDULE_NOTE)],
     "recovery.warmup_steps": [f"{ACTOR}.optim.lr_warmup_steps"],
     "recovery.weight_decay": [f"{ACTOR}.optim.weight_decay"],
     "recovery.gradient_checkpointing": [f"{MODEL}.enable_gradient_checkpointing"],
@@ -205,7 +206,7 @@ _SFT: dict[str, Keys] = {
     "resources.workers_per_node": ["trainer.n_gpus_per_node", *_SHARED_SFT],
     "recovery.steps": STEPS,
     "recovery.learning_rate": ["optim.lr"],
-    "recovery.learning_rate_schedule": ["optim.lr_scheduler_type"],
+    "recovery.learning_rate_schedule": [Key("optim.lr_scheduler_type", _schedule, SCHEDULE_NOTE)],
     "recovery.warmup_steps": _computed("-1 with warmup_ratio", "optim.lr_warmup_steps"),
     "recovery.weight_decay": ["optim.weight_decay"],
     "recovery.gradient_checkpointing": ["model.enable_gradient_checkpointing"],

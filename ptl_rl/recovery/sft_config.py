@@ -5,7 +5,7 @@ from typing import Any
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import CptConfig, RunConfig
-from ptl_rl.config.recovery import micro_batch
+from ptl_rl.config.recovery import AFTER_CUTS, micro_batch
 from ptl_rl.config.verl_keys import SAVE_ALL, settings_of
 from ptl_rl.cpu.checks import float32_engine
 from ptl_rl.recovery.verl_config import common_settings, composed
@@ -44,6 +44,8 @@ def render_sft(
     if is_in_place(config, spec):  # saved after every cut, and goes on from there
         settings |= {"trainer.resume_mode": "auto", "checkpoint.save_contents": SAVE_ALL}
         settings |= {"checkpoint.load_contents": SAVE_ALL[1:]}
+        if recovery.learning_rate_schedule == AFTER_CUTS:  # our worker lets it fall
+            settings["optim.lr_scheduler_type"] = "constant"
     if spec.device == "cpu":
         from ptl_rl.cpu.checks import verl_sft_cpu_overrides
 

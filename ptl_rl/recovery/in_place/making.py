@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl_rl.config.in_place import CutInPlace
+from ptl_rl.config.recovery import AFTER_CUTS
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.data.partition import subset_hash
 from ptl_rl.families import read_shape
@@ -79,6 +80,11 @@ class MakesCuts:
         """Refuse before the first step what could be sliced at no later one."""
         if self.context.config.schedule.rematerialise != "never":
             self.pruner.check_can_slice()
+
+    def _let_rate_fall(self) -> None:
+        """Where the recipe wants it, from the last cut on; at every start, as no checkpoint knows of it."""
+        if self.context.recovery.learning_rate_schedule == AFTER_CUTS:
+            self.pruner.decay_after(self.cuts.planned[-1].after_step, self.total_training_steps)
 
     @property
     def width(self) -> int:

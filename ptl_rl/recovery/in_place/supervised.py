@@ -61,6 +61,7 @@ class CuttingSequenceTrainer(MakesCuts, SequenceTrainer):
         self.saved_step: int | None = self.resume_global_step
         self.began: float | None = None
         self._check_can_slice()
+        self._let_rate_fall()
         if self.done:
             self.cuts.load(self._step_folder() / IN_CHECKPOINT)
             publish(self.context.spec.cuts, self.cuts.made)

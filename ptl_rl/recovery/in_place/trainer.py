@@ -14,7 +14,6 @@ from verl.trainer.ppo.v1 import register_trainer
 from verl.utils.debug import marked_timer
 
 from ptl_rl.config.in_place import CutInPlace
-from ptl_rl.config.recovery import AFTER_CUTS
 from ptl_rl.data.encoding import Sequence
 from ptl_rl.pruning.live import rollout_sequences
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, CutRecord, publish
@@ -82,8 +81,7 @@ class InPlaceTrainer(MakesCuts, WatchedTrainer):
         """Make the first cut, which no step comes before: on worked solutions, as there are no rollouts yet."""
         super().on_train_begin()
         self._check_can_slice()
-        if self.context.recovery.learning_rate_schedule == AFTER_CUTS:
-            self.actor_rollout_wg.decay_after(self.cuts.planned[-1].after_step, self.total_training_steps)
+        self._let_rate_fall()
         if (cut := self.cuts.due(self.global_steps - 1)) is not None:
             self.checkpoint_manager.sleep_replicas()
             self._cut(cut, [], self.global_steps - 1)

@@ -50,6 +50,12 @@ class Cutting(WritesPolicy):
         names_in_order(self.policy.module, self.policy.optimizer)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def decay_after(self, step: int, steps: int) -> None:
+        """Let the learning rate fall to 0 from after so many optimizer steps to the last of them."""
+        scheduler = self.policy.lr_scheduler
+        scheduler.lr_lambdas = [falling_after(step, steps, before) for before in scheduler.lr_lambdas]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def cut(
         self,
         context: StageContext,
@@ -162,12 +168,6 @@ class Cutting(WritesPolicy):
 
 class PruningActor(Cutting, PolicyWorker):
     """verl's worker of policy and rollouts."""
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def decay_after(self, step: int, steps: int) -> None:
-        """Let the learning rate fall to 0 from after so many optimizer steps to the last of them."""
-        scheduler = self.actor.engine.lr_scheduler
-        scheduler.lr_lambdas = [falling_after(step, steps, before) for before in scheduler.lr_lambdas]
 
 
 class PruningTrainer(Cutting, TrainingWorker):

@@ -33,7 +33,9 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
     write_sequences(records, tokenizer, path, suffix="", max_tokens=64, response_only=False)  # four steps an epoch
     monkeypatch.setattr(sft_trainer_ray.Tracking, "log", lambda self, data, step: None)
 
-    def make(rematerialise: str = "never", save_every: int = 0, steps: int = 6, dies_after: int = 99):
+    def make(
+        rematerialise: str = "never", save_every: int = 0, steps: int = 6, dies_after: int = 99, schedule="cosine"
+    ):
         told: list = []
         work = tmp_path / "work"
         verl = sft_config(tmp_path, model, path, 1, steps=steps)
@@ -58,6 +60,9 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
 
             def load_checkpoint(self, path):
                 told.append(f"load {Path(path).name}")
+
+            def decay_after(self, step, steps):
+                told.append(f"rate falls from {step} to {steps}")
 
             def check_can_slice(self):
                 assert rematerialise != "never"
@@ -98,7 +103,8 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
         monkeypatch.setattr("ptl_rl.recovery.in_place.shapes.StageContext", lambda config, spec: context_of(spec))
 
         def context_of(spec):
-            return SimpleNamespace(config=config, spec=spec, data=data)
+            recovery = SimpleNamespace(learning_rate_schedule=schedule)
+            return SimpleNamespace(config=config, spec=spec, data=data, recovery=recovery)
 
         return supervised.CuttingSequenceTrainer(verl, context_of(spec)), told
 
@@ -126,6 +132,11 @@ def test_a_checkpoint_that_verl_wants_before_a_cut_waits_for_it(make_trainer):
     assert [line for line in told if "step" not in line] == [
         *("cut 0", "save 1", "cut 1", "save 2", "save 3", "cut 2", "save 4", "save 5", "save 6")
     ]
+
+
+def test_the_rate_falls_from_the_last_cut_on_at_every_start(make_trainer):
+    _, told = make_trainer(schedule="cosine_after_cuts")
+    assert told == ["rate falls from 4 to 6"]
 
 
 def test_killed_it_goes_on_with_the_cuts_of_its_checkpoint(make_trainer, tmp_path):

@@ -234,7 +234,7 @@ class Scheduled:
         self.optimizer = torch.optim.AdamW([parameter], lr=2.0)
         warm = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: min(1.0, (done + 1) / 2))
         engine = SimpleNamespace(lr_scheduler=warm)
-        actor.decay_after(SimpleNamespace(actor=SimpleNamespace(engine=engine)), last_cut, steps)
+        actor.decay_after(SimpleNamespace(policy=engine), last_cut, steps)
         self.scheduler = engine.lr_scheduler
 
     def rates(self, steps: int) -> list[float]:
