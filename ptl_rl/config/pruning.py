@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -212,8 +213,10 @@ class ScheduleConfig(Section):
         "channels that are left; governed, in place only: the next cut once the policy has recovered, as large as "
         "max_damage allows, until channels_total are gone.",
     )
-    max_damage: float = Field(
-        0.05, gt=0, description="governed: most that a cut, compensated, may raise the loss by, in nats a token."
+    max_damage: float | list[float] = Field(
+        0.05,
+        description="governed: most that a cut, compensated, may raise the loss by, in nats a token, above 0; or a "
+        "list with one number per cut, whose last serves all later ones: a first cut may be large.",
     )
     recovered: float = Field(
         0.95, gt=0, description="governed: share of the start's validation accuracy that must be back before a cut."
@@ -246,6 +249,8 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"pace governed finds widths only, but layers_total is {self.layers_total}; use pace fixed or geometric"
             )
+        if not self.damages or not all(0 < most < math.inf for most in self.damages):
+            raise ValueError(f"max_damage {self.max_damage}: every number must be above 0")
         if self.pace != "governed":
             for name in ("max_damage", "recovered", "patience", "validate_every"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -286,6 +291,11 @@ class ScheduleConfig(Section):
                 "nothing to remove: set channels_per_cycle and channels_total, or layers_total (or recover_only)"
             )
         return self
+
+    @property
+    def damages(self) -> list[float]:
+        """Most that each cut of a governed pace may raise the loss by; the last one's serves all later ones."""
+        return self.max_damage if isinstance(self.max_damage, list) else [self.max_damage]
 
     @property
     def is_open(self) -> bool:

@@ -166,7 +166,9 @@ class GovernedTrainer(InPlaceTrainer):
             self._end(f"{self.governor.patience} steps brought nothing more")
 
     def _cut_as_far_as_it_goes(self, rollouts: list[Sequence], step: int) -> None:
-        self._cut(CutInPlace(self.left, 0, step), rollouts, step, self.context.config.schedule.max_damage)
+        damages = self.context.config.schedule.damages
+        allowed = damages[min(len(self.cuts.made), len(damages) - 1)]
+        self._cut(CutInPlace(self.left, 0, step), rollouts, step, allowed)
         self.governor.has_cut(step)
 
     def _keep(self, accuracy: float) -> None:

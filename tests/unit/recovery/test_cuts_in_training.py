@@ -98,6 +98,12 @@ def test_auto_with_a_pace_that_only_one_mode_has_says_what_is_in_its_way():
         config_of("schedule={mode: auto, pace: governed, channels_total: 64}", "recovery=[{cpt: {}}]")
 
 
+@pytest.mark.parametrize("damage", ["0", "[]", "[0.3, -1]", ".inf"])
+def test_a_damage_that_no_cut_can_have_is_refused(damage):
+    with pytest.raises(ConfigError, match=r"max_damage .* every number must be above 0"):
+        config_of(f"schedule={{mode: in_place, pace: governed, channels_total: 64, max_damage: {damage}}}")
+
+
 def test_cpt_is_cut_in_place_at_a_fixed_pace_only():
     found = config_of("recovery=[{cpt: {steps: [3, 5]}}]")
     assert recovery_steps(found, 0) == 8 and [cut.after_step for cut in cuts_in_place(found)] == [0, 3]

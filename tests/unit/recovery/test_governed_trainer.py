@@ -53,7 +53,7 @@ def trainer_class(monkeypatch):
         def __init__(self, folder: Path, accuracies: list[float], steps: int = 100) -> None:
             work = folder / ".recovered.work"
             (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-            schedule = SimpleNamespace(validate_every=2, channels_sum=TARGET, max_damage=0.1, patience=6, recovered=0.9)
+            schedule = SimpleNamespace(validate_every=2, channels_sum=TARGET, damages=[0.1], patience=6, recovered=0.9)
             schedule.rematerialise = "never"
             spec = SimpleNamespace(work=work, cuts=folder / "cuts", source=folder)
             config = SimpleNamespace(schedule=schedule, calibration=SimpleNamespace(source="both"))
@@ -65,6 +65,7 @@ def trainer_class(monkeypatch):
             self.governor, self.cuts = Governor(share=0.9, patience=6), Cuts([], [])
             self.batch, self.save_asked, self.saved, self.saved_step = None, False, None, None
             self.shapes, self.aside = Shapes.load(work), 0.0
+            self.allowed: list[float | None] = []
             self.timing_raw: dict = {}
             self.learnable, self.ended = Learnable(0.1, 2), False
             self.total_training_steps, self.accuracies = steps, iter(accuracies)
@@ -78,7 +79,8 @@ def trainer_class(monkeypatch):
             return 6 - 2 * len(self.cuts.made)
 
         def _cut(self, cut, rollouts, step: int, max_damage: float | None = None) -> None:
-            assert (cut.channels, max_damage) == (self.left, 0.1)
+            assert cut.channels == self.left
+            self.allowed.append(max_damage)
             if not self.fits:
                 raise NoCutFits("the smallest cut does too much; raise schedule.max_damage")
             plan = PruningPlan(
@@ -240,6 +242,17 @@ def test_a_checkpoint_that_verl_asks_for_is_written_after_the_cut(trainer_class,
     written = Cuts([], [])
     written.load(trainer.work / "checkpoints/global_step_2/cuts.json")
     assert len(written.made) == 2
+
+
+def test_a_first_cut_may_do_more_damage_than_later_ones(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8] * 9)
+    trainer.context.config.schedule.damages = [0.3, 0.1]
+    trainer.run(until=4)
+    assert trainer.allowed == [0.3, 0.1]
+    trainer.fits = False
+    with pytest.raises(NoCutFits):
+        trainer._cut_as_far_as_it_goes([], 9)
+    assert trainer.allowed == [0.3, 0.1, 0.1]
 
 
 def test_where_no_cut_fits_any_more_the_model_is_trained_on(trainer_class, tmp_path):
