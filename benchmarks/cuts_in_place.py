@@ -152,6 +152,7 @@ def kills(
     settings, recipe = settings_of(cuts, 96, **small), "demo_grpo_cpu"
     settings |= {"calibration.sequences": 32, "evaluation.after_cut": True}
     settings |= {"schedule.rematerialise": "after_every_cut" if sliced else "never"}
+    out = out / "sliced" if sliced else out  # other instants, other runs
     out.mkdir(parents=True, exist_ok=True)
     whole = out / "whole.json"
     if not whole.exists():

@@ -161,15 +161,23 @@ class StageContext:
     def wait_for_workers(self, seconds: float = 120) -> None:
         """Wait until a former job of this stage has let go of its GPUs, which Ray takes back a little later.
 
+        In a cluster that others use as well, GPUs of theirs that are free count, too: verl may then find too few and
+        say so, and the run is resumed from where it stood.
+
         Raises:
             TimeoutError: it has not.
         """
         import ray
 
+        from ptl_rl.config import DistillConfig
+
         self.connect_ray()
         try:
-            wanted, until = ray.cluster_resources().get("GPU", 0.0), time.monotonic() + seconds
-            wanted = min(wanted, float(self.config.resources.workers))
+            resources, recovery, until = self.config.resources, self.recovery, time.monotonic() + seconds
+            wanted = float(resources.workers)
+            if self.spec.device == "cpu" and isinstance(recovery, DistillConfig):  # on GPUs it is among them
+                wanted += recovery.teacher_workers_per_node * resources.nodes
+            wanted = min(wanted, ray.cluster_resources().get("GPU", 0.0))
             while (free := ray.available_resources().get("GPU", 0.0)) < wanted:
                 if time.monotonic() > until:
                     raise TimeoutError(f"{free:g} of {wanted:g} GPUs are free {seconds:g} s after a training has ended")

@@ -250,7 +250,7 @@ class ScheduleConfig(Section):
                 f"pace governed finds widths only, but layers_total is {self.layers_total}; use pace fixed or geometric"
             )
         if not self.damages or not all(0 < most < math.inf for most in self.damages):
-            raise ValueError(f"max_damage {self.max_damage}: every number must be above 0")
+            raise ValueError(f"max_damage {self.max_damage}: give one number or several, each above 0 and finite")
         if self.pace != "governed":
             for name in ("max_damage", "recovered", "patience", "validate_every"):
                 if getattr(self, name) != type(self).model_fields[name].default:

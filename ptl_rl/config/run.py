@@ -56,10 +56,10 @@ class GateConfig(Section):
         description="Least accuracy of a cycle, as a share of the starting model's, which ends the run if 0; with "
         "0 here nothing is judged.",
     )
-    max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before anything else.")
+    max_extensions: int = Field(1, ge=0, description="Further rounds of recovery per cycle, before a retry.")
     max_retries: int = Field(0, ge=0, description="Cycles taken back and tried again with half the cut, per run.")
     on_failure: Literal["continue", "stop"] = Field(
-        "continue", description="What follows when both of these are used up."
+        "continue", description="What follows when all of these are used up."
     )
 
 
@@ -115,7 +115,7 @@ class RunConfig(Section):
     recovery_if_unlearnable: list[AnyRecovery] = Field(
         [],
         description="Made once in a cycle whose recovery ended as rewards taught nothing (min_learnable_fraction), "
-        "where the gate finds too little accuracy; it comes before anything else that the gate may do.",
+        "where the gate finds too little accuracy; it comes before further rounds and retries.",
     )
     reward: RewardConfig = Field(RewardConfig(), description="What RL is paid for.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="How a cycle's accuracy is measured.")
@@ -127,7 +127,7 @@ class RunConfig(Section):
     @field_validator("recovery", "recovery_if_unlearnable", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
+        entries = value if isinstance(value, list) else [] if value is None else [value]
         return [recovery_entry(entry) for entry in entries]
 
     @field_validator("recovery_of_cycle", mode="before")
@@ -142,10 +142,14 @@ class RunConfig(Section):
         return self.recovery_of_cycle.get(planned + 1, self.recovery)
 
     @property
+    def planned_recoveries(self) -> list[AnyRecovery]:
+        """Every recovery that follows a cut in any case."""
+        return [*self.recovery, *(entry for entries in self.recovery_of_cycle.values() for entry in entries)]
+
+    @property
     def all_recoveries(self) -> list[AnyRecovery]:
         """Every recovery that the recipe names."""
-        of_cycles = (entry for entries in self.recovery_of_cycle.values() for entry in entries)
-        return [*self.recovery, *of_cycles, *self.recovery_if_unlearnable]
+        return [*self.planned_recoveries, *self.recovery_if_unlearnable]
 
     @property
     def needs_answers(self) -> bool:
@@ -176,7 +180,8 @@ class RunConfig(Section):
     def _settle_mode(self) -> None:
         """Put a mode in the place of ``auto``."""
         found = self.schedule.model_dump()
-        when = "when_it_pays" if self.schedule.rematerialise == "never" else self.schedule.rematerialise
+        asked = "rematerialise" in self.schedule.model_fields_set
+        when = self.schedule.rematerialise if asked else "when_it_pays"
         try:
             object.__setattr__(
                 self, "schedule", ScheduleConfig(**(found | {"mode": "in_place", "rematerialise": when}))
@@ -191,7 +196,7 @@ class RunConfig(Section):
             )
 
     def _check_in_place(self) -> None:
-        what = None
+        what, keys = None, {**self.verl, **self.recovery[0].verl}
         if self.recovery_of_cycle:
             what = "has one training, but recovery_of_cycle names several"
         elif len(self.recovery) != 1:
@@ -207,14 +212,14 @@ class RunConfig(Section):
             what = "with pace governed makes its first cut by rollouts, after a step; set recovery.steps to 2 or more"
         elif self.schedule.pace == "governed" and self.criterion.threshold is not None:
             what = "with pace governed has max_damage for what may go; set criterion.threshold to null"
-        elif parallel := [k for k, v in self._verl_keys().items() if "ulysses_sequence_parallel" in k and v != 1]:
+        elif parallel := [k for k, v in keys.items() if "ulysses_sequence_parallel" in k and v != 1]:
             what = f"scores whole sequences on every rank; leave {parallel[0]} at 1"
-        elif TRAINER_MODE in self._verl_keys():
+        elif TRAINER_MODE in keys:
             what = f"has a trainer of its own; leave verl's {TRAINER_MODE} alone"
         elif self.criterion.is_ptl_reference:
             what = "cannot cut by ptl_reference, which ranks channels among all, also those that are gone"
         elif self.recovery[0].learning_rate_schedule == AFTER_CUTS and (
-            own := [k for k in self._verl_keys() if k.endswith(("optim.lr_scheduler_type", "optim.min_lr_ratio"))]
+            own := [k for k in keys if k.endswith(("optim.lr_scheduler_type", "optim.min_lr_ratio"))]
         ):
             what = f"lets the learning rate fall itself with {AFTER_CUTS}; leave verl's {own[0]} alone"
         if what:
@@ -242,7 +247,7 @@ class RunConfig(Section):
             if batch % workers:
                 raise ValueError(f"recovery.{what} = {batch} sequences cannot be shared equally by {workers} workers")
         check_gradients(self.criterion, self.calibration)
-        if self.calibration.source != "corpus" and not self.needs_answers:
+        if self.calibration.source != "corpus" and not any(entry.needs_answers for entry in self.planned_recoveries):
             raise ValueError(
                 f"calibration.source is {self.calibration.source}, but no recovery is grpo, which alone has rollouts"
             )
@@ -250,14 +255,19 @@ class RunConfig(Section):
             self._settle_mode()
         if self.schedule.mode == "in_place":
             self._check_in_place()
-        elif any(recovery.learning_rate_schedule == AFTER_CUTS for recovery in self.all_recoveries):
+        elif any(recovery.learning_rate_schedule == AFTER_CUTS for recovery in self.planned_recoveries):
             raise ValueError(
                 f"recovery.learning_rate_schedule {AFTER_CUTS} is of a training with several cuts; set schedule.mode "
-                "to in_place, or use cosine"
+                "to in_place (auto takes it where gate.max_retries is 0), or use cosine"
             )
-        filtered = [key for key, value in self._verl_keys().items() if key == FILTER and value]
+        if any(recovery.learning_rate_schedule == AFTER_CUTS for recovery in self.recovery_if_unlearnable):
+            raise ValueError(
+                f"recovery_if_unlearnable: learning_rate_schedule {AFTER_CUTS} is of a training with several cuts; use "
+                "cosine"
+            )
         watched = [entry for entry in self.all_recoveries if isinstance(entry, GrpoConfig) and entry.is_watched]
-        if self.recovery_if_unlearnable and not watched:
+        filtered = any({**self.verl, **entry.verl}.get(FILTER) for entry in watched)
+        if self.recovery_if_unlearnable and not any(entry in watched for entry in self.planned_recoveries):
             raise ValueError(
                 "recovery_if_unlearnable waits for a recovery that ends as rewards teach nothing; set its "
                 "min_learnable_fraction"
@@ -279,7 +289,7 @@ class RunConfig(Section):
                 f"recovery.kl_to parent needs this project's own trainer, but verl's {TRAINER_MODE} names another; "
                 "leave one of them out"
             )
-        if watched and filtered:
+        if filtered:
             raise ValueError(
                 f"recovery.min_learnable_fraction would see only prompts that verl's {FILTER} has left; leave one of "
                 "them out"

@@ -111,7 +111,8 @@ def fold(config: RunConfig, entries: list[Entry]) -> State:
         state.done.add(stage_of(entry))
         if entry.stage == "recover":
             state.recovered = entry.artefact
-            state.learns = bool(entry.metrics.get("learns", True))
+            # Of several recoveries one whose rewards taught nothing is enough: the same again would bring it again.
+            state.learns = bool(entry.metrics.get("learns", True)) and (entry.part == 0 or state.learns)
         elif entry.stage == "evaluate":
             state.accuracy = float(entry.metrics["accuracy"])
             if entry.cycle == 0:

@@ -29,7 +29,8 @@ class DiskUse:
     peak: float
     """At most, while it is at work."""
     extension: float
-    """Of another round of the largest recovery, where the gate asks for one; in neither of the others."""
+    """Of another round of the largest recovery, or of what is for dead rewards, where the gate asks for one; in neither
+    of the others."""
     resumable: float
     """Of the largest checkpoint within a recovery; 0 where none is written."""
 
@@ -114,4 +115,6 @@ def disk_use(config: RunConfig, shape: ModelShape, source_bytes: int) -> DiskUse
                 resumable = max(resumable, RESUMABLE_BYTES * trained.parameters)
         largest = max(largest, of_cycle)
         peak = max(peak, kept)
-    return DiskUse(kept, peak, largest if config.gate.max_extensions else 0.0, resumable)
+    # Where rewards teach nothing, what is for that follows once a cycle; the largest cycle's is counted.
+    rescue = largest / max(1, len(config.recovery)) * len(config.recovery_if_unlearnable)
+    return DiskUse(kept, peak, max(largest if config.gate.max_extensions else 0.0, rescue), resumable)

@@ -49,6 +49,8 @@ def _serving_remedy(planned: Planned, phase: Phase) -> str:
 
 def _remedy(planned: Planned, phase: Phase) -> str:
     config, calibration = planned.config, planned.config.calibration
+    if phase.name == "slice in place":
+        return "set schedule.rematerialise to never"
     if phase.name.startswith(("score", "slice")):
         sums = phase.parts.get("sums", 0.0)
         if sums > 0.5 * phase.bytes:

@@ -153,11 +153,13 @@ def _all(planned: Planned, shape: ModelShape, cuts: list[Cut]) -> Iterator[Phase
             yield from _pruning(planned, shape, cut, number)
         before, shape = shape, shape.sliced(cut.channels, cut.layers)
         trained = before if planned.config.schedule.mode == "in_place" else shape
-        for recovery in (*planned.config.recoveries(cut.planned), *planned.config.recovery_if_unlearnable):
+        planned_first = [(trained, recovery) for recovery in planned.config.recoveries(cut.planned)]
+        sliced = [(shape, recovery) for recovery in planned.config.recovery_if_unlearnable]
+        for of_shape, recovery in planned_first + sliced:
             if isinstance(recovery, CptConfig):
-                yield _cpt(planned, trained, original, recovery, number)
+                yield _cpt(planned, of_shape, original, recovery, number)
             else:
-                yield from _rl(planned, trained, original, recovery, number)
+                yield from _rl(planned, of_shape, original, recovery, number)
         yield _evaluation(planned, shape, number)
 
 
@@ -214,7 +216,9 @@ def _cut_in_place(planned: Planned, shape: ModelShape, original: ModelShape, cut
         sliced = 12.0 * (shape.parameters - shape.embedding_parameters) / planned.trainers(recovery)
         parts = {**trained, "sliced": 0.0 if recovery.offload else sliced}
         parts["projection"] = 2 * 4.0 * shape.hidden_size * shape.intermediate_size
-        yield Phase("slice in place", number, _with_runtime(planned, parts))
+        per_node = planned.trainers(recovery) // planned.config.resources.nodes
+        host = _host(planned, shape, recovery, None) + (per_node * sliced if recovery.offload else 0.0)
+        yield Phase("slice in place", number, _with_runtime(planned, parts), host)
 
 
 def _host(planned: Planned, shape: ModelShape, recovery: AnyRecovery, reference: ModelShape | None) -> float:

@@ -31,7 +31,8 @@ def recovery_steps(config: RunConfig, planned: int, part: int = 0, round_: int =
     """
     recovery = config.recoveries(planned, unlearnable)[part]
     if unlearnable:
-        return recovery.steps_of(planned)
+        last = 0 if config.schedule.pace == "governed" else len(config.schedule.cuts_in_order) - 1
+        return recovery.steps_of(last if config.schedule.mode == "in_place" else planned)
     if config.schedule.pace == "governed" and round_:
         return config.schedule.patience
     if config.schedule.mode == "in_place":

@@ -12,8 +12,10 @@ class StageProgress:
     """The stage at work."""
 
     elapsed_seconds: float = 0.0
+    done: int = 0
+    """Training steps that are finished, by earlier attempts, too."""
     step_seconds: list[float] = field(default_factory=list)
-    """Of every training step finished in it."""
+    """Of the training steps that it has finished and measured."""
 
 
 def _fixed_seconds(entries: list[Entry]) -> dict[str, float]:
@@ -93,7 +95,7 @@ def remaining_seconds(
         method, steps = own[stage.part]
         pace = _pace(entries, method, now)
         assert pace is not None
-        left = (steps - len(now.step_seconds)) * pace[1]
+        left = (steps - max(now.done, len(now.step_seconds))) * pace[1]
     else:
         left = max(1.0, this - now.elapsed_seconds)
     return left + sum(rest) + sum(later)

@@ -97,6 +97,7 @@ class LiveDisplay:
         if done < 0:
             self._refresh()
             return
+        self.now.done = done
         if "step_seconds" in metrics:
             self.now.step_seconds.append(metrics["step_seconds"])
         shown = ", ".join(f"{k.replace('_', ' ')} {metrics[k]:.3g}" for k in SHOWN if k in metrics)

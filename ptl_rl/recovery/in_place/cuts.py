@@ -1,5 +1,6 @@
 """What was cut in place so far: kept in every checkpoint of the training, and in a folder of its own for each cut."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -90,7 +91,11 @@ def folder_of(cuts: Path, number: int) -> Path:
 
 def steps_with_cuts(cuts: Path) -> set[int]:
     """Steps after which the cuts that have a folder were made."""
-    return {json.loads(path.read_text())["after_step"] for path in cuts.glob("[0-9]*/cut.json")}
+    found = set()
+    for path in cuts.glob("[0-9]*/cut.json"):
+        with contextlib.suppress(FileNotFoundError):  # it is being put in the place of an earlier one
+            found.add(json.loads(path.read_text())["after_step"])
+    return found
 
 
 def publish(cuts: Path, records: Sequence[CutRecord]) -> None:

@@ -159,7 +159,7 @@ class GovernedTrainer(InPlaceTrainer):
                 publish(self.context.spec.cuts, self.cuts.made)
                 self.checkpoint_manager.update_weights(self.global_steps)
         if is_last:
-            self._end("the steps are spent")
+            self._end(f"the steps are spent; {dead}" if dead else "the steps are spent", learns=not dead)
         elif dead and not cut:
             self._end(dead, learns=False)
         elif action == "end":

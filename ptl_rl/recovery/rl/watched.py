@@ -67,7 +67,7 @@ class WatchedTrainer(PPOTrainerSync):
 
     def on_step_end(self) -> None:
         super().on_step_end()
-        if self.may_end and self.learnable.why is not None and self.global_steps < self.total_training_steps:
+        if self.may_end and self.learnable.why is not None and not self.ended:  # also after the last step: it says why
             self._end(self.learnable.why)
 
     @property

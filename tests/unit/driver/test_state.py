@@ -150,6 +150,18 @@ def test_where_rewards_taught_nothing_a_cycle_recovers_once_by_what_the_recipe_h
     assert methods_and_steps(run_config, 0, True) == [("cpt", 3), ("grpo", 7)]
 
 
+def test_rewards_that_taught_nothing_in_one_of_several_recoveries_are_not_asked_for_again():
+    several = {**RESCUED, "recovery": [*RESCUED["recovery"], {"cpt": {}}]}
+    entries = simulate(config(several, max_extensions=1), [0.2, 0.79, 0.79], dead=("001-recover",))
+    assert [e.metrics["decision"] for e in entries if e.stage == "gate"] == ["rescue", "accept", "accept"]
+
+
+def test_in_place_what_is_for_dead_rewards_makes_the_steps_of_the_last_cut():
+    schedule = {"mode": "in_place", "channels_per_cycle": [128, 64], "alignment": 32}
+    run_config = parse_config({"schedule": schedule, **RESCUED})
+    assert methods_and_steps(run_config, 0, True) == [("cpt", 5), ("grpo", 7)]
+
+
 def test_rewards_that_stay_dead_are_left_to_the_gate():
     run_config = config(RESCUED, max_extensions=1, on_failure="stop")
     entries = simulate(run_config, [0.2, 0.2], dead=("001-recover", "001-recover-1-part2"))
@@ -163,17 +175,29 @@ def test_rewards_that_stay_dead_are_left_to_the_gate():
     [
         (
             {"recovery": [{"grpo": {}}]},
-            "waits for a recovery that ends as rewards teach nothing; set its min_learnable",
+            "recovery_if_unlearnable waits for a recovery that ends as rewards teach nothing",
+        ),
+        (
+            {"recovery": [{"grpo": {}}], "recovery_if_unlearnable": [{"grpo": {"min_learnable_fraction": 0.1}}]},
+            "recovery_if_unlearnable waits for a recovery that ends as rewards teach nothing",
         ),
         (
             {"gate": {"min_accuracy_ratio": 0}},
-            "follows where the gate finds too little accuracy, but gate.min_accuracy",
+            "recovery_if_unlearnable follows where the gate finds too little accuracy",
+        ),
+        (
+            {"recovery_if_unlearnable": [{"cpt": {"learning_rate_schedule": "cosine_after_cuts"}}]},
+            "recovery_if_unlearnable: learning_rate_schedule cosine_after_cuts is of a training with several cuts",
+        ),
+        (
+            {"recovery": [{"cpt": {}}], "calibration": {"source": "rollouts"}},
+            r"calibration\.source is rollouts, but no recovery is grpo",
         ),
     ],
 )
 def test_what_would_never_follow_is_refused(changes, message):
     schedule = {"channels_per_cycle": 128, "channels_total": 256, "alignment": 32}
-    with pytest.raises(ConfigError, match=f"recovery_if_unlearnable {message}"):
+    with pytest.raises(ConfigError, match=message):
         parse_config({"schedule": schedule, **RESCUED, **changes})
 
 

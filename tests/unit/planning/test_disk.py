@@ -80,6 +80,17 @@ def test_a_training_that_is_sliced_on_the_way_writes_that_model_beside_the_one_b
     assert sliced.peak == plain.peak + (12 + 4) * QWEN.sliced(channels=1024).parameters and sliced.kept == plain.kept
 
 
+def test_what_is_for_dead_rewards_counts_as_another_round_would():
+    values = {
+        "schedule": {"channels_per_cycle": [1024]},
+        "recovery": {"steps": 9, "min_learnable_fraction": 0.1},
+        "gate": {"max_extensions": 0},
+    }
+    rescue = {"recovery_if_unlearnable": [{"cpt": {}}, {"grpo": {}}]}
+    plain, rescued = (disk_use(parse_config(values | more), QWEN, 2) for more in ({}, rescue))
+    assert (plain.extension, rescued.extension) == (0, 2 * 4 * QWEN.sliced(channels=1024).parameters)
+
+
 def test_a_recovery_only_writes_no_sliced_checkpoint():
     config = parse_config({"schedule": {"recover_only": True}, "gate": {"max_extensions": 0}})
     found = disk_use(config, QWEN, 2)

@@ -74,6 +74,38 @@ def test_continued_pretraining_of_8b_on_four_gpus(repository):
     assert found.host == 4 * 7_627_608_064 + 12 * GIB
 
 
+def test_a_policy_is_sliced_beside_what_it_is_sliced_from(repository):
+    settings = ["schedule.mode=in_place", "schedule.rematerialise=after_every_cut", "schedule.layers_total=0"]
+    settings.append("recovery=[{cpt: {steps: [50, 50], parent_kl: 1.0}}]")
+    planned = planned_of(repository, "cpt_llama3-8b_4xa100.yaml", *settings)
+    found = phase(planned, LLAMA, "slice in place")
+    # 8,030,261,248 parameters on four GPUs, 12 bytes each; without the embeddings, 128256 x 4096 = 525,336,576, which
+    # are not sliced, as much again; the parent in bfloat16, a quarter, with both embeddings whole.
+    assert found.parts["optimizer"] == 3 * 8_030_261_248
+    assert found.parts["sliced"] == 3 * (8_030_261_248 - 525_336_576)
+    assert found.parts["parent"] == 2 * (8_030_261_248 / 4 + 2 * 525_336_576)
+    assert found.parts["projection"] == 8 * 4096 * 14336
+    assert phase(planned, LLAMA, "score").parts["parent"] == found.parts["parent"]
+    offloaded = planned_of(
+        repository, "cpt_llama3-8b_4xa100.yaml", *settings[:3], "recovery=[{cpt: {steps: [50, 50], offload: true}}]"
+    )
+    moved = phase(offloaded, LLAMA, "slice in place")
+    assert moved.parts["optimizer"] == moved.parts["sliced"] == 0 and "parent" not in moved.parts
+    assert moved.host > 12 * (8_030_261_248 - 525_336_576)  # of all four, on the node
+    never = planned_of(repository, "cpt_llama3-8b_4xa100.yaml", *settings[:1], "schedule.layers_total=0", settings[-1])
+    assert "slice in place" not in [p.name for p in phases(never, LLAMA, planned_cuts(never.config.schedule))]
+
+
+def test_what_is_for_dead_rewards_trains_the_sliced_model(repository):
+    name = "grpo_qwen2.5-7b_8xh200.yaml"
+    rescue = "recovery_if_unlearnable=[{cpt: {steps: 9, max_tokens: 2048}}]"
+    planned = planned_of(
+        repository, name, "schedule={mode: in_place, channels_per_cycle: [1024]}", rescue,
+        "recovery=[{grpo: {steps: 4, min_learnable_fraction: 0.1}}]",
+    )  # fmt: skip
+    assert phase(planned, QWEN, "recover: cpt").parts["parameters"] == 4 * QWEN.sliced(1024).parameters / 8
+
+
 def test_every_rank_loads_a_model_with_tied_embeddings_whole(repository):
     found = phase(planned_of(repository, "cpt_gemma2-9b_4xa100.yaml"), GEMMA, "recover: cpt")
     after = GEMMA.sliced(channels=1024)

@@ -80,6 +80,7 @@ def test_what_cannot_be_in_place_is_refused(change, message):
     [
         ([], "in_place", "when_it_pays"),
         (["schedule.rematerialise=after_every_cut"], "in_place", "after_every_cut"),
+        (["schedule.rematerialise=never"], "in_place", "never"),
         (["recovery=[{cpt: {}}]"], "in_place", "when_it_pays"),
         (["gate.max_retries=1"], "restart", "never"),  # a cycle may be taken back
         (["recovery=[{cpt: {}}, {grpo: {}}]"], "restart", "never"),
@@ -93,6 +94,13 @@ def test_auto_is_in_place_where_the_recipe_can_be(changes, mode, rematerialise):
     assert (schedule.mode, schedule.rematerialise) == (mode, rematerialise)
 
 
+def test_what_follows_dead_rewards_is_no_part_of_the_training_in_place():
+    rescue = "recovery_if_unlearnable=[{cpt: {verl: {engine.ulysses_sequence_parallel_size: 2}}}]"
+    changes = ["recovery.min_learnable_fraction=0.1", "gate.min_accuracy_ratio=0.9", rescue]
+    assert config_of("schedule.mode=auto", *changes).schedule.mode == "in_place"
+    assert config_of(*changes).recovery_if_unlearnable[0].method == "cpt"
+
+
 def test_auto_with_a_pace_that_only_one_mode_has_says_what_is_in_its_way():
     with pytest.raises(ConfigError, match="pace governed judges by the policy's own answers, but recovery is cpt"):
         config_of("schedule={mode: auto, pace: governed, channels_total: 64}", "recovery=[{cpt: {}}]")
@@ -100,7 +108,7 @@ def test_auto_with_a_pace_that_only_one_mode_has_says_what_is_in_its_way():
 
 @pytest.mark.parametrize("damage", ["0", "[]", "[0.3, -1]", ".inf"])
 def test_a_damage_that_no_cut_can_have_is_refused(damage):
-    with pytest.raises(ConfigError, match=r"max_damage .* every number must be above 0"):
+    with pytest.raises(ConfigError, match=r"max_damage .* give one number or several, each above 0 and finite"):
         config_of(f"schedule={{mode: in_place, pace: governed, channels_total: 64, max_damage: {damage}}}")
 
 

@@ -244,6 +244,17 @@ def test_a_checkpoint_that_verl_asks_for_is_written_after_the_cut(trainer_class,
     assert len(written.made) == 2
 
 
+def test_rewards_that_are_dead_when_the_steps_are_spent_are_told(trainer_class, tmp_path):
+    trainer = trainer_class(tmp_path, [0.8, 0.3, 0.3, 0.3, 0.3], steps=3)
+    trainer.context.config.schedule.validate_every = 100
+    trainer.run(until=2)
+    for _ in range(2):
+        trainer.step(0.0)
+    trainer.on_step_end()
+    assert trainer.outcome().why.startswith("the steps are spent; rewards teach nothing any more")
+    assert not trainer.outcome().learns
+
+
 def test_a_first_cut_may_do_more_damage_than_later_ones(trainer_class, tmp_path):
     trainer = trainer_class(tmp_path, [0.8] * 9)
     trainer.context.config.schedule.damages = [0.3, 0.1]

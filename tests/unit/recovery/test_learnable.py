@@ -77,3 +77,22 @@ def test_what_nobody_would_watch_is_refused(recipe, changes, message):
 def test_a_trainer_of_ones_own_may_recover(tmp_path):
     config = load_config(RECIPES / "demo_restart_cpu.yaml", ["verl={trainer.v1.trainer_mode: mine}"])
     assert config.verl == {"trainer.v1.trainer_mode": "mine"}
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(8, [8]), (9, [8])])
+def test_a_training_that_is_dead_up_to_its_last_step_says_so_once(steps, ends, monkeypatch):
+    """As the defaults have it: 8 steps, and a patience of 8."""
+    watched = pytest.importorskip("ptl_rl.recovery.rl.watched")
+    monkeypatch.setattr(watched.PPOTrainerSync, "on_step_end", lambda self: None)
+    trainer, told = object.__new__(watched.WatchedTrainer), []
+
+    def end(why: str) -> None:
+        told.append(trainer.global_steps)
+        trainer._make_last()
+
+    trainer._end = end
+    trainer.learnable, trainer.ended, trainer.total_training_steps = Learnable(0.1, 8), False, steps
+    for trainer.global_steps in range(1, steps + 1):
+        trainer.learnable.saw(0.0, 0.1)
+        trainer.on_step_end()
+    assert told == ends

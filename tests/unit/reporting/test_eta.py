@@ -29,7 +29,11 @@ START_UP, PER_STEP, REST = 40, 10, 7 + 6 + 9
 def remaining(entries, cuts, stage, elapsed=0.0, steps=()) -> float | None:
     state = State(cuts=list(cuts), alignment=16, cycle=stage.cycle)
     return remaining_seconds(
-        entries, state, stage, StageProgress(elapsed, list(steps)), lambda planned, _: [("grpo", STEPS[planned])]
+        entries,
+        state,
+        stage,
+        StageProgress(elapsed, step_seconds=list(steps)),
+        lambda planned, _: [("grpo", STEPS[planned])],
     )
 
 
@@ -37,6 +41,13 @@ def test_later_cycles_count_their_own_steps():
     assert remaining(EARLIER, CUTS[1:], Stage(2, "score"), 3) == (
         (7 - 3) + 6 + START_UP + 5 * PER_STEP + 9 + REST + START_UP + 10 * PER_STEP
     )
+
+
+def test_steps_that_were_not_measured_are_made_all_the_same():
+    state = State(cuts=CUTS[1:], alignment=16, cycle=2)
+    now = StageProgress(100, done=4, step_seconds=[20.0])
+    left = remaining_seconds(EARLIER, state, Stage(2, "recover"), now, lambda planned, _: [("grpo", STEPS[planned])])
+    assert left == (5 - 4) * 20 + 9 + REST + START_UP + 10 * 20
 
 
 def test_within_a_recovery_its_own_pace_counts():
@@ -72,5 +83,5 @@ def test_each_way_of_recovery_has_its_own_pace():
 
     whole = 7 + 6 + (21 + 10 * 2) + (START_UP + 5 * PER_STEP) + 9
     assert seconds(Stage(2, "score"), StageProgress()) == whole
-    assert seconds(Stage(2, "recover"), StageProgress(30, [4, 4])) == 8 * 4 + START_UP + 5 * PER_STEP + 9
-    assert seconds(Stage(2, "recover", part=1), StageProgress(60, [20])) == 4 * 20 + 9
+    assert seconds(Stage(2, "recover"), StageProgress(30, step_seconds=[4, 4])) == 8 * 4 + START_UP + 5 * PER_STEP + 9
+    assert seconds(Stage(2, "recover", part=1), StageProgress(60, step_seconds=[20])) == 4 * 20 + 9
