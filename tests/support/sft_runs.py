@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.data.corpora import Record
+from ptl_rl.recovery.sequences import SequenceFile
 from ptl_rl.recovery.sft_config import compose_sft, render_sft
 from ptl_rl.stage import StageSpec
 
@@ -28,3 +29,36 @@ def sft_config(folder: Path, model: Path, sequences: Path, workers: int, **recov
         **{name: model if name in ("source", "parent") else folder / name for name in names},
     )  # fmt: skip
     return compose_sft(render_sft(config, config.recovery[0], spec, sequences, 8))
+
+
+def engine_of(verl):
+    """verl's engine of such a configuration, on every rank."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine import EngineRegistry
+
+    model, engine, optimizer, checkpoint = (
+        omega_conf_to_dataclass(verl[name]) for name in ("model", "engine", "optim", "checkpoint")
+    )
+    optimizer.total_training_steps = 3
+    engine.use_remove_padding = False
+    built = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=model,
+        engine_config=engine,
+        optimizer_config=optimizer,
+        checkpoint_config=checkpoint,
+    )
+    built.initialize()
+    return built
+
+
+def batch_of(sequences: SequenceFile, indices, verl):
+    """Some sequences as verl's trainer hands them to an engine."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import SFTTensorCollator
+
+    data = SFTTensorCollator("no_padding")([sequences[i] for i in indices])
+    settings = {"use_remove_padding": False, "use_dynamic_bsz": True, "temperature": 1.0, "pad_mode": "no_padding"}
+    settings |= {"max_token_len_per_gpu": verl.data.max_token_len_per_gpu, "global_batch_size": 8, "pad_token_id": 0}
+    return tu.get_tensordict(tensor_dict=data, non_tensor_dict=settings)

@@ -30,7 +30,8 @@ class WritesPolicy:
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_weights(self, folder: Path) -> None:
         """Write the policy as an ordinary Hugging Face checkpoint, with the shapes that it has in training."""
-        self.policy.checkpoint_manager.write_shards(folder)
+        with self.policy.eval_mode():  # as NCCL gathers nothing from host memory, offloaded weights come back for it
+            self.policy.checkpoint_manager.write_shards(folder)
 
 
 class PolicyWorker(WritesPolicy, ActorRolloutRefWorker):

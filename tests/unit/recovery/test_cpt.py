@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_ranks import run_ranks
-from sft_runs import LONGER, PROBLEM, sft_config
+from sft_runs import LONGER, PROBLEM, batch_of, engine_of, sft_config
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, CptConfig
@@ -132,37 +132,6 @@ def test_a_head_node_without_gpus_counts_tokens_on_its_cpu(tmp_path, make_checkp
     assert logged == [sum(len(document_ids(tokenizer, p, " Box it.")[0]) for p in [PROBLEM, LONGER]) * 4]
 
 
-def _engine(verl):
-    from verl.utils.config import omega_conf_to_dataclass
-    from verl.workers.engine import EngineRegistry
-
-    model, engine, optimizer, checkpoint = (
-        omega_conf_to_dataclass(verl[name]) for name in ("model", "engine", "optim", "checkpoint")
-    )
-    optimizer.total_training_steps = 3
-    engine.use_remove_padding = False
-    built = EngineRegistry.new(
-        model_type="language_model",
-        backend="fsdp2",
-        model_config=model,
-        engine_config=engine,
-        optimizer_config=optimizer,
-        checkpoint_config=checkpoint,
-    )
-    built.initialize()
-    return built
-
-
-def _batch(sequences: SequenceFile, indices, verl):
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.dataset.dataset_utils import SFTTensorCollator
-
-    data = SFTTensorCollator("no_padding")([sequences[i] for i in indices])
-    settings = {"use_remove_padding": False, "use_dynamic_bsz": True, "temperature": 1.0, "pad_mode": "no_padding"}
-    settings |= {"max_token_len_per_gpu": verl.data.max_token_len_per_gpu, "global_batch_size": 8, "pad_token_id": 0}
-    return tu.get_tensordict(tensor_dict=data, non_tensor_dict=settings)
-
-
 def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> None:
     from functools import partial
 
@@ -174,7 +143,7 @@ def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> No
     def loss_of(engine, step: int) -> float:
         order = torch.randperm(len(file), generator=torch.Generator().manual_seed(step)).tolist()[:8]
         with engine.train_mode():
-            found = engine.train_batch(_batch(file, order[rank::ranks], verl), partial(sft_loss, config=None))
+            found = engine.train_batch(batch_of(file, order[rank::ranks], verl), partial(sft_loss, config=None))
             engine.lr_scheduler_step()
         loss = torch.tensor(sum(found["loss"]))
         torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
@@ -183,13 +152,13 @@ def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> No
     def parameters_of(engine) -> dict[str, torch.Tensor]:
         return {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
 
-    engine = _engine(verl)
+    engine = engine_of(verl)
     losses = [loss_of(engine, 0), loss_of(engine, 1)]
     engine.save_checkpoint(f"{folder}/middle-{ranks}", global_step=2)
     losses.append(loss_of(engine, 2))
     engine.save_checkpoint(f"{folder}/saved-{ranks}", global_step=3)
     parameters = parameters_of(engine)
-    resumed = _engine(verl)
+    resumed = engine_of(verl)
     resumed.load_checkpoint(f"{folder}/middle-{ranks}")
     assert loss_of(resumed, 2) == losses[2]
     again = parameters_of(resumed)
@@ -230,9 +199,9 @@ def _with_parent(_rank: int, _ranks: int, folder: str, model: str, parent: str, 
     from ptl_rl.recovery.parent import ParentLoss, ask_for_logits
 
     verl = sft_config(Path(folder), Path(model), Path(sequences), 1, micro_batch_tokens=4096)
-    engine, file = _engine(verl), SequenceFile(sequences)
+    engine, file = engine_of(verl), SequenceFile(sequences)
     loss_function = ParentLoss(Path(parent), 0.7, 0.4, "sdpa", "float32")
-    batch = _batch(file, range(3), verl)
+    batch = batch_of(file, range(3), verl)
     ask_for_logits(batch)
     with engine.train_mode():
         engine.optimizer_zero_grad()
@@ -272,7 +241,7 @@ def _log_probs(_rank: int, _ranks: int, folder: str, model: str, sequences: str)
     from verl.utils import tensordict_utils as tu
 
     verl = sft_config(Path(folder), Path(model), Path(sequences), 1, micro_batch_tokens=4096)
-    engine, file = _engine(verl), SequenceFile(sequences)
+    engine, file = engine_of(verl), SequenceFile(sequences)
 
     def read(indices) -> list[torch.Tensor]:
         seen = []
@@ -283,7 +252,7 @@ def _log_probs(_rank: int, _ranks: int, folder: str, model: str, sequences: str)
             return torch.zeros((), requires_grad=True), {}
 
         with engine.eval_mode():
-            batch = _batch(file, indices, verl)
+            batch = batch_of(file, indices, verl)
             tu.assign_non_tensor(batch, compute_loss=True)
             engine.infer_batch(batch, keep)
         return [log_p_T.detach()[:-1] for log_p_T in seen]  # the last one's label is the next document's

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sft_runs import PROBLEM, sft_config
+from process_ranks import run_ranks
+from sft_runs import PROBLEM, batch_of, engine_of, sft_config
 
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.corpora import Record
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, CutsLost
 from ptl_rl.recovery.in_place.shapes import Shapes
-from ptl_rl.recovery.sequences import write_sequences
+from ptl_rl.recovery.sequences import SequenceFile, write_sequences
 
 WIDTHS = [48, 32, 16, 8]
 
@@ -191,6 +192,81 @@ def test_what_is_read_is_what_an_undisturbed_training_reads(make_trainer, tmp_pa
             trainer, told = make_trainer("after_every_cut", steps=10)
             trainer.fit()
     assert make_trainer.read == undisturbed and told[-1] == "save 10"
+
+
+def _slice(rank: int, ranks: int, folder: Path, model: Path, sequences: Path) -> None:
+    """Two steps, a cut between them, and a third one: by the model as it was, and by the sliced one after a start."""
+    from functools import partial
+
+    from verl.workers.utils.losses import sft_loss
+
+    from ptl_rl.families import FAMILIES
+    from ptl_rl.pruning.slice.in_place import cut_in_place
+    from ptl_rl.recovery.in_place.worker import PruningTrainer
+
+    file = SequenceFile(str(sequences))
+    verl = sft_config(folder, model, sequences, ranks, save_every_steps=2)
+
+    def step(engine, number: int) -> float:
+        order = torch.randperm(len(file), generator=torch.Generator().manual_seed(number)).tolist()[:8]
+        with engine.train_mode():
+            found = engine.train_batch(batch_of(file, order[rank::ranks], verl), partial(sft_loss, config=None))
+            engine.lr_scheduler_step()
+        loss = torch.tensor(sum(found["loss"]))
+        torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
+        return float(loss)
+
+    plan = PruningPlan(
+        keep_channels=[sorted(range(7 * layer, 7 * layer + 19)) for layer in range(3)], keep_layers=[0, 2],
+        layer_order=[1], source_intermediate_size=48, alignment=1, channel_criterion="obs", layer_criterion="cosine",
+        subset_hash="", source="",
+    )  # fmt: skip
+    worker = object.__new__(PruningTrainer)
+    engine = worker.engine = engine_of(verl)
+    worker.check_can_slice()
+    step(engine, 0)
+    cut_in_place(engine.module, FAMILIES["llama"], plan, engine.optimizer)
+    step(engine, 1)
+    old, new, small, whole = (folder / f"{ranks}/{name}" for name in ("old", "new", "small", "whole"))
+    for path in (new, small, whole):
+        path.mkdir(parents=True, exist_ok=True)
+    engine.save_checkpoint(str(old), global_step=2)
+    worker.write_weights(whole)
+    context = SimpleNamespace(spec=SimpleNamespace(source=model, device="cpu"))
+    worker.write_sliced(context, plan, small, old, new)
+    expected, rate = step(engine, 2), engine.optimizer.param_groups[0]["lr"]
+    again = engine_of(sft_config(folder, small, sequences, ranks, save_every_steps=2))
+    again.load_checkpoint(str(new))
+    assert step(again, 2) == pytest.approx(expected, rel=1e-5)
+    assert again.optimizer.param_groups[0]["lr"] == rate
+    left = {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}
+    for name, parameter in again.module.named_parameters():
+        was = left[name.replace("layers.1.", "layers.2.")]
+        kept = plan.keep_channels[2 if "layers.1." in name else 0]
+        if "gate_proj" in name or "up_proj" in name:
+            was = was[kept]
+        elif "down_proj" in name:
+            was = was[:, kept]
+        torch.testing.assert_close(parameter.full_tensor().detach(), was, rtol=1e-4, atol=1e-6)
+    if rank == 0:
+        from transformers import AutoModelForCausalLM
+
+        loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (small, whole)]
+        sizes = [(m.config.num_hidden_layers, m.config.intermediate_size) for m in loaded]
+        assert sizes == [(2, 19), (3, 48)]
+        ids_BT = torch.arange(40).view(2, 20)
+        logits = [m.eval()(input_ids=ids_BT).logits for m in loaded]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_verls_engine_goes_on_sliced_as_it_would_have_gone_on(ranks, tokenizer, make_checkpoint, tmp_path):
+    """Through verl's own checkpoints, on one rank and on two."""
+    pytest.importorskip("verl")
+    path = tmp_path / "s.arrow"
+    records = [Record(f"How much is {n} + {n * 7}?", f"\\boxed{{{n * 8}}}", str(n * 8), "s", str(n)) for n in range(32)]
+    write_sequences(records, tokenizer, path, suffix="", max_tokens=64, response_only=False)
+    run_ranks(_slice, ranks, tmp_path, make_checkpoint("llama"), path)
 
 
 def test_verls_worker_is_ours_while_it_is_named_and_verls_again_after(monkeypatch):
