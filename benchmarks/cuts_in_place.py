@@ -31,6 +31,8 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GRPO = {"prompts_per_step": 32, "rollouts_per_prompt": 8, "learning_rate": 5e-5, "kl_loss": 0.0}
 GRPO |= {"micro_batch_sequences": 64, "gradient_checkpointing": False, "validate_before": False}
 TAG = "PTL_BENCHMARK_RUN"
+MOST_AFTER_CUT = 12.0
+"""Seconds, about a step of the small runs that are killed, with the cut after it."""
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
@@ -145,6 +147,7 @@ def kills(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")],
     count: Annotated[int, typer.Option(help="Runs, each killed once.")] = 20,
     sliced: Annotated[bool, typer.Option(help="Have training go on with the sliced model after every cut.")] = False,
+    within: Annotated[bool, typer.Option(help="Only between the first cut and the end of training.")] = False,
     seed: Annotated[int, typer.Option(help="Of the instants.")] = 0,
 ) -> None:
     """Kill runs at instants spread over what a whole run takes, resume them, and check what they end with."""
@@ -165,15 +168,17 @@ def kills(
     draw = random.Random(seed)
     for number in range(count):
         instant = draw.uniform(number, number + 1) / count * length
+        # How far a run is after so many seconds changes with the machine's hour; so many cuts later it is in training.
+        made, later = (draw.randint(1, cuts), draw.uniform(0, MOST_AFTER_CUT)) if within else (0, instant)
         run_dir, said = out / f"run-{number:02d}", out / f"run-{number:02d}.json"
         if not said.exists():
-            said.write_text(json.dumps(_kill_and_resume(run_dir, recipe, settings, instant)))
+            said.write_text(json.dumps(_kill_and_resume(run_dir, recipe, settings, later, made)))
         found = json.loads(said.read_text())
         wrong = check(run_dir, cuts) if finished(run_dir, 1) else "it did not finish; see its log"
         killed += found["processes"] > 0
         failed += wrong is not None
         print(
-            f"run {number:2d}, after {instant:5.1f} of {length:.0f} s: {found['processes']} processes killed, journal "
+            f"run {number:2d}, after {made} cuts and {later:5.1f} of {length:.0f} s: {found['processes']} processes killed, journal "
             f"{found['journal']}: {wrong or 'whole in the end'}",
             flush=True,
         )
@@ -181,15 +186,17 @@ def kills(
     raise SystemExit(bool(failed))
 
 
-def _kill_and_resume(run_dir: Path, recipe: str, settings: dict[str, Any], instant: float) -> dict[str, Any]:
-    """Make a run, kill it after ``instant`` seconds, and go on with it; tells what was there when it was killed."""
+def _kill_and_resume(run_dir: Path, recipe: str, settings: dict[str, Any], seconds: float, cuts: int) -> dict[str, Any]:
+    """Make a run, kill it so many seconds after that many cuts, and go on with it; tells what was there then."""
     shutil.rmtree(run_dir, ignore_errors=True)
     environment, found = {**os.environ, TAG: str(run_dir)}, {"processes": 0, "journal": []}
     with run_dir.with_suffix(".log").open("w") as output:
         options: dict[str, Any] = {"stdout": output, "stderr": output, "env": environment}
         process = subprocess.Popen(command(run_dir, recipe, settings), **options)
+        while process.poll() is None and sum(entry.stage == "cut" for entry in entries_of(run_dir)) < cuts:
+            time.sleep(0.1)
         try:
-            process.wait(timeout=instant)
+            process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             found = {"processes": kill(str(run_dir)), "journal": [entry.stage for entry in entries_of(run_dir)]}
         process.wait()
