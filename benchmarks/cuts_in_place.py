@@ -178,8 +178,8 @@ def kills(
         killed += found["processes"] > 0
         failed += wrong is not None
         print(
-            f"run {number:2d}, after {made} cuts and {later:5.1f} of {length:.0f} s: {found['processes']} processes killed, journal "
-            f"{found['journal']}: {wrong or 'whole in the end'}",
+            f"run {number:2d}, after {made} cuts and {later:5.1f} of {length:.0f} s: {found['processes']} processes "
+            f"killed, journal {found['journal']}: {wrong or 'whole in the end'}",
             flush=True,
         )
     print(f"{count - failed} of {count} runs are whole in the end; {killed} were killed, the others had ended before")
