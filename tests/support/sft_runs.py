@@ -62,3 +62,19 @@ def batch_of(sequences: SequenceFile, indices, verl):
     settings = {"use_remove_padding": False, "use_dynamic_bsz": True, "temperature": 1.0, "pad_mode": "no_padding"}
     settings |= {"max_token_len_per_gpu": verl.data.max_token_len_per_gpu, "global_batch_size": 8, "pad_token_id": 0}
     return tu.get_tensordict(tensor_dict=data, non_tensor_dict=settings)
+
+
+def loss_of_step(engine, sequences: SequenceFile, verl, step: int, rank: int, ranks: int) -> float:
+    """Have all ranks make one step of eight sequences, drawn by its number; gives the loss before it."""
+    from functools import partial
+
+    import torch
+    from verl.workers.utils.losses import sft_loss
+
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(step)).tolist()[:8]
+    with engine.train_mode():
+        found = engine.train_batch(batch_of(sequences, order[rank::ranks], verl), partial(sft_loss, config=None))
+        engine.lr_scheduler_step()
+    loss = torch.tensor(sum(found["loss"]))
+    torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
+    return float(loss)

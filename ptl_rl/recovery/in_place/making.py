@@ -7,6 +7,7 @@ import math
 import shutil
 import statistics
 import time
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,18 @@ class MakesCuts:
         """Of the steps that this trainer has made, without what comes between them."""
 
     @property
+    @abstractmethod
     def pruner(self) -> Any:
         """The group of workers, which have the methods of :class:`ptl_rl.recovery.in_place.worker.Cutting`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def steps_done(self) -> int:
-        raise NotImplementedError
+        """Optimizer steps of the training, also by earlier attempts."""
 
+    @abstractmethod
     def _step_folder(self) -> Path:
         """Of verl's checkpoint of the steps that are done."""
-        raise NotImplementedError
 
     @property
     def work(self) -> Path:

@@ -1,5 +1,6 @@
 """verl's worker of policy and rollouts, which can write the policy at any step and hold it to the unpruned parent."""
 
+from abc import abstractmethod
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,9 @@ class WritesPolicy:
     """For a worker of verl's that trains; its methods run on every rank, and are collective."""
 
     @property
+    @abstractmethod
     def policy(self) -> Any:
         """verl's engine of what is trained."""
-        raise NotImplementedError
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_weights(self, folder: Path) -> None:

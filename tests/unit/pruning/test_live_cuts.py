@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import plan_keeping
 from process_ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,7 +165,7 @@ def test_blocks_keep_their_windows_when_they_are_numbered_anew(family, make_chec
             family, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
         )
     ).eval()
-    cut_in_place(model, FAMILIES[family], plan_without(0))
+    cut_in_place(model, FAMILIES[family], plan_keeping([list(range(48))] * 3, 48, [0]))
     ids_BT = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -175,20 +176,6 @@ def test_blocks_keep_their_windows_when_they_are_numbered_anew(family, make_chec
         others_BTV = model(input_ids=ids_BT, use_cache=False).logits
     assert torch.allclose(found_BTV, expected_BTV, atol=1e-5 * float(expected_BTV.abs().max()))
     assert not torch.allclose(others_BTV, expected_BTV, atol=1e-3 * float(expected_BTV.abs().max()))
-
-
-def plan_without(layer: int) -> PruningPlan:
-    return PruningPlan(
-        keep_channels=[list(range(48))] * 3,
-        keep_layers=[other for other in range(3) if other != layer],
-        layer_order=[layer],
-        source_intermediate_size=48,
-        alignment=1,
-        channel_criterion="obs",
-        layer_criterion="explicit",
-        subset_hash="",
-        source="",
-    )
 
 
 def test_blocks_that_the_recipe_names_go_whatever_went_before(make_checkpoint, tmp_path):
@@ -405,20 +392,7 @@ def test_all_ranks_cut_alike_by_a_criterion_that_draws(make_checkpoint, tmp_path
 
 
 def test_plans_that_follow_each_other():
-    def plan_of(width: int, keep: list[list[int]]) -> PruningPlan:
-        return PruningPlan(
-            keep_channels=keep,
-            keep_layers=[0, 1],
-            layer_order=[],
-            source_intermediate_size=width,
-            alignment=1,
-            channel_criterion="obs",
-            layer_criterion="leave_one_out",
-            subset_hash="",
-            source="",
-        )
-
-    plans = [plan_of(6, [[0, 2, 3, 5], [1, 2, 4, 5]]), plan_of(4, [[1, 3], [0, 1]])]
+    plans = [plan_keeping([[0, 2, 3, 5], [1, 2, 4, 5]], 6), plan_keeping([[1, 3], [0, 1]], 4)]
     assert standing_after(plans).tolist() == [[2, 5], [1, 2]]
     together = whole_plan(plans)
     assert (together.keep_channels, together.source_intermediate_size) == ([[2, 5], [1, 2]], 6)
@@ -426,22 +400,9 @@ def test_plans_that_follow_each_other():
 
 
 def test_plans_that_follow_each_other_and_take_blocks():
-    def plan_of(width: int, keep: list[list[int]], gone: list[int]) -> PruningPlan:
-        return PruningPlan(
-            keep_channels=keep,
-            keep_layers=[layer for layer in range(len(keep)) if layer not in gone],
-            layer_order=gone,
-            source_intermediate_size=width,
-            alignment=1,
-            channel_criterion="obs",
-            layer_criterion="leave_one_out",
-            subset_hash="",
-            source="",
-        )
-
     plans = [
-        plan_of(6, [[0, 1, 2], [3, 4, 5], [1, 3, 5], [0, 2, 4]], [1]),
-        plan_of(3, [[0, 1], [1, 2], [0, 2]], [2, 0]),
+        plan_keeping([[0, 1, 2], [3, 4, 5], [1, 3, 5], [0, 2, 4]], 6, [1]),
+        plan_keeping([[0, 1], [1, 2], [0, 2]], 3, [2, 0]),
     ]
     assert blocks_after(plans) == [2] and blocks_after(plans[:1]) == [0, 2, 3]
     assert standing_after(plans).tolist() == [[3, 5]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_ranks import run_ranks
-from sft_runs import LONGER, PROBLEM, batch_of, engine_of, sft_config
+from sft_runs import LONGER, PROBLEM, batch_of, engine_of, loss_of_step, sft_config
 
 from ptl_rl.attention import FLASH
 from ptl_rl.config import ConfigError, CptConfig
@@ -133,21 +133,11 @@ def test_a_head_node_without_gpus_counts_tokens_on_its_cpu(tmp_path, make_checkp
 
 
 def _train(rank: int, ranks: int, folder: str, model: str, sequences: str) -> None:
-    from functools import partial
-
-    from verl.workers.utils.losses import sft_loss
-
     verl = sft_config(Path(folder), Path(model), Path(sequences), ranks, save_every_steps=2)
     file = SequenceFile(sequences)
 
     def loss_of(engine, step: int) -> float:
-        order = torch.randperm(len(file), generator=torch.Generator().manual_seed(step)).tolist()[:8]
-        with engine.train_mode():
-            found = engine.train_batch(batch_of(file, order[rank::ranks], verl), partial(sft_loss, config=None))
-            engine.lr_scheduler_step()
-        loss = torch.tensor(sum(found["loss"]))
-        torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
-        return float(loss)
+        return loss_of_step(engine, file, verl, step, rank, ranks)
 
     def parameters_of(engine) -> dict[str, torch.Tensor]:
         return {name: p.full_tensor().detach() for name, p in engine.module.named_parameters()}

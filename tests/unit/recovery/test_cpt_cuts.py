@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plans import plan_keeping
 from process_ranks import run_ranks
-from sft_runs import PROBLEM, batch_of, engine_of, sft_config
+from sft_runs import PROBLEM, engine_of, loss_of_step, sft_config
 
 from ptl_rl.config.in_place import CutInPlace
 from ptl_rl.data.corpora import Record
-from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.recovery.in_place.cuts import IN_CHECKPOINT, Cuts, CutsLost
 from ptl_rl.recovery.in_place.shapes import Shapes
 from ptl_rl.recovery.sequences import SequenceFile, write_sequences
@@ -76,11 +76,7 @@ def make_trainer(tmp_path, make_checkpoint, tokenizer, monkeypatch):
                 )
                 told.append(f"cut {len(made)}")
                 before, after = WIDTHS[len(made) : len(made) + 2]
-                plan = PruningPlan(
-                    keep_channels=[list(range(after))] * 3, keep_layers=[0, 1, 2], layer_order=[],
-                    source_intermediate_size=before, alignment=1, channel_criterion="obs", layer_criterion="cosine",
-                    subset_hash="", source="",
-                )  # fmt: skip
+                plan = plan_keeping([list(range(after))] * 3, before)
                 return [(plan, {})]
 
             def write_sliced(self, context, plan, folder, old, new):
@@ -196,10 +192,6 @@ def test_what_is_read_is_what_an_undisturbed_training_reads(make_trainer, tmp_pa
 
 def _slice(rank: int, ranks: int, folder: Path, model: Path, sequences: Path) -> None:
     """Two steps, a cut between them, and a third one: by the model as it was, and by the sliced one after a start."""
-    from functools import partial
-
-    from verl.workers.utils.losses import sft_loss
-
     from ptl_rl.families import FAMILIES
     from ptl_rl.pruning.slice.in_place import cut_in_place
     from ptl_rl.recovery.in_place.worker import PruningTrainer
@@ -208,19 +200,9 @@ def _slice(rank: int, ranks: int, folder: Path, model: Path, sequences: Path) ->
     verl = sft_config(folder, model, sequences, ranks, save_every_steps=2)
 
     def step(engine, number: int) -> float:
-        order = torch.randperm(len(file), generator=torch.Generator().manual_seed(number)).tolist()[:8]
-        with engine.train_mode():
-            found = engine.train_batch(batch_of(file, order[rank::ranks], verl), partial(sft_loss, config=None))
-            engine.lr_scheduler_step()
-        loss = torch.tensor(sum(found["loss"]))
-        torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.AVG)
-        return float(loss)
+        return loss_of_step(engine, file, verl, number, rank, ranks)
 
-    plan = PruningPlan(
-        keep_channels=[sorted(range(7 * layer, 7 * layer + 19)) for layer in range(3)], keep_layers=[0, 2],
-        layer_order=[1], source_intermediate_size=48, alignment=1, channel_criterion="obs", layer_criterion="cosine",
-        subset_hash="", source="",
-    )  # fmt: skip
+    plan = plan_keeping([list(range(7 * layer, 7 * layer + 19)) for layer in range(3)], 48, [1])
     worker = object.__new__(PruningTrainer)
     engine = worker.engine = engine_of(verl)
     worker.check_can_slice()

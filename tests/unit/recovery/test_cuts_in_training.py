@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from plans import plan_keeping
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.in_place import CutInPlace, cuts_in_place
@@ -35,17 +37,7 @@ def config_of(*changes: str):
 
 
 def plan_of(width: int, keep: list[int]) -> PruningPlan:
-    return PruningPlan(
-        keep_channels=[keep, keep],
-        keep_layers=[0, 1],
-        layer_order=[],
-        source_intermediate_size=width,
-        alignment=1,
-        channel_criterion="obs",
-        layer_criterion="leave_one_out",
-        subset_hash="",
-        source="",
-    )
+    return plan_keeping([keep, keep], width)
 
 
 @pytest.mark.parametrize(
@@ -375,3 +367,20 @@ def test_other_modes_stay_as_they_were():
     config = parse_config({"schedule": {"channels_per_cycle": [128, 128]}, "recovery": [{"grpo": {"steps": [1, 3]}}]})
     assert [cut.channels for cut in planned_cuts(config.schedule)] == [128, 128]
     assert [recovery_steps(config, planned) for planned in (0, 1)] == [1, 3]
+
+
+def test_offloaded_weights_come_back_to_be_written(tmp_path):
+    """NCCL gathers nothing from host memory; verl's engine loads them within its modes."""
+    workers, told = pytest.importorskip("ptl_rl.recovery.in_place.worker"), []
+
+    @contextmanager
+    def eval_mode():
+        told.append("loaded")
+        yield
+        told.append("offloaded")
+
+    manager = SimpleNamespace(write_shards=lambda folder: told.append(folder.name))
+    worker = object.__new__(workers.PruningTrainer)
+    worker.engine = SimpleNamespace(eval_mode=eval_mode, checkpoint_manager=manager)
+    worker.write_weights(tmp_path / "last")
+    assert told == ["loaded", "last", "offloaded"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from plans import plan_keeping
 
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config
@@ -21,18 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 DEMO, MODEL = ROOT / "recipes/demo_grpo_cpu.yaml", ROOT / "ptl_rl/testbed/checkpoints/qwen2"
 
 
-def plan_of(width: int, keep: int, layers: int = 4) -> PruningPlan:
-    return PruningPlan(
-        keep_channels=[list(range(keep))] * layers,
-        keep_layers=list(range(layers)),
-        layer_order=[],
-        source_intermediate_size=width,
-        alignment=1,
-        channel_criterion="obs",
-        layer_criterion="leave_one_out",
-        subset_hash="",
-        source="",
-    )
+def plan_of(width: int, keep: int) -> PruningPlan:
+    return plan_keeping([list(range(keep))] * 4, width)
 
 
 def context_of(work: Path, *changes: str) -> StageContext:
