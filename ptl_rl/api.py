@@ -80,7 +80,7 @@ def start(
 
     Args:
         folder: of the run; default: ``runs/NAME-TIME``.
-        progress: told of the data that is read.
+        progress: told of the data that is read, and of speeds that are measured.
 
     Returns:
         the folder, and notes for the user.
@@ -91,14 +91,17 @@ def start(
     import time
 
     from ptl_rl.data.records import no_progress
-    from ptl_rl.driver.loop import start_run
+    from ptl_rl.driver.loop import check_unused, start_run
     from ptl_rl.driver.preflight import check, settle
+    from ptl_rl.driver.run_folder import RunFolder
     from ptl_rl.errors import resolved
 
     place = Path(folder or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     notes = check(recipe, resolved(place), progress or no_progress)
-    start_run(settle(recipe), place)
-    return place, notes
+    check_unused(RunFolder(place))  # before anything is measured, which takes minutes
+    config, measured = settle(recipe, progress or no_progress)
+    start_run(config, place)
+    return place, notes + measured
 
 
 def run(

@@ -112,7 +112,7 @@ def speed(
     from ptl_rl.checkpoints.read import check_finite
     from ptl_rl.errors import UserError, check_new_file, check_plain
     from ptl_rl.evaluation.command import prepare_machine, quieten_exit, quieten_libraries
-    from ptl_rl.evaluation.speed import Load, measure
+    from ptl_rl.evaluation.speed import measure, usual_loads
     from ptl_rl.models import check_readable, open_model
     from ptl_rl.reporting.eval_table import speed_table
 
@@ -127,10 +127,7 @@ def speed(
         check_finite(folder)
     console, cpu = make_console(), prepare_machine()
     kind = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
-    loads = [
-        Load("batch 1", 1, prompt_tokens, response_tokens),
-        Load("saturated", sequences, prompt_tokens, response_tokens),
-    ]
+    loads = usual_loads(sequences, prompt_tokens, response_tokens)
     nothing_kept = interruptible("nothing is kept of a measurement that is not finished")
     try:
         with nothing_kept, bar(console, "rounds") as progress:

@@ -129,11 +129,15 @@ def plan(
         print(as_recipe(config), end="")
         return
     model, device = planned_model(config), device_of(config, gpu)
+    by_speed = config.schedule.target is not None and config.schedule.target.tokens_per_second
     config = settled(config, model.shape)
     check_cuts(config, model.shape)
     found = forecast(
         config, model, device, assumed=assumptions_of(device, given), price_per_gpu_hour=price_per_gpu_hour
     )
+    if by_speed:
+        promised = f"schedule.target.tokens_per_second {by_speed:g} is what FLOPs promise here; ptl run measures it"
+        found.notes.insert(0, promised)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:

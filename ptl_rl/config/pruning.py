@@ -151,11 +151,23 @@ def check_gradients(criterion: CriterionConfig, calibration: CalibrationConfig) 
 
 
 class TargetConfig(Section):
-    """How small the model is to become by losing channels; one of these, up to 1 as a share of the original's."""
+    """How small the model is to become by losing channels; one of these."""
 
-    parameters: float | None = Field(None, gt=0, description="Parameters, tied embeddings counted once.")
+    parameters: float | None = Field(
+        None,
+        gt=0,
+        description="Parameters, tied embeddings counted once. Here, and for the next two, a number up to 1 is a share "
+        "of the original's.",
+    )
     intermediate_size: float | None = Field(None, gt=0, description="Channels of a layer.")
     flops: float | None = Field(None, gt=0, description="FLOPs of a token's forward pass, attention's scores apart.")
+    tokens_per_second: float | None = Field(
+        None,
+        gt=1,
+        description="Generated tokens a second in vLLM under full load (as ptl speed has it), as a multiple of the "
+        "original's. ptl run measures models of random weights beside the original before all else, so it needs the "
+        "run's device where it is started; ptl plan goes by FLOPs.",
+    )
 
     @property
     def measure(self) -> tuple[str, float]:

@@ -369,6 +369,12 @@ class Driver:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def check_unused(folder: RunFolder) -> None:
+    """Raise :class:`ConfigError` where a run has begun."""
+    if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
+        raise ConfigError(f"{folder.path} already holds a run; continue it with: {resume_command(folder.path)}")
+
+
 def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     """Make the run folder; refuses one that already holds a run, though not one whose first stage never began."""
     from ptl_rl.config.recipe import save_config
@@ -376,8 +382,7 @@ def start_run(config: RunConfig, run_dir: Path) -> RunFolder:
     folder = RunFolder(run_dir)
     try:
         with folder.locked():
-            if folder.config.exists() and (folder.journal.exists() or any(folder.logs.glob("*.spec.json"))):
-                raise ConfigError(f"{folder.path} already holds a run; continue it with: {resume_command(run_dir)}")
+            check_unused(folder)
             folder.logs.mkdir(parents=True, exist_ok=True)
             (folder.path / "cycles").mkdir(exist_ok=True)
             for left in (folder.data, folder.data.with_name(f".{folder.data.name}.tmp")):  # of another recipe

@@ -28,9 +28,60 @@ FEWEST_BOXED = 0.1
 """Of these, a smaller share with a box is as good as none."""
 
 
-def settle(config: RunConfig) -> RunConfig:
-    """A recipe whose schedule names its cuts; finds the model only where they depend on it."""
-    return settled(config, check_model(config)[1]) if config.schedule.is_open else config
+def settle(config: RunConfig, progress: Progress = no_progress) -> tuple[RunConfig, list[str]]:
+    """A recipe whose schedule names its cuts, and notes on what was measured for that.
+
+    It finds the model only where the cuts depend on it, and measures only for ``schedule.target.tokens_per_second``.
+
+    Raises:
+        ConfigError: no cut reaches the target, or its speed cannot be measured here.
+    """
+    if not config.schedule.is_open:
+        return config, []
+    model, shape = check_model(config)
+    target, notes = config.schedule.target, list[str]()
+    if target is not None and target.tokens_per_second is not None:
+        gone = _channels_for_speed(config, model, shape, target.tokens_per_second, progress, notes)
+        schedule = config.schedule.model_dump() | {"target": None, "channels_total": gone}
+        config = config.model_copy(update={"schedule": type(config.schedule)(**schedule)})
+        check_cuts(config, shape)
+    return settled(config, shape), notes
+
+
+def _channels_for_speed(
+    config: RunConfig, model: Path, shape: ModelShape, target: float, progress: Progress, notes: list[str]
+) -> int:
+    from ptl_rl.cpu.checks import is_cpu_only
+    from ptl_rl.evaluation.speed_target import OutOfReach, channels_for_speed
+
+    setting = "schedule.target.tokens_per_second"
+    device, here = detect_device(config), "cpu" if is_cpu_only() else "cuda"
+    if device != here:
+        raise ConfigError(
+            f"{setting}: speeds are measured where ptl run is started, on {here}, but the run is for {device}; start "
+            f"it where there is {device}, or measure there with ptl speed and set schedule.channels_total"
+        )
+    schedule, tensor_parallel_size = config.schedule, config.resources.tensor_parallel_size
+    alignment = schedule.alignment * tensor_parallel_size
+    first = settled(config, shape).schedule.channels_sum
+    try:
+        return channels_for_speed(
+            model,
+            target,
+            first,
+            layers=schedule.layers_total,
+            alignment=alignment,
+            dtype=config.model.dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            progress=progress,
+            told=lambda text: notes.append(f"{setting}: {text}"),
+        )
+    except OutOfReach as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    except ImportError as error:
+        raise ConfigError(
+            f"{setting}: {error}; measuring needs vLLM, which launch/setup.sh or the extra 'gpu' installs"
+        ) from error
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:

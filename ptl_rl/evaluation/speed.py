@@ -19,6 +19,8 @@ from typing import Any
 from ptl_rl.errors import check_sockets
 from ptl_rl.families import ModelShape, read_shape
 
+SATURATED = "saturated"
+
 
 @dataclass(frozen=True)
 class Load:
@@ -65,6 +67,14 @@ class ModelSpeed:
         return self.speedup[load].median / self.promised
 
 
+def usual_loads(sequences: int = 128, prompt_tokens: int = 64, response_tokens: int = 64) -> list[Load]:
+    """One request at a time, and so many at once that the device is kept busy."""
+    return [
+        Load("batch 1", 1, prompt_tokens, response_tokens),
+        Load(SATURATED, sequences, prompt_tokens, response_tokens),
+    ]
+
+
 # In the process of one model.
 _engine: Any = None
 
@@ -76,7 +86,9 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _start(folder: str, dtype: str, window: int, sequences: int, memory: float, tensor_parallel_size: int) -> int:
+def _start(
+    folder: str, dtype: str, window: int, sequences: int, memory: float, tensor_parallel_size: int, shapes_only: bool
+) -> int:
     """Load a model; returns the size of its vocabulary."""
     global _engine
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -96,6 +108,8 @@ def _start(folder: str, dtype: str, window: int, sequences: int, memory: float, 
         enforce_eager=checks.is_cpu_only(),
         enable_prefix_caching=False,  # rounds repeat their prompts
         seed=0,
+        skip_tokenizer_init=shapes_only,
+        load_format="dummy" if shapes_only else "auto",
     )
     # What comes now is the noise of a process that ends; errors reach the caller as exceptions.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -126,6 +140,7 @@ def measure(
     rounds: int,
     dtype: str,
     tensor_parallel_size: int = 1,
+    shapes_only: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ModelSpeed]:
     """Every model under every load, ``rounds`` times, in turns; a first round of each is not counted.
@@ -133,6 +148,7 @@ def measure(
     Args:
         dtype: float32 or bfloat16.
         tensor_parallel_size: GPUs that share one model; each model needs so many, or shares them with the others.
+        shapes_only: the folders have a ``config.json`` and no weights that count; random ones are as fast.
     """
     check_sockets()
     shapes = [read_shape(folder) for folder in folders]
@@ -143,7 +159,7 @@ def measure(
     with ExitStack() as stack:
         spawn = get_context("spawn")
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in folders]
-        arguments = (dtype, window, sequences, 0.85 / len(folders), tensor_parallel_size)
+        arguments = (dtype, window, sequences, 0.85 / len(folders), tensor_parallel_size, shapes_only)
         vocabularies = [
             pool.submit(_start, str(folder), *arguments).result() for pool, folder in zip(pools, folders, strict=True)
         ]

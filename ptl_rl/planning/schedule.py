@@ -8,6 +8,8 @@ from ptl_rl.config import ConfigError, RunConfig, ScheduleConfig
 from ptl_rl.config.pruning import TargetConfig
 from ptl_rl.families.base import ModelShape
 
+FLOPS_TARGETS = ("flops", "tokens_per_second")
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -91,18 +93,22 @@ def settled(config: RunConfig, shape: ModelShape) -> RunConfig:
 def channels_for(target: TargetConfig, shape: ModelShape, layers: int, alignment: int) -> int:
     """Fewest channels whose loss, and that of ``layers`` blocks, makes the model as small as the target says.
 
+    A speed is taken to be what the FLOPs promise; :mod:`ptl_rl.evaluation.speed_target` measures it.
+
     Raises:
         ConfigError: none are enough, or none need to go.
     """
     name, value = target.measure
 
     def size(of: ModelShape) -> int:
-        return of.flops_per_token() if name == "flops" else getattr(of, name)
+        return of.flops_per_token() if name in FLOPS_TARGETS else getattr(of, name)
 
-    wanted = value * size(shape) if value <= 1 else value
+    is_speed = name == "tokens_per_second"
+    wanted = size(shape) / value if is_speed else value * size(shape) if value <= 1 else value
     width, smallest = shape.intermediate_size, size(shape.sliced(shape.intermediate_size - alignment, layers))
     removals = [width - left for left in range(width - width % alignment, 0, -alignment)]
-    found = next((gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted), None)
+    smallest_enough = (gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted)
+    found = next(smallest_enough, removals[-1] if is_speed else None)  # beyond FLOPs' promise measuring decides
     blocks = f" and {layers} blocks fewer" if layers else ""
     if found is None:
         raise ConfigError(

@@ -81,6 +81,10 @@ def prepare(
     for recipe in chosen:
         config = load_config(recipe, settings)
         _, shape = check_model(config)
+        if config.schedule.target is not None and config.schedule.target.tokens_per_second is not None:
+            raise ConfigError(
+                f"{recipe}: a study does not measure schedule.target.tokens_per_second; set schedule.channels_total"
+            )
         config = settled(config, shape)
         words = ["ptl", "study", name, *map(str, recipes)]
         words += [word for setting in settings for word in ("--set", setting)]

@@ -105,6 +105,10 @@ def test_the_recipe_that_a_run_keeps_names_its_cuts(repository, tmp_path, monkey
     api.start(ptl_rl.load_recipe(repository / "recipes/demo_restart_cpu.yaml", [OPEN]), tmp_path / "run")
     saved = ptl_rl.config.recipe.read_saved_config(tmp_path / "run/config.json")
     assert saved.schedule.channel_steps == [320, 160] and not saved.schedule.is_open
+    (tmp_path / "run/journal.jsonl").write_text("{}\n")
+    monkeypatch.setattr("ptl_rl.driver.preflight.settle", lambda *_: pytest.fail("measured for minutes, then refused"))
+    with pytest.raises(ptl_rl.UserError, match="already holds a run"):
+        api.start(ptl_rl.load_recipe(repository / "recipes/demo_restart_cpu.yaml", [OPEN]), tmp_path / "run")
 
 
 def test_settings_of_a_recipe_that_is_read_already_are_refused(repository):

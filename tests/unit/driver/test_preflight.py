@@ -10,6 +10,7 @@ from ptl_rl import attention
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import preflight
+from ptl_rl.evaluation import speed_target
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 Usage = namedtuple("Usage", "total used free")
@@ -232,3 +233,41 @@ def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refu
     values["model"]["attention"] = "flash_attention_2"
     with pytest.raises(ConfigError, match=r"model\.attention: flash_attention_2, but the package flash-attn"):
         preflight.check(parse_config(values), tmp_path / "run")
+
+
+def test_a_speed_to_reach_is_measured_where_the_run_begins(repository, tmp_path, monkeypatch):
+    asked = {}
+
+    def found(model, target, first, *, told, **given):
+        asked.update(given, model=model, target=target, first=first)
+        told("384 of 640 channels: 1.31 times as fast (1.30-1.33)")
+        return 256
+
+    monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", found)
+    faster = "schedule={pace: geometric, cuts: 2, target: {tokens_per_second: 1.3}, alignment: 16}"
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", [faster, "resources.device=cpu"])
+    settled, notes = preflight.settle(config)
+    assert settled.schedule.channel_steps == [144, 112] and not settled.schedule.is_open
+    assert notes == ["schedule.target.tokens_per_second: 384 of 640 channels: 1.31 times as fast (1.30-1.33)"]
+    assert asked["first"] == preflight.settled(config, preflight.check_model(config)[1]).schedule.channels_sum
+    assert (asked["target"], asked["alignment"], asked["dtype"], asked["layers"]) == (1.3, 16, "float32", 0)
+
+    too_fast = "schedule={channels_per_cycle: 200, target: {tokens_per_second: 1.3}, alignment: 16}"
+    with pytest.raises(ConfigError, match="cycle 1 leaves 440 channels"):
+        preflight.settle(load_config(repository / "recipes/demo_restart_cpu.yaml", [too_fast, "resources.device=cpu"]))
+    monkeypatch.setattr("ptl_rl.cpu.checks.is_cpu_only", lambda: False)
+    with pytest.raises(ConfigError, match=r"on cuda, but the run is for cpu; .* set schedule\.channels_total"):
+        preflight.settle(config)
+
+
+def test_what_cannot_be_measured_names_the_setting(repository, monkeypatch):
+    faster = "schedule={channels_per_cycle: 16, target: {tokens_per_second: 9}, alignment: 16}"
+    config = load_config(repository / "recipes/demo_restart_cpu.yaml", [faster, "resources.device=cpu"])
+    for error in (speed_target.OutOfReach("16 channels ... give less than 9"), ImportError("No module named 'vllm'")):
+
+        def raises(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", raises)
+        with pytest.raises(ConfigError, match=r"schedule\.target\.tokens_per_second: .*(give less|launch/setup\.sh)"):
+            preflight.settle(config)

@@ -127,6 +127,10 @@ def test_a_schedule_that_leaves_its_cuts_to_the_model():
     config = config_of(mode="in_place", pace="governed", target={"flops": 0.6}, patience=3)
     found = settled(config, SHAPE).schedule
     assert found.channels_sum == channels_for(TargetConfig(flops=0.6), SHAPE, 0, 16) and found.patience == 3
+    by_speed = config_of(mode="in_place", pace="governed", target={"tokens_per_second": 1.25})
+    assert settled(by_speed, SHAPE).schedule.channels_sum == channels_for(TargetConfig(flops=0.8), SHAPE, 0, 16)
+    by_speed = config_of(channels_per_cycle=16, target={"tokens_per_second": 1e6})
+    assert settled(by_speed, SHAPE).schedule.channels_sum == SHAPE.intermediate_size - 16, "measuring decides"
     plain = config_of(channels_per_cycle=[64])
     assert settled(plain, SHAPE) is plain
     with pytest.raises(ConfigError, match="between 768 and 736 channels there are only 2 cuts of equal shares"):
