@@ -148,7 +148,7 @@ class Clock:
         """How many tokens are computed for one that counts."""
         return 1.0 if self.planned.attention == "flash_attention_2" else 1 / share
 
-    def cpt(self, shape: ModelShape, original: ModelShape, recovery: CptConfig, steps: int) -> float:
+    def cpt_step(self, shape: ModelShape, original: ModelShape, recovery: CptConfig) -> float:
         mean = self.assumed.mean_document_share * recovery.max_tokens
         tokens = (recovery.tokens_per_step or recovery.sequences_per_step * mean) * self._padding(0.7)
         tokens /= self.planned.trainers(recovery)
@@ -156,7 +156,10 @@ class Clock:
         seconds = tokens * flops / self._rate(self.assumed.mfu)
         if recovery.parent_kl:
             seconds += tokens * original.flops_per_token(int(mean / 2)) / self._rate(self.assumed.reading_share)
-        return self._recovery(shape, recovery, steps, steps * seconds)
+        return seconds
+
+    def cpt(self, shape: ModelShape, original: ModelShape, recovery: CptConfig, steps: int) -> float:
+        return self._recovery(shape, recovery, steps, steps * self.cpt_step(shape, original, recovery))
 
     def rollouts(self, shape: ModelShape, recovery: GrpoConfig, prompts: int) -> float:
         """Of answering ``prompts`` on the engines of those that train."""
@@ -229,6 +232,33 @@ class Clock:
             times.append(StageTime("validate", number, seconds))
         return [*times, StageTime("slice", number, self.assumed.start_seconds + written)]
 
+    def saved_by_slicing(self, shape: ModelShape, recovery: AnyRecovery) -> float:
+        """Seconds that a training in place is shorter by, where it goes on with sliced models; starts are paid from it.
+
+        Where its pace finds the cuts there is nothing to go by, and it is 0.
+        """
+        schedule = self.config.schedule
+        if schedule.rematerialise == "never" or schedule.pace == "governed":
+            return 0.0
+
+        def step(of: ModelShape) -> float:
+            if isinstance(recovery, CptConfig):
+                return self.cpt_step(of, shape, recovery)
+            return sum(self.rl_step(of, shape, recovery).values())
+
+        saved, trained, left = 0.0, shape, shape
+        cuts = schedule.cuts_in_order
+        for index, (channels, layers) in enumerate(cuts):
+            left = left.sliced(channels, layers)
+            # A start is told from the first step, so that one is made before anything is sliced.
+            steps = sum(map(recovery.steps_of, range(index, len(cuts)))) - (index == 0)
+            start = self.assumed.start_seconds + self.disk((RESUMABLE_BYTES + WEIGHT_BYTES) * left.parameters)
+            start += 0.0 if isinstance(recovery, CptConfig) else self.assumed.engine_start_seconds
+            gain = steps * (step(trained) - step(left)) - start
+            if steps and (schedule.rematerialise == "after_every_cut" or gain > 0):
+                saved, trained = saved + gain, left
+        return saved
+
     def run(self, shape: ModelShape, cuts: list[Cut]) -> list[StageTime]:
         """Every stage of the run as planned; the gate may ask for more."""
         original = shape
@@ -248,6 +278,7 @@ class Clock:
                     seconds = self.cpt(trained, original, recovery, steps)
                 else:
                     seconds = self.rl(trained, original, recovery, steps)
+                seconds -= self.saved_by_slicing(before, recovery) if in_place else 0.0
                 times.append(StageTime(f"recover: {recovery.method}", number, seconds))
             both = self.config.evaluation.after_cut and not cut.is_empty
             times.append(StageTime("evaluate", number, self.evaluate(shape, models=1 + both)))

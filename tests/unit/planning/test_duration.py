@@ -212,6 +212,33 @@ def test_cuts_in_place_start_nothing_and_train_the_original_width(repository):
     assert trained == clock.rl(QWEN, QWEN, recovery, total)
 
 
+@pytest.mark.parametrize("recipe", ["grpo_qwen2.5-7b_8xh200.yaml", "cpt_llama3-8b_4xa100.yaml"])
+def test_training_that_goes_on_sliced_pays_a_start_and_then_less_for_each_step(recipe, repository):
+    def trained(when, steps):
+        settings = ["schedule.mode=in_place", f"schedule.rematerialise={when}", "schedule.layers_total=0"]
+        settings += ["schedule.channels_total=null", "schedule.channels_per_cycle=[1024,512]"]
+        clock = clock_of(repository, recipe, *settings, f"recovery.steps={steps}")
+        times = clock.run(shape, planned_cuts(clock.config.schedule))
+        return clock, next(time.seconds for time in times if time.stage.startswith("recover"))
+
+    shape = QWEN if recipe.startswith("grpo") else LLAMA
+    clock, whole = trained("never", [50, 30])
+    (recovery,) = clock.config.recovery
+    widths = [shape, shape.sliced(1024), shape.sliced(1536)]
+    if recipe.startswith("grpo"):
+        each = [sum(clock.rl_step(width, shape, recovery).values()) for width in widths]
+    else:
+        each = [clock.cpt_step(width, shape, recovery) for width in widths]
+    starts = [clock.assumed.start_seconds + clock.disk(16 * width.parameters) for width in widths[1:]]
+    starts = [start + clock.assumed.engine_start_seconds * recipe.startswith("grpo") for start in starts]
+    _, sliced = trained("after_every_cut", [50, 30])
+    told = each[0] + 49 * each[1] + 30 * each[2] + sum(starts)
+    assert sliced - whole == pytest.approx(told - 80 * each[0])
+    assert trained("when_it_pays", [1, 1])[1] == trained("never", [1, 1])[1] < trained("after_every_cut", [1, 1])[1]
+    gain = 5049 * (each[0] - each[1]) - starts[0] + 5000 * (each[1] - each[2]) - starts[1]
+    assert trained("never", [50, 5000])[1] - trained("when_it_pays", [50, 5000])[1] == pytest.approx(gain)
+
+
 def test_the_policy_as_each_cut_leaves_it_is_written_and_the_last_one_sliced(repository):
     cut, sliced = {}, {}
     for told in ("true", "false"):
