@@ -72,6 +72,8 @@ def test_planted_problems_are_named_by_the_command(repository, tmp_path):
 def test_a_sound_machine_and_a_bad_recipe(repository, tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
+    # Above, the real command has imported vLLM, too.
+    monkeypatch.setitem(stack.IMPORTS, "cpu", "from ptl_rl.cpu import checks; checks.assert_cpu_platform_active()")
     doctor = ["doctor", "--json", str(repository / "recipes/demo_restart_cpu.yaml"), "--set"]
     result = CliRunner().invoke(app, [*doctor, "resources.device=cpu", "--run-dir", str(tmp_path / "run")])
     findings = json.loads(result.stdout)

@@ -11,11 +11,15 @@ from ptl_rl.stage import _setup_hook
 PREPARE = "from ptl_rl.verl_patches.quick_imports import prepare; prepare(); prepare()\n"
 TRANSFORMERS = """
 import sys, transformers.modeling_utils, transformers.generation.candidate_generator
-print(*[name for name in ("sklearn", "scipy.optimize") if name in sys.modules])
+print(*[name for name in ("sklearn", "scipy.optimize") if name in sys.modules] or ["neither"])
 """
 AUDIO = """
 import sys, ptl_rl.cpu.vllm_alias, vllm.multimodal.audio
 print("scipy.signal" in sys.modules)
+"""
+OTHERS = """
+import sklearn, scipy.signal
+print(sklearn.__name__, scipy.signal.__name__)
 """
 VERL = """
 import sys, verl.checkpoint_engine
@@ -29,13 +33,9 @@ def fresh(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_transformers_does_without_scipy_and_others_do_not():
-    assert fresh(PREPARE + TRANSFORMERS + "import sklearn\nprint(sklearn.__name__)") == ["", "sklearn"]
-
-
-def test_vllm_does_without_scipy_and_others_do_not():
-    *_, left_out, name = fresh(PREPARE + AUDIO + "import scipy.signal\nprint(scipy.signal.__name__)")
-    assert (left_out, name) == ("False", "scipy.signal")
+def test_transformers_and_vllm_do_without_scipy_and_others_do_not():
+    of_transformers, *_, of_vllm, others = fresh(PREPARE + TRANSFORMERS + AUDIO + OTHERS)
+    assert (of_transformers, of_vllm, others) == ("neither", "False", "sklearn scipy.signal")
 
 
 def test_verl_is_imported_without_vllm(before_verl):
