@@ -4,6 +4,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launch/setup.sh"
+installed=$SECONDS
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile the same modules anew
 export OMP_NUM_THREADS=1       # threads that wait for each other spin, and the cores are busy
 if [ $# -gt 0 ]; then
@@ -26,11 +27,12 @@ stack() {
 # Side by side, as each often waits for processes to start: both lanes take the next that nobody has taken.
 jobs=(units first_light demo_run stack study types)
 lane() {
-    local job
+    local job began
     for job in "${jobs[@]}"; do
         mkdir "$taken/$job" 2>/dev/null || continue
+        began=$SECONDS
         "$job" >"$taken/$job/log" 2>&1 || touch "$taken/failed"
-        printf '\n== %s\n%s\n' "$job" "$(cat "$taken/$job/log")"
+        printf '\n== %s, %s s\n%s\n' "$job" "$((SECONDS - began))" "$(cat "$taken/$job/log")"
     done
 }
 taken="$(mktemp -d)"
@@ -43,4 +45,5 @@ for _ in 1 2; do
 done
 set +m
 for pid in "${lanes[@]}"; do wait "$pid"; done
+echo "tests took $((SECONDS - installed)) s, what had to be installed $installed s"
 [ ! -e "$taken/failed" ] || { echo "error: failed, see above" >&2; exit 1; }
