@@ -28,6 +28,7 @@ from ptl_rl.families import read_shape
 from ptl_rl.pruning.plan import PruningPlan
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPE, IN_PLACE = "demo_restart_cpu", {"schedule.mode": "in_place"}
 GRPO = {"prompts_per_step": 32, "rollouts_per_prompt": 8, "learning_rate": 5e-5, "kl_loss": 0.0}
 GRPO |= {"micro_batch_sequences": 64, "gradient_checkpointing": False, "validate_before": False}
 TAG = "PTL_BENCHMARK_RUN"
@@ -83,8 +84,8 @@ def times(
 ) -> None:
     """Time the same cuts and steps in place and in cycles, one after the other; run it alone."""
     sources = {"calibration.source": "rollouts"}
-    in_place = make(out / "in-place", "demo_grpo_cpu", settings_of(cuts, 16) | sources, cycles=1)
-    restarts = make(out / "restarts", "demo_restart_cpu", settings_of(cuts, 16) | sources, cycles=cuts)
+    in_place = make(out / "in-place", RECIPE, settings_of(cuts, 16) | IN_PLACE | sources, cycles=1)
+    restarts = make(out / "restarts", RECIPE, settings_of(cuts, 16) | sources, cycles=cuts)
     first, second = (
         sum(entry.seconds for entry in entries if entry.stage not in ("evaluate", "cut"))
         for entries in (in_place, restarts)
@@ -152,7 +153,7 @@ def kills(
 ) -> None:
     """Kill runs at instants spread over what a whole run takes, resume them, and check what they end with."""
     cuts, small = 4, {"prompts_per_step": 8, "rollouts_per_prompt": 4, "micro_batch_sequences": 32}
-    settings, recipe = settings_of(cuts, 96, **small), "demo_grpo_cpu"
+    settings, recipe = settings_of(cuts, 96, **small) | IN_PLACE, RECIPE
     settings |= {"calibration.sequences": 32, "evaluation.after_cut": True}
     settings |= {"schedule.rematerialise": "after_every_cut" if sliced else "never"}
     out = out / "sliced" if sliced else out  # other instants, other runs

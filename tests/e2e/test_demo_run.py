@@ -49,6 +49,11 @@ def options_of(repository: Path, run_dir: Path, **settings) -> list[str]:
     return [str(repository / "recipes" / "demo_grpo_cpu.yaml"), "--run-dir", str(run_dir), *options]
 
 
+RATE = 3e-4
+"""So large that rollouts with the weights of the step before would differ visibly."""
+GOVERNED = {"max_damage": [0.1, 100.0], "recovered": 0.01, "validate_every": 1}
+"""The first cut is as large as that allows, the second takes the rest."""
+
 CRITERION = """
 def mine(statistics):
     return statistics.abs_sum_LC
@@ -75,8 +80,7 @@ def check_that_trained_weights_reach_vllm(path: Path, steps: int) -> None:
     """verl's workers and vLLM's replicas agree on the probability of every token, after updates, too."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     trained = [row["data"] for row in rows if "actor/grad_norm" in row["data"]]
-    # What verl logs is the rate of the step that follows.
-    assert [metrics["actor/lr"] for metrics in trained] == pytest.approx([1e-3, 0])
+    assert [metrics["actor/lr"] for metrics in trained] == pytest.approx([RATE] * steps)
     assert len(trained) == steps and trained[0]["actor/grad_norm"] > 0  # an update, so that there is what to compare
     for metrics in trained:
         assert metrics["training/rollout_probs_diff_max"] < 1e-4
@@ -130,22 +134,22 @@ def ray_head() -> Iterator[str]:
 
 
 @pytest.mark.timeout(1100)
-def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
+def test_submitted_job_governed_with_two_workers_a_parent_and_an_own_reward(
     repository, tmp_path, ray_head, raising_reward
 ):
-    """Two cuts in one training; what `restart` mode does is seen in first light."""
+    """Two cuts in one training that finds its pace; what `restart` mode does is seen in first light."""
     run_dir = tmp_path / "run"
-    # The unpruned parent teaches: its vLLM server takes a worker of its own. Two steps so large that rollouts with the
-    # weights of the step before would differ visibly, and verl's own log-probabilities to compare vLLM's with.
-    distill = {"steps": [1, 1], "learning_rate": 1e-3, "prompts_per_step": 16, "micro_batch_sequences": 16}
+    # The unpruned parent teaches: its vLLM server takes a worker of its own. Two steps, and verl's own
+    # log-probabilities to compare vLLM's with.
+    distill = {"steps": 2, "learning_rate": RATE, "prompts_per_step": 16, "micro_batch_sequences": 16}
     distill |= {"rewards": True, "rollouts_per_prompt": 4, "validate_before": False}
-    distill |= {"learning_rate_schedule": "cosine_after_cuts"}  # the last cut comes after the first step
     distill |= {"verl": {"algorithm.rollout_correction.bypass_mode": False}}
     (tmp_path / "mine.py").write_text(CRITERION)
     options = options_of(
         repository,
         run_dir,
-        calibration__source="rollouts",
+        calibration__source="both",
+        **{f"schedule__{name}": value for name, value in GOVERNED.items()},
         data__train__rows=32,
         resources__workers_per_node=2,
         criterion__path=str(tmp_path / "mine.py"),
@@ -161,14 +165,15 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     assert entries(run_dir) == ["0.evaluate", "1.cut", "1.cut", "1.recover", "1.evaluate", "1.gate"]
     journal = Journal(run_dir / "journal.jsonl").entries()
     cuts = [entry.metrics for entry in journal if entry.stage == "cut"]
-    check_cuts(cuts)
+    found = check_cuts(cuts)
     recover = next(entry.metrics for entry in journal if entry.stage == "recover")
-    assert [(row["step"], row["intermediate_size"]) for row in recover["curve"]] == [(1, 384), (2, 256)]
+    assert [(row["step"], row["intermediate_size"]) for row in recover["curve"]] == [(1, found), (2, 256)]
     damage = [cut["loss_after"] - cut["loss_before"] for cut in cuts]
     assert [row["damage"] for row in recover["curve"]] == pytest.approx(damage)
     assert recover["curve"][-1]["distillation_loss"] > 0
     assert all(0 <= row["learnable_fraction"] <= 1 for row in recover["curve"])
     assert 0 < recover["reward_last"] <= 0.25
+    assert "the steps are spent; the target, of step 2, with" in recover["notes"][0]
     assert recover["logit_difference"] < 1e-4  # of the sliced model, from the policy with its zeros
     recovered = run_dir / "cycles/001/recovered"
     check_that_trained_weights_reach_vllm(recovered / "verl_metrics.jsonl", steps=2)
@@ -182,10 +187,17 @@ def test_submitted_job_in_place_with_two_workers_a_parent_and_an_own_reward(
     check_result(run_dir, channels=256)
 
 
-def check_cuts(cuts: list[dict]) -> None:
-    assert [(cut["after_step"], cut["intermediate_size"]) for cut in cuts] == [(0, 384), (1, 256)]
+def check_cuts(cuts: list[dict]) -> int:
+    """Of what was found with each; gives the width that the first has left."""
+    first, last = cuts
+    assert (first["after_step"], last["after_step"]) == (0, 1)
+    assert 256 < first["intermediate_size"] < 640 and last["intermediate_size"] == 256
+    assert 0 < first["loss_after"] - first["loss_before"] <= GOVERNED["max_damage"][0]
+    tried = {width: loss - first["loss_before"] for width, loss in first["tried"]}
+    assert min(tried) == 256 and tried[256] > GOVERNED["max_damage"][0], "all at once would have been too much"
     assert [cut["calibration_rollouts"] > 0 for cut in cuts] == [False, True]  # there are none before the first step
     assert all(0 < cut["output_error"] < cut["output_error_plain"] for cut in cuts)
+    return first["intermediate_size"]
 
 
 def check_as_cut(evaluated: dict, recovered: Path) -> None:
@@ -200,7 +212,7 @@ def check_as_cut(evaluated: dict, recovered: Path) -> None:
     assert {name: p.shape for name, p in as_cut.items()} == {name: p.shape for name, p in trained.items()}
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(as_cut[name], trained[name])
-    assert torch.allclose(as_cut[name], trained[name], atol=0.01)  # a step of 1e-3 apart
+    assert torch.allclose(as_cut[name], trained[name], atol=0.01)  # two steps apart
 
 
 def check_plans(run_dir: Path) -> None:
@@ -222,7 +234,8 @@ def first_plan_by_one_worker(run_dir: Path) -> PruningPlan:
     texts = texts_of(records, config.prompt_suffix)
     read = encode_sequences(tokenizer, texts.questions, texts.solutions, config.calibration.max_tokens, texts.weights)
     live = LiveModel(model, FAMILIES["qwen2"], source, torch.device("cpu"), 32, 0, config.calibration.prompt_weight)
-    options = {"remove_channels": config.schedule.channel_steps[0], "alignment": 16, "sensitivity": True}
+    options = {"remove_channels": config.schedule.channels_sum, "alignment": 16, "sensitivity": True}
+    options |= {"max_damage": config.schedule.damages[0]}
     return cut_live(live, None, config.criterion, read, [], **options).plan
 
 

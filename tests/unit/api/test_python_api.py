@@ -93,7 +93,7 @@ def test_the_example_of_a_run_passes_every_check(repository, tmp_path, monkeypat
     assert reported == [str(tmp_path / "mine")]
     assert "\x1b" not in shown  # no control of a screen outside a terminal
     saved = ptl_rl.config.recipe.read_saved_config(tmp_path / "mine/config.json")
-    assert saved.seed == 1 and saved.recovery[0].steps == [1, 2]
+    assert saved.seed == 1 and saved.recovery[0].steps == 8
 
 
 OPEN = "schedule={pace: geometric, cuts: 2, target: {intermediate_size: 0.25}, alignment: 16}"

@@ -29,11 +29,11 @@ from ptl_rl.recovery.in_place.cuts import CutRecord, Cuts, CutsLost, as_it_was_c
 from ptl_rl.recovery.rl.outcome import Outcome
 from ptl_rl.stage import StageSpec
 
-DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_grpo_cpu.yaml"
+DEMO = Path(__file__).resolve().parents[3] / "recipes/demo_restart_cpu.yaml"
 
 
 def config_of(*changes: str):
-    return load_config(DEMO, list(changes))
+    return load_config(DEMO, ["schedule.mode=in_place", *changes])
 
 
 def plan_of(width: int, keep: list[int]) -> PruningPlan:

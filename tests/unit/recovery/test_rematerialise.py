@@ -19,7 +19,7 @@ from ptl_rl.recovery.in_place.shapes import Shapes, checkpoints_of, seconds_save
 from ptl_rl.stage import StageContext, StageSpec
 
 ROOT = Path(__file__).resolve().parents[3]
-DEMO, MODEL = ROOT / "recipes/demo_grpo_cpu.yaml", ROOT / "ptl_rl/testbed/checkpoints/qwen2"
+DEMO, MODEL = ROOT / "recipes/demo_restart_cpu.yaml", ROOT / "ptl_rl/testbed/checkpoints/qwen2"
 
 
 def plan_of(width: int, keep: int) -> PruningPlan:
@@ -27,7 +27,7 @@ def plan_of(width: int, keep: int) -> PruningPlan:
 
 
 def context_of(work: Path, *changes: str) -> StageContext:
-    config = load_config(DEMO, list(changes))
+    config = load_config(DEMO, ["schedule.mode=in_place", *changes])
     spec = StageSpec.model_construct(
         name="recover", round=0, part=0, planned=0, work=work, source=MODEL, steps=16, device="cpu"
     )

@@ -69,17 +69,20 @@ def test_the_rl_studys_rows_cut_nothing_and_train_all_steps(repository):
 
 @pytest.mark.parametrize("name", ["table1", "iterations"])
 def test_cuts_in_one_training_count_as_cuts_of_cycles_do(name, repository):
-    designs = [designed(name, repository / f"recipes/demo_{mode}_cpu.yaml")[2].rows for mode in ("grpo", "restart")]
+    cuts, recipe = {"channels_per_cycle": [256, 128], "alignment": 16}, repository / "recipes/demo_restart_cpu.yaml"
+    schedules = [ScheduleConfig(mode=mode, **cuts) for mode in ("in_place", "restart")]
+    designs = [designed(name, recipe, schedule=schedule)[2].rows for schedule in schedules]
     in_place, restart = ({row.name: row.config(0).calibration.sequences for row in rows} for rows in designs)
     assert in_place == restart
     if name == "table1":
         assert [rows[-1].label for rows in designs] == ["PTL (2 cuts in one training)", "PTL (2 cycles)"]
-        assert in_place["prune-once"] == 2 * in_place["ptl"] == 1024
+        assert in_place["prune-once"] == 2 * in_place["ptl"] == 512
 
 
 def test_a_rate_that_falls_after_the_last_cut_falls_from_the_start_where_a_row_has_cycles(repository):
     config = load_config(
-        repository / "recipes/demo_grpo_cpu.yaml", ["recovery.learning_rate_schedule=cosine_after_cuts"]
+        repository / "recipes/demo_restart_cpu.yaml",
+        ["schedule.mode=in_place", "recovery.learning_rate_schedule=cosine_after_cuts"],
     )
     rows = {row.name: row.config(0) for row in design("table1", config, check_model(config)[1]).rows}
     found = {name: made.recovery[0].learning_rate_schedule for name, made in rows.items()}
