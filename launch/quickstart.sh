@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install (first time only) and run the demo: GRPO with two cuts in it, evaluated and gated, on this machine's CPU cores.
+# Install (first time only) and run the demo: GRPO with cuts in it, evaluated and gated, on this machine's CPU cores.
 #   bash launch/quickstart.sh [RECIPE] [ptl run options]
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
