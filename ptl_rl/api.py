@@ -99,9 +99,13 @@ def start(
     place = Path(folder or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     notes = check(recipe, resolved(place), progress or no_progress)
     check_unused(RunFolder(place))  # before anything is measured, which takes minutes
-    config, measured = settle(recipe, progress or no_progress)
+    config, speeds = settle(recipe, progress or no_progress)
+    if speeds is not None:  # the cuts are others than those that were checked
+        notes = [*check(config, resolved(place), progress or no_progress), *speeds.notes]
     start_run(config, place)
-    return place, notes + measured
+    if speeds is not None:
+        speeds.save(place / "speed_target.json")
+    return place, notes
 
 
 def run(

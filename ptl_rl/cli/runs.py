@@ -70,7 +70,7 @@ def run(
     config = api.load_recipe(recipe, settings or [])
     from ptl_rl.reporting.data_table import reading_bars
 
-    with reading_bars(make_console(stderr=True)) as progress:
+    with interruptible("nothing was started"), reading_bars(make_console(stderr=True)) as progress:
         place, notes = api.start(config, run_dir, progress)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -118,7 +118,7 @@ def plan(
     from ptl_rl.config.recipe import as_recipe
     from ptl_rl.planning.forecast import assumptions_of, device_of, forecast
     from ptl_rl.planning.model import planned_model
-    from ptl_rl.planning.schedule import check_cuts, settled
+    from ptl_rl.planning.schedule import check_cuts, settled, speed_wanted
     from ptl_rl.reporting.forecast import show_forecast
 
     given = {"disk_gb_per_second": disk_gb_per_second, "mfu": mfu, "mean_response_share": mean_response_share}
@@ -129,7 +129,7 @@ def plan(
         print(as_recipe(config), end="")
         return
     model, device = planned_model(config), device_of(config, gpu)
-    by_speed = config.schedule.target is not None and config.schedule.target.tokens_per_second
+    by_speed = speed_wanted(config.schedule)
     config = settled(config, model.shape)
     check_cuts(config, model.shape)
     found = forecast(

@@ -164,9 +164,10 @@ class TargetConfig(Section):
     tokens_per_second: float | None = Field(
         None,
         gt=1,
+        le=100,
         description="Generated tokens a second in vLLM under full load (as ptl speed has it), as a multiple of the "
-        "original's. ptl run measures models of random weights beside the original before all else, so it needs the "
-        "run's device where it is started; ptl plan goes by FLOPs.",
+        "original's, say 1.5. ptl run measures models of random weights beside the original before all else, so it "
+        "needs the run's device where it is started; ptl plan goes by FLOPs.",
     )
 
     @property

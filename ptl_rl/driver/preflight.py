@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ptl_rl.attention import Attention, resolve_attention
@@ -15,12 +16,13 @@ from ptl_rl.driver.model_checks import ModelChecks
 from ptl_rl.driver.prompt_checks import check_prompts
 from ptl_rl.driver.state import data_subsets
 from ptl_rl.errors import PathError, check_plain, check_run_dir, check_sockets
+from ptl_rl.evaluation.speed import Spread
 from ptl_rl.families import ModelShape, UnsupportedModelError, read_config_json
 from ptl_rl.models import open_model
 from ptl_rl.planning.disk import disk_use
 from ptl_rl.planning.lengths import length_notes, too_long
 from ptl_rl.planning.model import weight_bytes
-from ptl_rl.planning.schedule import check_cuts, settled
+from ptl_rl.planning.schedule import check_cuts, settled, speed_wanted
 
 LOOKED_AT = 200
 """Rows of a set, the first in its seeded order, that are looked at for boxes."""
@@ -28,31 +30,55 @@ FEWEST_BOXED = 0.1
 """Of these, a smaller share with a box is as good as none."""
 
 
-def settle(config: RunConfig, progress: Progress = no_progress) -> tuple[RunConfig, list[str]]:
-    """A recipe whose schedule names its cuts, and notes on what was measured for that.
+@dataclass
+class SpeedsFound:
+    """What ``schedule.target.tokens_per_second`` came to."""
+
+    target: float
+    original: int
+    """Channels of the original."""
+    channels_total: int = 0
+    widths: dict[int, Spread] = field(default_factory=dict)
+    """Speeds beside the original's of what was measured, by channels that were left."""
+
+    @property
+    def notes(self) -> list[str]:
+        """In words."""
+        return [
+            f"schedule.target.tokens_per_second: {width} of {self.original} channels are {found.median:.2f} times as "
+            f"fast ({found.low:.2f}-{found.high:.2f})"
+            for width, found in self.widths.items()
+        ]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def settle(config: RunConfig, progress: Progress = no_progress) -> tuple[RunConfig, SpeedsFound | None]:
+    """A recipe whose schedule names its cuts, and what was measured for that.
 
     It finds the model only where the cuts depend on it, and measures only for ``schedule.target.tokens_per_second``.
 
     Raises:
-        ConfigError: no cut reaches the target, or its speed cannot be measured here.
+        ConfigError: no cut reaches the target, or speeds cannot be measured here.
     """
     if not config.schedule.is_open:
-        return config, []
+        return config, None
     model, shape = check_model(config)
-    target, notes = config.schedule.target, list[str]()
-    if target is not None and target.tokens_per_second is not None:
-        gone = _channels_for_speed(config, model, shape, target.tokens_per_second, progress, notes)
-        schedule = config.schedule.model_dump() | {"target": None, "channels_total": gone}
-        config = config.model_copy(update={"schedule": type(config.schedule)(**schedule)})
-        check_cuts(config, shape)
-    return settled(config, shape), notes
+    if (speed := speed_wanted(config.schedule)) is None:
+        return settled(config, shape), None
+    found = _channels_for_speed(config, model, shape, speed, progress)
+    schedule = config.schedule.model_dump() | {"target": None, "channels_total": found.channels_total}
+    config = config.model_copy(update={"schedule": type(config.schedule)(**schedule)})
+    check_cuts(config, shape)
+    return settled(config, shape), found
 
 
 def _channels_for_speed(
-    config: RunConfig, model: Path, shape: ModelShape, target: float, progress: Progress, notes: list[str]
-) -> int:
+    config: RunConfig, model: Path, shape: ModelShape, target: float, progress: Progress
+) -> SpeedsFound:
     from ptl_rl.cpu.checks import is_cpu_only
-    from ptl_rl.evaluation.speed_target import OutOfReach, channels_for_speed
+    from ptl_rl.evaluation.speed_target import NotMeasured, OutOfReach, Wanted, channels_for_speed
 
     setting = "schedule.target.tokens_per_second"
     device, here = detect_device(config), "cpu" if is_cpu_only() else "cuda"
@@ -61,27 +87,26 @@ def _channels_for_speed(
             f"{setting}: speeds are measured where ptl run is started, on {here}, but the run is for {device}; start "
             f"it where there is {device}, or measure there with ptl speed and set schedule.channels_total"
         )
-    schedule, tensor_parallel_size = config.schedule, config.resources.tensor_parallel_size
-    alignment = schedule.alignment * tensor_parallel_size
-    first = settled(config, shape).schedule.channels_sum
+    parallel, found = config.resources.tensor_parallel_size, SpeedsFound(target, shape.intermediate_size)
+    wanted = Wanted(
+        model=str(model),
+        target=target,
+        first=shape.intermediate_size - settled(config, shape).schedule.channels_sum,
+        layers=config.schedule.layers_total,
+        alignment=config.schedule.alignment * parallel,
+        dtype=config.model.dtype,
+        tensor_parallel_size=parallel,
+    )
     try:
-        return channels_for_speed(
-            model,
-            target,
-            first,
-            layers=schedule.layers_total,
-            alignment=alignment,
-            dtype=config.model.dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            progress=progress,
-            told=lambda text: notes.append(f"{setting}: {text}"),
-        )
+        found.channels_total = channels_for_speed(wanted, progress, found.widths.__setitem__)
     except OutOfReach as error:
-        raise ConfigError(f"{setting}: {error}") from None
-    except ImportError as error:
+        raise ConfigError(f"{setting} is {target:g}: {error}") from None
+    except NotMeasured as error:
         raise ConfigError(
-            f"{setting}: {error}; measuring needs vLLM, which launch/setup.sh or the extra 'gpu' installs"
-        ) from error
+            f"{setting}: {error}; free the machine or its GPU, see that vLLM is installed (ptl doctor), or set "
+            "schedule.channels_total"
+        ) from None
+    return found
 
 
 def check_model(config: RunConfig) -> tuple[Path, ModelShape]:

@@ -79,7 +79,7 @@ def usual_loads(sequences: int = 128, prompt_tokens: int = 64, response_tokens: 
 _engine: Any = None
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """A parent that is killed cannot end its processes."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -91,7 +91,7 @@ def _start(
 ) -> int:
     """Load a model; returns the size of its vocabulary."""
     global _engine
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     from ptl_rl.cpu import checks, vllm_alias
 
     os.environ.update(checks.cuda_env_vars())
@@ -108,7 +108,6 @@ def _start(
         enforce_eager=checks.is_cpu_only(),
         enable_prefix_caching=False,  # rounds repeat their prompts
         seed=0,
-        skip_tokenizer_init=shapes_only,
         load_format="dummy" if shapes_only else "auto",
     )
     # What comes now is the noise of a process that ends; errors reach the caller as exceptions.
@@ -148,7 +147,7 @@ def measure(
     Args:
         dtype: float32 or bfloat16.
         tensor_parallel_size: GPUs that share one model; each model needs so many, or shares them with the others.
-        shapes_only: the folders have a ``config.json`` and no weights that count; random ones are as fast.
+        shapes_only: the folders have no weights; random ones are as fast.
     """
     check_sockets()
     shapes = [read_shape(folder) for folder in folders]

@@ -1,15 +1,23 @@
-"""How many channels must go for a model to generate so many times as fast in vLLM: found by measuring, not by FLOPs."""
+"""How many channels must go for a model to generate so many times as fast in vLLM: found by measuring, not by FLOPs.
 
+Engines are started by a process of its own, ``python -m ptl_rl.evaluation.speed_target``, so that nothing of them stays
+in the one that asks.
+"""
+
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from ptl_rl.checkpoints.companions import write_config
+from ptl_rl.checkpoints.companions import copy_companions, write_config
 from ptl_rl.errors import UserError
-from ptl_rl.evaluation.command import prepare_machine
-from ptl_rl.evaluation.speed import SATURATED, Spread, measure, usual_loads
+from ptl_rl.evaluation.speed import SATURATED, Spread, end_with, measure, usual_loads
 from ptl_rl.families import read_shape
 from ptl_rl.pruning.plan import PruningPlan
 from ptl_rl.pruning.slice.slicing import config_changes
@@ -20,32 +28,61 @@ MISSES = 3
 """Widths that were too slow after which the narrowest is measured, to see whether the target can be reached at all."""
 ROUNDS = 3
 
-MeasureSpeedup = Callable[[int], Spread]
-"""Of a width, the speed beside the original's."""
-
 
 class OutOfReach(UserError):
-    """No width is as fast as that."""
+    """No width is as fast as that, or no channels need to go for it."""
+
+
+class NotMeasured(UserError):
+    """vLLM could not be timed; says why, as far as is known."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be found."""
+
+    model: str
+    target: float
+    """Times the original's speed."""
+    first: int
+    """Width to begin with; what its FLOPs promise, say."""
+    layers: int
+    """Blocks that go besides."""
+    alignment: int
+    """What every width is a multiple of."""
+    dtype: str
+    tensor_parallel_size: int
 
 
 def widest_as_fast(
-    target: float, width: int, alignment: int, first: int, speedup: MeasureSpeedup
+    target: float, width: int, alignment: int, first: int, speedup: Callable[[int], Spread], fewer_blocks: bool = False
 ) -> tuple[int, dict[int, Spread]]:
-    """The widest model that is found to be ``target`` times as fast as the original, and all that was measured.
+    """The widest model that was measured to be ``target`` times as fast as the original in every round.
 
     Each guess takes the time of a token to be linear in the width, between the widest model that is fast enough and the
     narrowest that is not. The search ends when no width lies between those two, or after :data:`MOST_WIDTHS` widths.
 
     Args:
         width: of the original.
-        alignment: what every width is a multiple of.
-        first: width to begin with; what its FLOPs promise, say.
+        speedup: measures a width.
+        fewer_blocks: what is measured has fewer blocks than the original, too, and so is faster at its width.
+
+    Returns:
+        the width, and all that was measured.
 
     Raises:
-        OutOfReach: even the narrowest is slower; names what it reaches.
+        OutOfReach: even the narrowest is slower, or the original's width is as fast with fewer blocks.
     """
     found: dict[int, Spread] = {}
     times = {width: 1.0}  # of a token, as shares of the original's
+
+    def measured(guess: int) -> bool:
+        found[guess] = speedup(guess)
+        times[guess] = 1.0 / found[guess].low
+        return found[guess].low >= target
+
+    if fewer_blocks and measured(width):
+        raise OutOfReach(f"with fewer blocks it is {found[width].low:.2f} times as fast already; leave target out")
     slow, fast, guess = width, 0, first
     while not fast or len(found) < MOST_WIDTHS:
         narrowest, widest = fast + alignment, (slow - 1) // alignment * alignment
@@ -54,9 +91,7 @@ def widest_as_fast(
         guess = min(max(guess // alignment * alignment, narrowest), widest)
         if not fast and len(found) >= MISSES:
             guess = narrowest
-        found[guess] = speedup(guess)
-        times[guess] = 1.0 / found[guess].median
-        if found[guess].median >= target:
+        if measured(guess):
             fast = guess
         else:
             slow = guess
@@ -64,27 +99,16 @@ def widest_as_fast(
         slope = (times[upper] - times[lower]) / (upper - lower)
         guess = int(upper - (times[upper] - 1.0 / target) / slope) if slope > 0 else (slow + fast) // 2
     if not fast:
-        reached = found[min(found)].median if found else 1.0
+        best = max([1.0, *(spread.low for spread in found.values())])
         raise OutOfReach(
-            f"{min(found, default=width)} channels, the fewest that may stay, are {reached:.2f} times as fast as "
-            f"{width}; give less than {target:g}"
+            f"no width down to {min([width, *found])} channels, of {width}, is so fast; what was measured reached "
+            f"{best:.2f}, so give at most that"
         )
     return fast, found
 
 
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    """vLLM is told of the machine by variables, which the run's own processes must not inherit."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _with_width(model: Path, width: int, layers: int, out: Path) -> Path:
-    """A folder with the ``config.json`` of a model of ``width`` channels and ``layers`` blocks fewer."""
+def with_width(model: Path, width: int, layers: int, out: Path) -> Path:
+    """A folder with config and tokenizer of a model of ``width`` channels and ``layers`` blocks fewer; no weights."""
     shape = read_shape(model)
     kept = shape.num_hidden_layers - layers
     plan = PruningPlan(
@@ -100,52 +124,94 @@ def _with_width(model: Path, width: int, layers: int, out: Path) -> Path:
     )
     out.mkdir()
     write_config(model, out, **config_changes(model, plan))
+    copy_companions(model, out)
     return out
 
 
-def channels_for_speed(
-    model: Path,
-    target: float,
-    first: int,
-    *,
-    layers: int,
-    alignment: int,
-    dtype: str,
-    tensor_parallel_size: int,
-    progress: Callable[[str, int, int], None],
-    told: Callable[[str], None],
-) -> int:
-    """Channels that each layer loses so that the model is ``target`` times as fast under :data:`SATURATED` load.
+def search(wanted: Wanted, place: Path, tell: Callable[..., None]) -> int:
+    """Find the width by measuring in this process; see :func:`channels_for_speed`.
 
     Args:
-        first: channels to lose in the first model that is measured.
-        layers: blocks that go besides.
-        told: of every model that was measured, in words.
-
-    Raises:
-        OutOfReach: no width is as fast.
-        ImportError: vLLM is not installed.
+        place: for folders of models without weights.
+        tell: takes keywords, of progress and of what was found.
     """
+    model = Path(wanted.model)
     width = read_shape(model).intermediate_size
     load = [load for load in usual_loads() if load.name == SATURATED]
-    with TemporaryDirectory(prefix="ptl-speed-") as place, _same_environment():
-        prepare_machine()
-        original = _with_width(model, width, 0, Path(place) / "original")
+    original = with_width(model, width, 0, place / "original")
 
-        def speedup(channels: int) -> Spread:
-            narrow = _with_width(model, channels, layers, Path(place) / str(channels))
-            what = f"speed of {channels} channels"
-            found = measure(
-                [original, narrow],
-                load,
-                rounds=ROUNDS,
-                dtype=dtype,
-                tensor_parallel_size=tensor_parallel_size,
-                shapes_only=True,
-                progress=lambda done, total: progress(what, done, total),
-            )[1].speedup[SATURATED]
-            told(f"{channels} of {width} channels: {found.median:.2f} times as fast ({found.low:.2f}-{found.high:.2f})")
-            return found
+    def speedup(channels: int) -> Spread:
+        found = measure(
+            [original, with_width(model, channels, wanted.layers, place / str(channels))],
+            load,
+            rounds=ROUNDS,
+            dtype=wanted.dtype,
+            tensor_parallel_size=wanted.tensor_parallel_size,
+            shapes_only=True,
+            progress=lambda done, total: tell(what=f"speed of {channels} channels", done=done, total=total),
+        )[1].speedup[SATURATED]
+        tell(channels=channels, **asdict(found))
+        return found
 
-        fast, _ = widest_as_fast(target, width, alignment, width - first, speedup)
-    return width - fast
+    fewer = wanted.layers > 0
+    return widest_as_fast(wanted.target, width, wanted.alignment, wanted.first, speedup, fewer_blocks=fewer)[0]
+
+
+def channels_for_speed(
+    wanted: Wanted, progress: Callable[[str, int, int], None], told: Callable[[int, Spread], None]
+) -> int:
+    """Channels that each layer loses so that the model is ``wanted.target`` times as fast under full load.
+
+    Models have random weights. Whoever interrupts this ends the engines, too.
+
+    Args:
+        told: of every width that was measured.
+
+    Raises:
+        OutOfReach: see :func:`widest_as_fast`.
+        NotMeasured: vLLM is missing, does not start, or ends.
+    """
+    with TemporaryDirectory(prefix="ptl-speed-") as place, (Path(place) / "log").open("w+") as log:
+        asked = [sys.executable, "-m", __name__, json.dumps(asdict(wanted)), place]
+        with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            assert process.stdout is not None
+            last: dict[str, Any] = {}
+            try:
+                for line in process.stdout:
+                    if not line.startswith("{"):
+                        continue  # a library's own word
+                    last = json.loads(line)
+                    if "what" in last:
+                        progress(last["what"], last["done"], last["total"])
+                    elif "channels" in last:
+                        told(last["channels"], Spread(last["median"], last["low"], last["high"]))
+            finally:
+                process.terminate()
+        if "width" in last:
+            return read_shape(Path(wanted.model)).intermediate_size - int(last["width"])
+        if "out_of_reach" in last:
+            raise OutOfReach(last["out_of_reach"])
+        log.seek(0)
+        said = [line.strip() for line in log if line.strip()] or [f"it ended with status {process.returncode}"]
+        raise NotMeasured(f"vLLM could not be timed here: {said[-1][:300]}")
+
+
+def main(wanted: str, place: str) -> None:
+    """Of the process that :func:`channels_for_speed` starts; what it says are lines of JSON."""
+    from ptl_rl.evaluation.command import prepare_machine, quieten_libraries
+
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    quieten_libraries()
+    prepare_machine()
+
+    def tell(**facts: Any) -> None:
+        print(json.dumps(facts), flush=True)
+
+    try:
+        tell(width=search(Wanted(**json.loads(wanted)), Path(place), tell))
+    except OutOfReach as error:
+        tell(out_of_reach=str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -244,7 +244,9 @@ class Clock:
         def step(of: ModelShape) -> float:
             if isinstance(recovery, CptConfig):
                 return self.cpt_step(of, shape, recovery)
-            return sum(self.rl_step(of, shape, recovery).values())
+            # What a KL term holds the policy to keeps its shape.
+            reference = self.rl_step(shape, shape, recovery)["reference"]
+            return sum((self.rl_step(of, shape, recovery) | {"reference": reference}).values())
 
         saved, trained, left = 0.0, shape, shape
         cuts = schedule.cuts_in_order

@@ -80,7 +80,7 @@ def settled(config: RunConfig, shape: ModelShape) -> RunConfig:
     if schedule.pace == "geometric":
         assert schedule.cuts is not None
         steps = geometric(shape.intermediate_size, changes["channels_total"], schedule.cuts, alignment)
-        if len(steps) < schedule.cuts:
+        if len(steps) < schedule.cuts and speed_wanted(schedule) is None:
             raise ConfigError(
                 f"schedule.cuts: between {shape.intermediate_size} and "
                 f"{shape.intermediate_size - changes['channels_total']} channels there are only {len(steps)} cuts of "
@@ -107,8 +107,10 @@ def channels_for(target: TargetConfig, shape: ModelShape, layers: int, alignment
     wanted = size(shape) / value if is_speed else value * size(shape) if value <= 1 else value
     width, smallest = shape.intermediate_size, size(shape.sliced(shape.intermediate_size - alignment, layers))
     removals = [width - left for left in range(width - width % alignment, 0, -alignment)]
-    smallest_enough = (gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted)
-    found = next(smallest_enough, removals[-1] if is_speed else None)  # beyond FLOPs' promise measuring decides
+    if is_speed:  # measuring decides: some channels go, and as many as may where FLOPs promise too little
+        removals = [gone for gone in removals if gone]
+    enough = (gone for gone in removals if size(shape.sliced(gone, layers)) <= wanted)
+    found = next(enough, removals[-1] if is_speed and removals else None)
     blocks = f" and {layers} blocks fewer" if layers else ""
     if found is None:
         raise ConfigError(
@@ -121,6 +123,11 @@ def channels_for(target: TargetConfig, shape: ModelShape, layers: int, alignment
             "any channels; leave target out"
         )
     return found
+
+
+def speed_wanted(schedule: ScheduleConfig) -> float | None:
+    """Where what goes is still to be measured, the speed, beside the original's; until then the cuts are a guess."""
+    return schedule.target.tokens_per_second if schedule.target is not None else None
 
 
 def geometric(width: int, total: int, count: int, alignment: int) -> list[int]:
@@ -175,9 +182,9 @@ def _check_removals(channels: int, layers: int, shape: ModelShape, alignment: in
 
 def check_cuts(config: RunConfig, shape: ModelShape) -> None:
     """Check a recipe's cycles, and what they cut, against the model's shape."""
-    config = settled(config, shape)
+    guessed, config = speed_wanted(config.schedule) is not None, settled(config, shape)
     cycles = len(planned_cuts(config.schedule))
-    if beyond := [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]:
+    if not guessed and (beyond := [cycle for cycle in config.recovery_of_cycle if not 1 <= cycle <= cycles]):
         raise ConfigError(f"recovery_of_cycle: {beyond[0]}, but the schedule's cycles are 1 to {cycles}")
     check_schedule(config.schedule, shape, config.schedule.alignment * config.resources.tensor_parallel_size)
 

@@ -13,7 +13,7 @@ from ptl_rl.config.recipe import load_config
 from ptl_rl.driver.preflight import check_model
 from ptl_rl.driver.watchdog import interrupt
 from ptl_rl.families import ModelShape
-from ptl_rl.planning.schedule import planned_cuts, recovery_steps, settled
+from ptl_rl.planning.schedule import planned_cuts, recovery_steps, settled, speed_wanted
 from ptl_rl.studies import results
 from ptl_rl.studies.design import STUDIES, Study, design, slicegpt_shape, target_shape
 from ptl_rl.studies.runner import StudyFailed, check_folder, make_runs, save_study
@@ -81,7 +81,7 @@ def prepare(
     for recipe in chosen:
         config = load_config(recipe, settings)
         _, shape = check_model(config)
-        if config.schedule.target is not None and config.schedule.target.tokens_per_second is not None:
+        if speed_wanted(config.schedule) is not None:
             raise ConfigError(
                 f"{recipe}: a study does not measure schedule.target.tokens_per_second; set schedule.channels_total"
             )

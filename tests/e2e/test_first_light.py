@@ -1,6 +1,6 @@
 """First light on two cores, the whole script, and the run that most of its lines are of. SIGKILL ends the driver and
 the script in the middle of a training, and both are resumed. In `test_light_stages.py` stages fail, and in
-`test_loop_killed.py` drivers are killed anywhere, and Ctrl-C ends them.
+`test_loop_killed.py` drivers are killed anywhere, and Ctrl-C ends them, both with stand-ins for the stages.
 """
 
 import json

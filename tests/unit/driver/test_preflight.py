@@ -1,5 +1,6 @@
 """What is found wrong before Ray starts, and cannot be shown end to end without breaking the machine."""
 
+import json
 import shutil
 from collections import namedtuple
 
@@ -10,7 +11,8 @@ from ptl_rl import attention
 from ptl_rl.config import ConfigError
 from ptl_rl.config.recipe import load_config, parse_config
 from ptl_rl.driver import preflight
-from ptl_rl.evaluation import speed_target
+from ptl_rl.evaluation.speed import Spread
+from ptl_rl.evaluation.speed_target import NotMeasured, OutOfReach
 from ptl_rl.testbed import CHECKPOINT_DIR
 
 Usage = namedtuple("Usage", "total used free")
@@ -235,39 +237,78 @@ def test_padding_is_said_before_the_run_and_flash_attention_that_is_missing_refu
         preflight.check(parse_config(values), tmp_path / "run")
 
 
+FASTER = "{channels_per_cycle: 16, target: {tokens_per_second: 1.3}, alignment: 16, pace: fixed, channels_total: null}"
+
+
+def faster(repository, *changes):
+    settings = [f"schedule={FASTER}", "resources.device=cpu", *changes]
+    return load_config(repository / "recipes/demo_restart_cpu.yaml", settings)
+
+
+def found(gone):
+    def channels_for_speed(wanted, progress, told):
+        channels_for_speed.asked = wanted
+        told(640 - gone, Spread(1.31, 1.30, 1.33))
+        return gone
+
+    return channels_for_speed
+
+
 def test_a_speed_to_reach_is_measured_where_the_run_begins(repository, tmp_path, monkeypatch):
-    asked = {}
-
-    def found(model, target, first, *, told, **given):
-        asked.update(given, model=model, target=target, first=first)
-        told("384 of 640 channels: 1.31 times as fast (1.30-1.33)")
-        return 256
-
-    monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", found)
-    faster = "schedule={pace: geometric, cuts: 2, target: {tokens_per_second: 1.3}, alignment: 16}"
-    config = load_config(repository / "recipes/demo_restart_cpu.yaml", [faster, "resources.device=cpu"])
-    settled, notes = preflight.settle(config)
+    measured = found(256)
+    monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", measured)
+    config = faster(repository, "schedule.pace=geometric", "schedule.channels_per_cycle=0", "schedule.cuts=2")
+    settled, speeds = preflight.settle(config)
     assert settled.schedule.channel_steps == [144, 112] and not settled.schedule.is_open
-    assert notes == ["schedule.target.tokens_per_second: 384 of 640 channels: 1.31 times as fast (1.30-1.33)"]
-    assert asked["first"] == preflight.settled(config, preflight.check_model(config)[1]).schedule.channels_sum
-    assert (asked["target"], asked["alignment"], asked["dtype"], asked["layers"]) == (1.3, 16, "float32", 0)
+    (note,) = speeds.notes
+    assert note.endswith("tokens_per_second: 384 of 640 channels are 1.31 times as fast (1.30-1.33)")
+    speeds.save(tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text())["widths"] == {
+        "384": {"median": 1.31, "low": 1.3, "high": 1.33}
+    }
+    guess = preflight.settled(config, preflight.check_model(config)[1]).schedule.channels_sum
+    asked = measured.asked
+    assert (asked.first, asked.target, asked.alignment, asked.dtype, asked.layers) == (
+        640 - guess,
+        1.3,
+        16,
+        "float32",
+        0,
+    )
 
-    too_fast = "schedule={channels_per_cycle: 200, target: {tokens_per_second: 1.3}, alignment: 16}"
-    with pytest.raises(ConfigError, match="cycle 1 leaves 440 channels"):
-        preflight.settle(load_config(repository / "recipes/demo_restart_cpu.yaml", [too_fast, "resources.device=cpu"]))
+    monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", found(200))
+    with pytest.raises(ConfigError, match="leaves 440 channels"):
+        preflight.settle(faster(repository))
     monkeypatch.setattr("ptl_rl.cpu.checks.is_cpu_only", lambda: False)
     with pytest.raises(ConfigError, match=r"on cuda, but the run is for cpu; .* set schedule\.channels_total"):
         preflight.settle(config)
 
 
 def test_what_cannot_be_measured_names_the_setting(repository, monkeypatch):
-    faster = "schedule={channels_per_cycle: 16, target: {tokens_per_second: 9}, alignment: 16}"
-    config = load_config(repository / "recipes/demo_restart_cpu.yaml", [faster, "resources.device=cpu"])
-    for error in (speed_target.OutOfReach("16 channels ... give less than 9"), ImportError("No module named 'vllm'")):
+    for error, said in (
+        (OutOfReach("no width is so fast"), r"tokens_per_second is 1\.3: no width is so fast"),
+        (
+            NotMeasured("vLLM could not be timed"),
+            r"tokens_per_second: vLLM could not .* or set schedule\.channels_total",
+        ),
+    ):
 
-        def raises(*_, error=error, **__):
+        def raises(*_, error=error):
             raise error
 
         monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", raises)
-        with pytest.raises(ConfigError, match=r"schedule\.target\.tokens_per_second: .*(give less|launch/setup\.sh)"):
-            preflight.settle(config)
+        with pytest.raises(ConfigError, match=said):
+            preflight.settle(faster(repository))
+
+
+def test_more_cuts_than_were_guessed_are_checked_once_they_are_known(repository, tmp_path, monkeypatch):
+    """By FLOPs three cycles share the rows; what was measured makes nine, and too few rows for each."""
+    from ptl_rl import api
+
+    monkeypatch.setattr("ptl_rl.evaluation.speed_target.channels_for_speed", found(576))
+    config = faster(
+        repository, "schedule.channels_per_cycle=64", "data.train.rows=128", "schedule.target={tokens_per_second: 1.2}"
+    )
+    with pytest.raises(ConfigError, match="9 subsets leave 14 in a subset"):
+        api.start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

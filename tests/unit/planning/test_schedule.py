@@ -8,7 +8,16 @@ from ptl_rl.config import ConfigError, ScheduleConfig
 from ptl_rl.config.pruning import TargetConfig
 from ptl_rl.config.recipe import parse_config
 from ptl_rl.families import FAMILIES, ModelShape
-from ptl_rl.planning.schedule import Cut, channels_for, check_schedule, geometric, halved, planned_cuts, settled
+from ptl_rl.planning.schedule import (
+    Cut,
+    channels_for,
+    check_cuts,
+    check_schedule,
+    geometric,
+    halved,
+    planned_cuts,
+    settled,
+)
 
 SHAPE = ModelShape(FAMILIES["qwen2"], 192, 768, 4, 4, 2, 48, 512, True, False, False)
 
@@ -129,8 +138,15 @@ def test_a_schedule_that_leaves_its_cuts_to_the_model():
     assert found.channels_sum == channels_for(TargetConfig(flops=0.6), SHAPE, 0, 16) and found.patience == 3
     by_speed = config_of(mode="in_place", pace="governed", target={"tokens_per_second": 1.25})
     assert settled(by_speed, SHAPE).schedule.channels_sum == channels_for(TargetConfig(flops=0.8), SHAPE, 0, 16)
-    by_speed = config_of(channels_per_cycle=16, target={"tokens_per_second": 1e6})
+    by_speed = config_of(channels_per_cycle=16, target={"tokens_per_second": 100})
     assert settled(by_speed, SHAPE).schedule.channels_sum == SHAPE.intermediate_size - 16, "measuring decides"
+    blocks_do = config_of(channels_per_cycle=16, layers_total=2, target={"tokens_per_second": 1.01})
+    assert settled(blocks_do, SHAPE).schedule.channels_sum == 16, "if FLOPs are right; that is seen when it is measured"
+    many = config_of(pace="geometric", cuts=9, target={"tokens_per_second": 1.01})
+    assert len(settled(many, SHAPE).schedule.channel_steps) < 9
+    check_cuts(many.model_copy(update={"recovery_of_cycle": {9: []}}), SHAPE)
+    with pytest.raises(ConfigError, match="768 channels a layer, the fewest that may stay"):
+        settled(config_of(channels_per_cycle=16, target={"tokens_per_second": 2}, alignment=768), SHAPE)
     plain = config_of(channels_per_cycle=[64])
     assert settled(plain, SHAPE) is plain
     with pytest.raises(ConfigError, match="between 768 and 736 channels there are only 2 cuts of equal shares"):
