@@ -75,7 +75,7 @@ def test_the_demo(repository):
     assert tokens["estimate"] and tokens["counted"] == 2000
     (note,) = found["notes"]
     assert note.startswith(
-        "testbed:rl:1,2,3,4,5, testbed:validation:1,2,3,4,5, testbed:test:1,2,3,4,5: only the very same question counts"
+        "testbed:rl:4,5, testbed:validation:1,2,3,4,5, testbed:test:1,2,3,4,5: only the very same question counts"
     )
     status, output, _ = ptl_data(
         repository / "recipes/demo_restart_cpu.yaml", "--json", "--samples", "0", "--count-tokens"
