@@ -16,7 +16,7 @@ ruff format --check .
 types() { mypy && lint-imports --no-cache; }
 # Where Ray is at work the rest has the niceness that Ray gives its workers, which would starve beside it otherwise.
 units() { nice -n 15 python -m pytest -m "not stack and not canary" "$@"; }
-# By the first letter of their folder; what has another would be run twice.
+# By the first letter of their folder. A folder that begins with neither would be run in both.
 units_a_to_l() { units --ignore-glob='tests/unit/[m-z]*' --ignore=tests/e2e; }
 units_m_to_z() { units --ignore-glob='tests/unit/[a-l]*'; }
 demo_run() { python -m pytest tests/e2e/test_demo_run.py; }
@@ -28,7 +28,7 @@ stack() {
 }
 
 # Side by side, as each often waits for processes to start: every lane takes the next that nobody has taken.
-jobs=(units_m_to_z units_a_to_l demo_run stack first_light study types) # longest first
+jobs=(units_m_to_z units_a_to_l demo_run first_light stack study types) # longest first
 lane() {
     local job began
     for job in "${jobs[@]}"; do

@@ -51,7 +51,13 @@ class SpeedsFound:
         ]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Raises :class:`ConfigError` where it cannot be written."""
+        try:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be written ({error.strerror or error}); choose another `run_dir`"
+            ) from None
 
 
 def settle(config: RunConfig, progress: Progress = no_progress) -> tuple[RunConfig, SpeedsFound | None]:

@@ -98,18 +98,21 @@ def _start(
     from vllm import LLM
 
     vllm_alias.register()
-    _engine = LLM(
-        model=folder,
-        dtype=dtype,
-        max_model_len=window,
-        max_num_seqs=sequences,
-        gpu_memory_utilization=memory,
-        tensor_parallel_size=tensor_parallel_size,
-        enforce_eager=checks.is_cpu_only(),
-        enable_prefix_caching=False,  # rounds repeat their prompts
-        seed=0,
-        load_format="dummy" if shapes_only else "auto",
-    )
+    try:
+        _engine = LLM(
+            model=folder,
+            dtype=dtype,
+            max_model_len=window,
+            max_num_seqs=sequences,
+            gpu_memory_utilization=memory,
+            tensor_parallel_size=tensor_parallel_size,
+            enforce_eager=checks.is_cpu_only(),
+            enable_prefix_caching=False,  # rounds repeat their prompts
+            seed=0,
+            load_format="dummy" if shapes_only else "auto",
+        )
+    except Exception as error:  # of any kind; some of vLLM's cannot be sent to the process that asks
+        raise RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     # What comes now is the noise of a process that ends; errors reach the caller as exceptions.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return int(_engine.llm_engine.model_config.get_vocab_size())

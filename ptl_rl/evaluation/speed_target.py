@@ -6,6 +6,7 @@ in the one that asks.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,9 @@ MOST_WIDTHS = 6
 MISSES = 3
 """Widths that were too slow after which the narrowest is measured, to see whether the target can be reached at all."""
 ROUNDS = 3
+
+
+EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Pool)\b: ")
 
 
 class OutOfReach(UserError):
@@ -178,7 +182,7 @@ def channels_for_speed(
             last: dict[str, Any] = {}
             try:
                 for line in process.stdout:
-                    if not line.startswith("{"):
+                    if not line.startswith('{"'):
                         continue  # a library's own word
                     last = json.loads(line)
                     if "what" in last:
@@ -192,8 +196,14 @@ def channels_for_speed(
         if "out_of_reach" in last:
             raise OutOfReach(last["out_of_reach"])
         log.seek(0)
-        said = [line.strip() for line in log if line.strip()] or [f"it ended with status {process.returncode}"]
-        raise NotMeasured(f"vLLM could not be timed here: {said[-1][:300]}")
+        raise NotMeasured(f"vLLM could not be timed here: {_reason(log.read().splitlines(), process.returncode)}")
+
+
+def _reason(lines: list[str], status: int) -> str:
+    """Of a process that ended without a result: the last exception in its log, which other words may follow."""
+    said = [line.strip() for line in lines if line.strip()]
+    named = [line for line in said if EXCEPTION.match(line)]
+    return (named or said or [f"it ended with status {status}"])[-1][:300]
 
 
 def main(wanted: str, place: str) -> None:

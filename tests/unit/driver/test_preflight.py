@@ -266,6 +266,8 @@ def test_a_speed_to_reach_is_measured_where_the_run_begins(repository, tmp_path,
     assert json.loads((tmp_path / "speed.json").read_text())["widths"] == {
         "384": {"median": 1.31, "low": 1.3, "high": 1.33}
     }
+    with pytest.raises(ConfigError, match=r"cannot be written .* choose another `run_dir`"):
+        speeds.save(tmp_path / "not there" / "speed.json")
     guess = preflight.settled(config, preflight.check_model(config)[1]).schedule.channels_sum
     asked = measured.asked
     assert (asked.first, asked.target, asked.alignment, asked.dtype, asked.layers) == (

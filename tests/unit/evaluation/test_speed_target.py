@@ -145,6 +145,8 @@ def test_what_the_process_says_and_how_it_ends(monkeypatch):
         ask("too slow")
     with pytest.raises(NotMeasured, match="could not be timed here: RuntimeError: Free memory on device"):
         ask("broken")
+    assert speed_target._reason(["x.SomeError: why", "  raise x", "warnings.warn(1)"], 1) == "x.SomeError: why"
+    assert speed_target._reason(["", "a word"], 1) == "a word" and "status 9" in speed_target._reason([], 9)
 
 
 @pytest.mark.stack

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from plans import plan_keeping
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl_rl.families import FAMILIES
@@ -20,17 +21,7 @@ def random_plan(seed: int, keep: int, layers: int) -> PruningPlan:
     rng = random.Random(seed)
     channels = [sorted(rng.sample(range(WIDTH), keep)) for _ in range(BLOCKS)]
     kept = sorted(rng.sample(range(BLOCKS), layers))
-    return PruningPlan(
-        keep_channels=channels,
-        keep_layers=kept,
-        layer_order=[layer for layer in range(BLOCKS) if layer not in kept],
-        source_intermediate_size=WIDTH,
-        alignment=1,
-        channel_criterion="random",
-        layer_criterion="random",
-        subset_hash="",
-        source="",
-    )
+    return plan_keeping(channels, WIDTH, [layer for layer in range(BLOCKS) if layer not in kept])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import plan_keeping
 from process_ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -26,17 +27,8 @@ def plan_of(layers: int, channels: int, keep: int, keep_layers: list[int], seed:
     """Keeps ``keep`` channels a block, drawn at random; of one seed, fewer are among more."""
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(channels, generator=generator) for _ in range(layers)]
-    return PruningPlan(
-        keep_channels=[ids[:keep].sort().values.tolist() for ids in order],
-        keep_layers=keep_layers,
-        layer_order=[layer for layer in range(layers) if layer not in keep_layers],
-        source_intermediate_size=channels,
-        alignment=1,
-        channel_criterion="random",
-        layer_criterion="explicit",
-        subset_hash="",
-        source="",
-    )
+    kept = [ids[:keep].sort().values.tolist() for ids in order]
+    return plan_keeping(kept, channels, [layer for layer in range(layers) if layer not in keep_layers])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
